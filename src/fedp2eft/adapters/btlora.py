@@ -1,0 +1,265 @@
+"""Bayesian sparse-rank LoRA, "BT-LoRA" (paper section 3), on any Hugging Face model.
+
+The local objective over (A, B, λ), with N training examples:
+
+    L = α_task · task_loss
+      + (α_s / N) · Σ_{l,i} ‖B_l[:,i] − B0_l[:,i]‖₁ / λ_{l,i}         significance
+      + (α_p / N) · Σ_{l,i} (100·λ_{l,i} + log λ_{l,i})                 sparsity
+
+The first penalty is a Laplace(0, λ) prior on B, the second λ's Gamma hyper-prior with shape 0.01
+and rate 100 (BayesTune, NeurIPS 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedp2eft.adapters.budget import keep_largest
+from fedp2eft.adapters.clamp import clamp_straight_through
+from fedp2eft.adapters.gates import AdaptedLayer, RankGate, adapted_layers
+from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
+from fedp2eft.errors import UserError
+from fedp2eft.seeding import derive_seed
+from fedp2eft.settings import AdapterSettings
+
+FULL = "sparse-rank"
+TRIMMED = "personal"
+GAMMA_RATE = 100.0
+
+
+class BTLora:
+    """One frozen base model with r_max gated ranks on every adapted layer.
+
+    The base is wrapped once and shared by all clients of a process: `reset` starts a client anew,
+    `trimmed` lends a smaller adapter for personalization and takes it away afterwards.
+
+    Args:
+        base: A Hugging Face model; its weights are frozen from here on.
+        settings: Shape, prior range and seed of the adapter.
+        clamp_forward: Whether the forward pass sees λ clamped (profile `paper`) or raw.
+
+    Attributes:
+        model: The PEFT model; call it in place of the base.
+        names: The L adapted modules, in module order.
+        linears: The M linear layers of the base, in module order, for the features ξ.
+        lam: λ, a parameter of shape L × r_max (L × 1 where λ is layer-wise).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        settings: AdapterSettings | None = None,
+        *,
+        clamp_forward: bool = True,
+    ) -> None:
+        self.settings = settings or AdapterSettings()
+        s = self.settings
+        self.linears = tuple(
+            (name, module)
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        )
+        with torch.random.fork_rng(devices=[]):  # PEFT draws first weights that reset() replaces
+            self.model: PeftModel = get_peft_model(
+                base,
+                LoraConfig(
+                    r=s.r_max,
+                    lora_alpha=s.scaling * s.r_max,
+                    target_modules=s.target_modules,
+                ),
+                adapter_name=FULL,
+            )
+        self.layers = tuple(adapted_layers(self.model, FULL))
+        self.names = tuple(layer.name for layer in self.layers)
+        self.lam = nn.Parameter(torch.empty(len(self.layers), 1 if s.layerwise else s.r_max))
+        self.lam.data = self.lam.data.to(self.layers[0].A.device)
+        clamp = (s.lambda_min, s.lambda_max) if clamp_forward else None
+        for row, layer in enumerate(self.layers):
+            layer.gate(RankGate(self.lam, row, clamp))
+        self._common_A = [common_A(layer.name, layer.A, s.seed) for layer in self.layers]
+        self._B0: list[Tensor] | None = None
+        self.reset()
+
+    @property
+    def A(self) -> list[nn.Parameter]:
+        """A of every layer before its gate, r_max × d_in each."""
+        return [layer.A for layer in self.layers]
+
+    @property
+    def B(self) -> list[nn.Parameter]:
+        """B of every layer, d_out × r_max each."""
+        return [layer.B for layer in self.layers]
+
+    def set_common_A(self, weights: dict[str, Tensor]) -> None:
+        """Use the given A (module name → r_max × d_in) in place of the seeded one, and reset."""
+        missing = [name for name in self.names if name not in weights]
+        if missing:
+            raise UserError(f"No first A for layer {missing[0]!r}: give one for every layer.")
+        self._common_A = [
+            weights[layer.name].detach().to(layer.A.device, layer.A.dtype).clone()
+            for layer in self.layers
+        ]
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self, lam: Tensor | float = 1e-4) -> None:
+        """Start afresh: the common A, B = 0, and λ as given (a number, L × r_max or L × 1)."""
+        for layer, A in zip(self.layers, self._common_A, strict=True):
+            layer.A.copy_(A)
+            layer.B.zero_()
+            layer.A.grad = layer.B.grad = None
+        self.set_lambda(lam)
+        self._B0 = None
+
+    @torch.no_grad()
+    def set_lambda(self, lam: Tensor | float) -> None:
+        """Set λ in place, from a number, L × r_max or L × 1 values."""
+        self.lam.copy_(torch.as_tensor(lam).expand_as(self.lam))
+        self.lam.grad = None
+
+    def anchor(self) -> None:
+        """Take the present B as B0: the significance penalty counts changes from here."""
+        self._B0 = [B.detach().clone() for B in self.B]
+
+    def clamped_lambda(self) -> Tensor:
+        """λ clamped to its range, gradients straight through."""
+        s = self.settings
+        return clamp_straight_through(self.lam, s.lambda_min, s.lambda_max)
+
+    def penalty(self, examples: int, alpha_s: float = 100.0, alpha_p: float = 0.01) -> Tensor:
+        """Significance plus sparsity for N = `examples` training rows (both divided by N).
+
+        A layer-wise λ stands for each of its layer's r_max ranks.
+        """
+        lam = self.clamped_lambda()
+        change = self.B if self._B0 is None else [
+            B - B0 for B, B0 in zip(self.B, self._B0, strict=True)
+        ]
+        columns = torch.stack([delta.abs().sum(dim=0) for delta in change])
+        significance = (columns / lam).sum()
+        sparsity = (GAMMA_RATE * lam + lam.log()).expand_as(columns).sum()
+        return (alpha_s * significance + alpha_p * sparsity) / examples
+
+    def rank_lambda(self, lam: Tensor | None = None) -> Tensor:
+        """λ (this adapter's where none is given) as L × r_max values, detached and clamped."""
+        s = self.settings
+        lam = (self.lam if lam is None else lam).detach().clamp(s.lambda_min, s.lambda_max)
+        return lam.expand(len(self.names), s.r_max)
+
+    @contextmanager
+    def trimmed(self, lam: Tensor, keep: Tensor) -> Iterator[TrimmedAdapter]:
+        """Lend a fresh adapter with only the kept ranks, λ frozen; it is gone at the end.
+
+        Args:
+            lam: λ, L × r_max.
+            keep: Which ranks to keep, boolean L × r_max.
+
+        Yields:
+            The trimmed adapter, active on `model`: common A, B = 0.
+        """
+        ranks = [int(row.sum()) for row in keep]
+        kept = [(n, r) for n, r in zip(self.names, ranks, strict=True) if r]
+        patterns = {n.replace(".", r"\."): r for n, r in kept}
+        with torch.random.fork_rng(devices=[]):
+            self.model.add_adapter(
+                TRIMMED,
+                LoraConfig(
+                    r=kept[0][1],
+                    lora_alpha=self.settings.scaling * kept[0][1],
+                    target_modules="|".join(patterns),
+                    rank_pattern=patterns,
+                    alpha_pattern={n: self.settings.scaling * r for n, r in patterns.items()},
+                ),
+            )
+        try:
+            self.model.set_adapter(TRIMMED)
+            yield TrimmedAdapter(self, lam, keep)
+        finally:
+            self.model.delete_adapter(TRIMMED)
+            self.model.set_adapter(FULL)
+
+    def trim(self, rank: int) -> AdapterWeights:
+        """The trained adapter cut to its r·L largest λ, without further training."""
+        lam = self.rank_lambda()
+        keep = keep_largest(lam, rank)
+        return self._weights(self.layers, lam, keep, self.A, self.B)
+
+    def _weights(
+        self,
+        layers: tuple[AdaptedLayer, ...],
+        lam: Tensor,
+        keep: Tensor,
+        A: list[nn.Parameter],
+        B: list[nn.Parameter],
+    ) -> AdapterWeights:
+        kept = [
+            LayerWeights(
+                name=layer.name,
+                A=A[row].detach()[keep[row]].cpu().clone(),
+                B=B[row].detach()[:, keep[row]].cpu().clone(),
+                lam=lam[row][keep[row]].cpu().clone(),
+                embedding=layer.is_embedding,
+            )
+            for row, layer in enumerate(layers)
+        ]
+        return AdapterWeights(tuple(kept), self.settings.scaling)
+
+
+class TrimmedAdapter:
+    """The kept ranks of one client, lent by `BTLora.trimmed`.
+
+    Attributes:
+        lam: λ with zeros where a rank was dropped, L × r_max.
+    """
+
+    def __init__(self, owner: BTLora, lam: Tensor, keep: Tensor) -> None:
+        self._owner = owner
+        self.lam = torch.where(keep, lam, torch.zeros_like(lam))
+        self._lam, self._keep = lam, keep
+        self._layers = {layer.name: layer for layer in adapted_layers(owner.model, TRIMMED)}
+        with torch.no_grad():
+            for row, name in enumerate(owner.names):
+                if (layer := self._layers.get(name)) is None:
+                    continue
+                layer.A.copy_(owner._common_A[row][keep[row]])
+                layer.B.zero_()
+                layer.gate(RankGate(lam[row][keep[row]].unsqueeze(0), 0, None))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The kept rows of A and columns of B: all that personalization trains."""
+        return [weight for layer in self._layers.values() for weight in (layer.A, layer.B)]
+
+    def weights(self) -> AdapterWeights:
+        """A copy of the adapter as it is now, with every adapted layer named (rank 0 included)."""
+        layers = []
+        for row, full in enumerate(self._owner.layers):
+            layer = self._layers.get(full.name)
+            keep = self._keep[row]
+            layers.append(
+                LayerWeights(
+                    name=full.name,
+                    A=(layer.A if layer else full.A[:0]).detach().cpu().clone(),
+                    B=(layer.B if layer else full.B[:, :0]).detach().cpu().clone(),
+                    lam=self._lam[row][keep].cpu().clone(),
+                    embedding=full.is_embedding,
+                )
+            )
+        return AdapterWeights(tuple(layers), self._owner.settings.scaling)
+
+
+def common_A(name: str, like: Tensor, seed: int) -> Tensor:
+    """The first A of layer `name`: Kaiming-uniform (a = √5), the same for every client.
+
+    It depends on the seed and the layer's name alone, so rank i of a layer means the same direction
+    in the whole federation; without that λ could not be shared.
+    """
+    generator = torch.Generator().manual_seed(derive_seed("common A", seed, name))
+    A = torch.empty(like.shape, dtype=torch.float32)
+    nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator)
+    return A.to(like.device)

@@ -1,0 +1,83 @@
+"""The adapter that a client ends with, as plain tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The kept ranks of one layer; k may be 0.
+
+    Args:
+        name: Module path inside the base model.
+        A: k × d_in.
+        B: d_out × k.
+        lam: λ of the kept ranks, k.
+        embedding: Whether the layer is an embedding (PEFT names its weights differently).
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    lam: Tensor
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Kept ranks k."""
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """W + s·B·diag(λ)·A for every adapted layer, in module order.
+
+    Args:
+        layers: All L adapted layers, those without ranks included.
+        scaling: The factor s.
+    """
+
+    layers: tuple[LayerWeights, ...]
+    scaling: float
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Kept ranks per module."""
+        return {layer.name: layer.rank for layer in self.layers}
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of any layer, at least 1."""
+        return max(1, *(layer.rank for layer in self.layers))
+
+    def parameters(self) -> int:
+        """Numbers in A and B of the kept ranks."""
+        return sum(layer.A.numel() + layer.B.numel() for layer in self.layers)
+
+    def folded(self) -> AdapterWeights:
+        """The same adapter with s and λ folded into B, so that its scale is exactly 1."""
+        return AdapterWeights(
+            tuple(
+                LayerWeights(
+                    layer.name,
+                    layer.A,
+                    layer.B * (self.scaling * layer.lam),
+                    torch.ones_like(layer.lam),
+                    layer.embedding,
+                )
+                for layer in self.layers
+            ),
+            scaling=1.0,
+        )
+
+    def is_finite(self) -> bool:
+        """Whether every number of the adapter is finite."""
+        return all(
+            bool(torch.isfinite(t).all())
+            for layer in self.layers
+            for t in (layer.A, layer.B, layer.lam)
+        )

@@ -1,0 +1,302 @@
+"""What one client does: its features, the two stages of a round, and personalization.
+
+Functions of (adapter, data, φ, settings). Nothing here knows of a network or a federation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.budget import keep_largest
+from fedp2eft.adapters.weights import AdapterWeights
+from fedp2eft.errors import UserError
+from fedp2eft.features import client_features
+from fedp2eft.generator import PSG
+from fedp2eft.profiles import Profile
+from fedp2eft.settings import GeneratorSettings, LocalSettings
+from fedp2eft.tasks.classification import Classification
+from fedp2eft.tasks.encoded import Encoded, epoch_batches
+
+Order = Sequence[Sequence[int]] | Sequence[NDArray]  # type: ignore[type-arg]
+OnStep = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a client's round gives. Only φ and N leave the client.
+
+    Args:
+        phi: φ after stage 2.
+        examples: N, training rows.
+        psg_loss: Mean over the steps of stage 2 of Σ|λ̂ − λ^s|.
+        stage1_losses: L at every optimiser step of stage 1.
+        lam: λ^s, L × r_max.
+    """
+
+    phi: dict[str, Tensor]
+    examples: int
+    psg_loss: float
+    stage1_losses: list[float]
+    lam: Tensor
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A personalized adapter.
+
+    Args:
+        weights: The kept ranks of A and B with their λ.
+        lam: λ with zeros where a rank was dropped, L × r_max.
+        losses: Task loss at every optimiser step.
+    """
+
+    weights: AdapterWeights
+    lam: Tensor
+    losses: list[float]
+
+
+def features(
+    bt: BTLora, task: Classification, data: Encoded, settings: LocalSettings, profile: Profile
+) -> Tensor:
+    """ξ of a client's training rows (2M values), adapters off."""
+    if not len(data):
+        raise UserError("This client has no training rows, so it has no features: give it text.")
+    if profile.feature_batch_size is None:
+        batches = task.feature_batches(data, settings.eval_batch_size)
+    else:
+        batches = task.padded_batches(data, profile.feature_batch_size)
+    with bt.model.disable_adapter():
+        xi = client_features(bt.model, bt.linears, batches, masked=profile.masked_features)
+    if not bool(torch.isfinite(xi).all()):
+        raise UserError("ξ holds NaN or infinity: check the client's text and the base model.")
+    return xi
+
+
+def descend(
+    model: nn.Module,
+    loss_of: Callable[[NDArray], Tensor],  # type: ignore[type-arg]
+    order: Iterable[NDArray],  # type: ignore[type-arg]
+    optimizer: torch.optim.Optimizer,
+    weights: Sequence[nn.Parameter],
+    settings: LocalSettings,
+    *,
+    zero: Sequence[nn.Parameter] | None = None,
+    on_step: OnStep | None = None,
+) -> list[float]:
+    """Run an optimiser over mini-batches; the one training loop of the package.
+
+    Args:
+        model: In training mode while this runs (`settings.dropout`).
+        loss_of: Loss of the rows with the given numbers.
+        order: Mini-batches of row numbers.
+        optimizer: Steps once per `settings.accumulate` mini-batches.
+        weights: Clipped together to `settings.max_grad_norm`.
+        settings: Clip, accumulation, dropout.
+        zero: Parameters whose gradients are zeroed before a step (all of the optimiser's where
+            none are given).
+        on_step: Called with the loss of every step.
+
+    Returns:
+        The loss of every optimiser step (mean over its mini-batches).
+
+    Raises:
+        UserError: The loss is not finite.
+    """
+    losses: list[float] = []
+    batches = iter(order)
+    training = model.training
+    model.train(settings.dropout)
+    try:
+        while group := list(islice(batches, settings.accumulate)):
+            if zero is None:
+                optimizer.zero_grad()
+            else:
+                for parameter in zero:
+                    parameter.grad = None
+            total = 0.0
+            for rows in group:
+                with parametrize.cached():  # PEFT reads each gated A more than once per forward
+                    loss = loss_of(rows) / len(group)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.item()
+            if not math.isfinite(total):
+                raise UserError(
+                    f"The loss is {total} at step {len(losses) + 1}: lower the learning rates, or "
+                    "check the text and the base model."
+                )
+            nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
+            optimizer.step()
+            losses.append(total)
+            if on_step:
+                on_step(total)
+    finally:
+        model.train(training)
+    return losses
+
+
+def stage1(
+    bt: BTLora,
+    task: Classification,
+    data: Encoded,
+    order: Iterable[NDArray],  # type: ignore[type-arg]
+    settings: LocalSettings,
+    profile: Profile,
+    on_step: OnStep | None = None,
+) -> list[float]:
+    """Minimise L over (A, B, λ) from the adapter as it stands; returns L of every step.
+
+    λ^s is in `bt.lam` afterwards. (Paper algorithm 1, client side; objective in
+    `fedp2eft.adapters.btlora`.)
+    """
+    weights = bt.A + bt.B
+    optimizer = adamw(
+        [
+            {"params": weights, "lr": settings.lr},
+            {"params": [bt.lam], "lr": settings.lambda_lr},
+        ]
+    )
+
+    def loss_of(rows: NDArray) -> Tensor:  # type: ignore[type-arg]
+        fit = task.loss(bt.model, task.batch(data, rows))
+        return settings.alpha_task * fit + bt.penalty(len(data), settings.alpha_s, settings.alpha_p)
+
+    return descend(
+        bt.model,
+        loss_of,
+        order,
+        optimizer,
+        weights,
+        settings,
+        zero=None if profile.zero_lambda_grad else weights,
+        on_step=on_step,
+    )
+
+
+def stage2(psg: PSG, xi: Tensor, target: Tensor, settings: GeneratorSettings) -> float:
+    """Move φ towards predicting λ^s from ξ: Adam on Σ|PSG(ξ; φ) − λ^s|, a fresh optimiser.
+
+    Args:
+        psg: Changed in place.
+        xi: ξ.
+        target: λ^s, L × r_max (or L × 1).
+        settings: Steps and learning rate.
+
+    Returns:
+        The mean loss over the steps.
+    """
+    optimizer = torch.optim.Adam(psg.parameters(), lr=settings.lr)
+    total = 0.0
+    for _ in range(settings.steps):
+        optimizer.zero_grad()
+        loss = (psg(xi) - target).abs().sum()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return total / max(1, settings.steps)
+
+
+def train_round(
+    bt: BTLora,
+    task: Classification,
+    data: Encoded,
+    xi: Tensor,
+    psg: PSG,
+    order: Iterable[NDArray],  # type: ignore[type-arg]
+    settings: LocalSettings,
+    generator: GeneratorSettings,
+    profile: Profile,
+    on_step: OnStep | None = None,
+) -> Round:
+    """One client's part of a federated round: λ⁰ = PSG(ξ), stage 1, stage 2.
+
+    Args:
+        bt: The shared adapter; reset first, thrown away by the next client's reset.
+        task: Loss of the client's rows.
+        data: The client's training rows.
+        xi: The client's features, log N included where the PSG wants it.
+        psg: Holds φ of the server; changed in place.
+        order: Mini-batches of row numbers.
+        settings: Stage 1.
+        generator: Stage 2.
+        profile: `paper` or `reference`.
+        on_step: Called with L of every step.
+    """
+    with torch.no_grad():
+        lam = psg(xi)
+    bt.reset(lam.to(bt.lam.device))
+    losses = stage1(bt, task, data, order, settings, profile, on_step)
+    target = (bt.clamped_lambda() if profile.clamp_target else bt.lam).detach().cpu().clone()
+    psg_loss = stage2(psg, xi, target, generator)
+    return Round(psg.numbers(), len(data), psg_loss, losses, bt.rank_lambda().cpu())
+
+
+def personalize(
+    bt: BTLora,
+    task: Classification,
+    data: Encoded,
+    lam: Tensor,
+    keep: Tensor,
+    order: Iterable[NDArray],  # type: ignore[type-arg]
+    settings: LocalSettings,
+    on_step: OnStep | None = None,
+    *,
+    measure: Callable[[nn.Module], None] | None = None,
+) -> Fitted:
+    """Fine-tune the kept rows of A and columns of B with λ frozen (paper section 4, inference).
+
+    Args:
+        bt: The shared adapter; unchanged afterwards.
+        task: Loss of the client's rows.
+        data: The client's training rows.
+        lam: λ, L × r_max.
+        keep: Kept ranks, boolean L × r_max.
+        order: Mini-batches of row numbers.
+        settings: Learning rate, clip, dropout.
+        on_step: Called with the task loss of every step.
+        measure: Called with the personalized model before the adapter is taken away.
+    """
+    with bt.trimmed(lam.to(bt.lam.device), keep.to(bt.lam.device)) as trimmed:
+        weights = trimmed.parameters()
+        losses = descend(
+            bt.model,
+            lambda rows: task.loss(bt.model, task.batch(data, rows)),
+            order,
+            adamw([{"params": weights, "lr": settings.personalize_lr}]),
+            weights,
+            settings,
+            on_step=on_step,
+        )
+        fitted = Fitted(trimmed.weights(), trimmed.lam.cpu(), losses)
+        if not fitted.weights.is_finite():
+            raise UserError("The personalized adapter holds NaN: lower local.personalize_lr.")
+        if measure:
+            measure(bt.model)
+        return fitted
+
+
+def structure(psg: PSG, xi: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """λ and kept ranks that the PSG predicts for a client: (λ, mask), both L × r_max."""
+    with torch.no_grad():
+        lam = psg(xi).expand(-1, psg.config.r_max).contiguous()
+    return lam, keep_largest(lam, rank)
+
+
+def local_order(rows: int, epochs: int, settings: LocalSettings, seed: int) -> Iterable[NDArray]:  # type: ignore[type-arg]
+    """Mini-batches of one local run; no training rows is a `UserError`."""
+    if rows == 0:
+        raise UserError("This client has no training rows: give it text, or leave it out.")
+    return epoch_batches(rows, epochs, settings.batch_size, seed)
+
+
+def adamw(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+    """AdamW as the paper uses it: β 0.9/0.999, ε 1e-8, no weight decay, constant rate."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)

@@ -1,0 +1,87 @@
+"""A federation in numbers, and its partition as a readable file."""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedp2eft.data.federation import Federation
+from fedp2eft.errors import UserError
+
+
+def describe(federation: Federation) -> list[dict[str, Any]]:
+    """One row per (language, pool), sorted by both.
+
+    Each has `language`, `pool`, `clients`, `train` and `test` (rows of all its clients), `labels`
+    (class name -> rows, train and test together; empty without classes) and `characters` (mean
+    length of a row's text columns together, in characters).
+    """
+    columns = [federation.table[name][:] for name in federation.text_columns]
+    lengths = np.sum([[len(text) for text in column] for column in columns], axis=0)
+    names = federation.table[federation.label_column][:] if federation.label_column else None
+    rows = []
+    for language, pool in sorted({(c.language, c.pool) for c in federation.clients}):
+        mine = [c for c in federation.clients if (c.language, c.pool) == (language, pool)]
+        used = np.concatenate([part for c in mine for part in (c.train, c.test)])
+        count = Counter(names[row] for row in used) if names is not None else Counter()
+        rows.append(
+            {
+                "language": language,
+                "pool": pool,
+                "clients": len(mine),
+                "train": sum(len(client.train) for client in mine),
+                "test": sum(len(client.test) for client in mine),
+                "labels": {label: count[label] for label in federation.labels},
+                "characters": round(float(lengths[used].mean()), 1),
+            }
+        )
+    return rows
+
+
+def save_partition(federation: Federation, path: str | Path) -> None:
+    """Write which rows are whose as JSON, one client a line: name -> language, pool, train, test.
+
+    The row numbers are those of `federation.table`, from 0. The file is written whole or not at
+    all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    clients = [
+        f"    {json.dumps(client.name)}: "
+        + json.dumps(
+            {
+                "language": client.language,
+                "pool": client.pool,
+                "train": client.train.tolist(),
+                "test": client.test.tolist(),
+            },
+            ensure_ascii=False,
+        )
+        for client in federation.clients
+    ]
+    head = json.dumps(
+        {
+            "dataset": federation.name,
+            "rows": len(federation.table),
+            "labels": list(federation.labels),
+        },
+        ensure_ascii=False,
+    )
+    text = f'{head[:-1]}, "clients": {{\n' + ",\n".join(clients) + "\n}}\n"
+    path = Path(path)
+    draft = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(draft, path)
+    except OSError as error:
+        if draft is not None:
+            Path(draft).unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None

@@ -1,0 +1,109 @@
+"""A federation's data: one Arrow table for all, and which of its rows are whose."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedp2eft.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Rows = NDArray[np.int64]
+"""Row numbers into a federation's table, shape (rows,)."""
+
+SEEN, UNSEEN, NEW_LANGUAGE = "seen", "unseen", "new-language"
+POOLS = (SEEN, UNSEEN, NEW_LANGUAGE)
+"""Clients that train; clients that never train; those of a language that no seen client speaks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """One client: a name, and which rows of the federation's table are its own.
+
+    Attributes:
+        name: for example `fr-seen-00`. It becomes a folder name, so letters, digits, dash and
+            underscore only.
+        language: the language its text is in; metrics are pooled by it.
+        pool: one of `POOLS`.
+        train: row numbers into `Federation.table`, ascending.
+        test: row numbers into `Federation.table`, ascending, none of them in `train`.
+
+    Raises:
+        UserError: the name has other characters, or the pool is not one of `POOLS`.
+    """
+
+    name: str
+    language: str
+    pool: str
+    train: Rows
+    test: Rows
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise UserError(
+                f"{self.name!r} cannot be a client's name: use letters, digits, - and _ only."
+            )
+        if self.pool not in POOLS:
+            raise UserError(f"Client {self.name}: pool {self.pool!r} is not one of {list(POOLS)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """All clients over one table, which is held once however many clients there are.
+
+    Attributes:
+        name: the data set's name.
+        table: the rows, in memory or memory-mapped.
+        text_columns: the model's input: `("text",)`, or `("premise", "hypothesis")` for pairs.
+        label_column: the column of class names (strings, each one of `labels`), or None.
+        labels: class names in the order of their ids; `()` where there are no classes.
+        clients: sorted by name.
+        target_column: the column a generating model shall answer with, or None.
+    """
+
+    name: str
+    table: "Dataset"
+    text_columns: tuple[str, ...]
+    label_column: str | None
+    labels: tuple[str, ...]
+    clients: tuple[Client, ...]
+    target_column: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [client.name for client in self.clients]
+        if names != sorted(set(names)):
+            object.__setattr__(self, "clients", tuple(sorted(self.clients, key=lambda c: c.name)))
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise UserError(f"Two clients are named {repeated[0]!r}: rename one of them.")
+
+    def rows(self, indices: Sequence[int] | Rows) -> dict[str, list[Any]]:
+        """The columns of those rows, in the order of `indices`: column name -> list of values."""
+        return dict(self.table[[int(index) for index in indices]])
+
+    def label_ids(self, indices: Sequence[int] | Rows) -> Rows:
+        """Class ids of those rows, shape (len(indices),): positions in `labels`.
+
+        Raises:
+            UserError: the federation has no classes.
+        """
+        if self.label_column is None:
+            raise UserError(f"Data set {self.name!r} has no label column: choose another task.")
+        ids = {label: position for position, label in enumerate(self.labels)}
+        values = self.table[self.label_column][[int(index) for index in indices]]
+        return np.array([ids[value] for value in values], dtype=np.int64)
+
+    def pool(self, name: str) -> tuple[Client, ...]:
+        """The clients of one pool, sorted by name; empty where the federation has none.
+
+        Raises:
+            UserError: `name` is not one of `POOLS`.
+        """
+        if name not in POOLS:
+            raise UserError(f"Pool {name!r} is not one of {list(POOLS)}.")
+        return tuple(client for client in self.clients if client.pool == name)

@@ -1,0 +1,33 @@
+"""Which languages a federation speaks, checked against those that a data set has."""
+
+from collections.abc import Sequence
+
+from fedp2eft.errors import UserError, nearest
+
+
+def choose_languages(
+    dataset: str, known: Sequence[str], languages: Sequence[str] | None, new: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(languages of seen and unseen clients, languages of new-language clients).
+
+    Args:
+        dataset: its name, for the message.
+        known: the languages it has; empty: any name will do.
+        languages: those asked for; None or empty: all known ones that are not new.
+        new: those that no seen client shall speak.
+
+    Raises:
+        UserError: an unknown language, one that is in both lists, or none at all.
+    """
+    for language in (*(languages or ()), *new):
+        if known and language not in known:
+            raise UserError(
+                f"Language {language!r} is not in {dataset}.{nearest(language, list(known))} "
+                f"It has {', '.join(known)}."
+            )
+    spoken = languages or [language for language in known if language not in new]
+    if both := [language for language in spoken if language in new]:
+        raise UserError(f"Language {both[0]!r} is in `languages` and `new_languages`: drop one.")
+    if not spoken and not new:
+        raise UserError(f"Name the languages of {dataset} to load.")
+    return tuple(dict.fromkeys(spoken)), tuple(dict.fromkeys(new))

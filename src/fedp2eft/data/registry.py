@@ -1,0 +1,156 @@
+"""The data sets by name. A new one is an entry in `DATASETS`."""
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from typing import Any
+
+from fedp2eft.data import debian
+from fedp2eft.data.federation import Federation
+from fedp2eft.data.files import client_from_file, federation_from_files
+from fedp2eft.data.hub import MASAKHANEWS, XNLI, HubSource, load_hub
+from fedp2eft.data.settings import DataSettings
+from fedp2eft.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """What `fedp2eft data` says of a data set, and how to load it.
+
+    Attributes:
+        description: one line.
+        languages: those it has; empty where that depends on the files.
+        licence: one line.
+        loader: settings -> federation.
+        unused: settings that mean nothing to it and must stay at their default.
+    """
+
+    description: str
+    languages: tuple[str, ...]
+    licence: str
+    loader: Callable[[DataSettings], Federation]
+    unused: tuple[str, ...]
+
+
+def _partition(settings: DataSettings) -> dict[str, Any]:
+    return {
+        "languages": settings.languages or None,
+        "new_languages": settings.new_languages,
+        "clients_per_language": settings.clients_per_language,
+        "alpha": settings.alpha,
+        "max_train": settings.max_train,
+        "max_test": settings.max_test,
+        "seed": settings.seed,
+    }
+
+
+def _load_debian(settings: DataSettings) -> Federation:
+    return debian.load_debian(**_partition(settings))
+
+
+def _load_preset(name: str, source: HubSource, settings: DataSettings) -> Federation:
+    return load_hub(name, source, **_partition(settings))
+
+
+def _load_hub(settings: DataSettings) -> Federation:
+    if settings.path is None:
+        raise UserError("Set data.path to the data set's name on the hub: owner/name.")
+    source = HubSource(
+        settings.path,
+        text_columns=tuple(settings.text_columns),
+        label_column=settings.label_column,
+        target_column=settings.target_column,
+        train_split=settings.train_split,
+        test_split=settings.test_split,
+        pool_train=settings.pool_train,
+        pool_test=settings.pool_test,
+        revision=settings.revision,
+    )
+    return load_hub(settings.path.replace("/", "-"), source, **_partition(settings))
+
+
+def _load_files(settings: DataSettings) -> Federation:
+    from fedp2eft.data.table import read_table
+
+    if (settings.path is None) == (not settings.files):
+        raise UserError("Set either data.path (one file) or data.files (client name to its file).")
+    columns: dict[str, Any] = {
+        "text_columns": settings.text_columns,
+        "label_column": settings.label_column,
+        "target_column": settings.target_column,
+        "labels": settings.labels or None,
+        "test_fraction": settings.test_fraction,
+        "seed": settings.seed,
+    }
+    if settings.path is None:
+        return federation_from_files(settings.files, **columns)
+    if "client" in read_table(settings.path, columns=(), optional=("client",)).column_names:
+        return federation_from_files(settings.path, **columns)
+    return client_from_file(settings.path, **columns)
+
+
+_HUB_ONLY = ("train_split", "test_split", "pool_train", "pool_test", "revision")
+_COLUMNS = ("path", "text_columns", "label_column", "target_column")
+_FILES_ONLY = ("files", "labels", "test_fraction")
+_SPLIT = ("languages", "new_languages", "clients_per_language", "alpha", "max_train", "max_test")
+
+DATASETS: dict[str, DatasetEntry] = {
+    debian.NAME: DatasetEntry(
+        "Debian package descriptions, archive section as label (10 classes); ships with the "
+        "package",
+        debian.LANGUAGES,
+        "free licence of each package; name Debian and the Debian Description Translation Project",
+        _load_debian,
+        (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY),
+    ),
+    "files": DatasetEntry(
+        "your own JSON lines, CSV or Parquet: one file a client, or one with a column client",
+        (),
+        "yours",
+        _load_files,
+        (*_SPLIT, *_HUB_ONLY),
+    ),
+    "hub": DatasetEntry(
+        "any data set of the Hugging Face Hub that has one configuration a language",
+        (),
+        "see its page on the hub",
+        _load_hub,
+        _FILES_ONLY,
+    ),
+    "xnli": DatasetEntry(
+        "natural language inference (3 classes), 2,000 train and 500 test rows a language and "
+        "pool; from the hub",
+        XNLI.languages,
+        "CC BY-NC 4.0",
+        partial(_load_preset, "xnli", XNLI),
+        (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY),
+    ),
+    "masakhanews": DatasetEntry(
+        "news topics (7 classes) in African languages, headline and text; from the hub",
+        MASAKHANEWS.languages,
+        "AFL-3.0",
+        partial(_load_preset, "masakhanews", MASAKHANEWS),
+        (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY),
+    ),
+}
+
+
+def find(settings: DataSettings) -> DatasetEntry:
+    """The entry that `settings.dataset` names.
+
+    Raises:
+        UserError: no such data set, or a setting changed that means nothing to it.
+    """
+    if settings.dataset not in DATASETS:
+        raise UserError(
+            f"Data set {settings.dataset!r} is unknown."
+            f"{nearest(settings.dataset, list(DATASETS))} Known: {', '.join(DATASETS)}."
+        )
+    entry = DATASETS[settings.dataset]
+    for item in fields(settings):
+        plain = item.default if item.default_factory is MISSING else item.default_factory()
+        if item.name in entry.unused and getattr(settings, item.name) != plain:
+            raise UserError(
+                f"Data set {settings.dataset} has no use for data.{item.name}: remove it."
+            )
+    return entry

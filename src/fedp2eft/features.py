@@ -1,0 +1,111 @@
+"""Client features ξ: what a client's text looks like inside the frozen model (paper section 4).
+
+For each linear layer, in module order, the mean and √(variance + 1e-5) of its input over the
+client's training rows, adapters off; the variance is unbiased and runs over all batches. The base
+is frozen, so ξ of a client never changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+EPSILON = 1e-5
+
+
+class _Moments:
+    """Count, mean and sum of squared deviations of a stream of numbers, in float64."""
+
+    def __init__(self, count: int = 0, mean: float = 0.0, deviation: float = 0.0) -> None:
+        self.count, self.mean, self.deviation = count, mean, deviation
+
+    @classmethod
+    def of(cls, values: Tensor) -> _Moments:
+        variance, mean = torch.var_mean(values.float(), correction=0)
+        return cls(values.numel(), float(mean), float(variance) * values.numel())
+
+    def merge(self, part: _Moments) -> None:
+        """Become the moments of both streams together (Chan's pairwise update)."""
+        total = self.count + part.count
+        shift = part.mean - self.mean
+        self.mean += shift * part.count / total
+        self.deviation += part.deviation + shift * shift * self.count * part.count / total
+        self.count = total
+
+    def pair(self) -> tuple[float, float]:
+        variance = self.deviation / max(1, self.count - 1)
+        return self.mean, math.sqrt(variance + EPSILON)
+
+
+class _Listener:
+    """Takes the moments of every linear layer's input while it is open.
+
+    Attributes:
+        mask: Real positions of the present batch (rows × length), or None to count all.
+    """
+
+    def __init__(self, linears: Sequence[tuple[str, nn.Module]]) -> None:
+        self.mask: Tensor | None = None
+        self.moments = [_Moments() for _ in linears]
+        self._linears = linears
+        # Query, key and value read one tensor: its moments are computed once.
+        self._last: tuple[Tensor, _Moments] | None = None
+
+    def _hear(self, row: int, x: Tensor) -> None:
+        if self._last is None or self._last[0] is not x:
+            per_token = self.mask is not None and x.shape[:-1] == self.mask.shape
+            self._last = (x, _Moments.of(x[self.mask] if per_token else x))
+        self.moments[row].merge(self._last[1])
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def hook_for(row: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _module, inputs: self._hear(row, inputs[0])
+
+        handles = [
+            module.register_forward_pre_hook(hook_for(row))
+            for row, (_, module) in enumerate(self._linears)
+        ]
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+
+def client_features(
+    model: nn.Module,
+    linears: Sequence[tuple[str, nn.Module]],
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    masked: bool = True,
+) -> Tensor:
+    """ξ of one client, 2M numbers: mean and deviation of layer 0, of layer 1, and so on.
+
+    Args:
+        model: The frozen base, adapters off.
+        linears: (name, module) of the M linear layers, in module order.
+        batches: The client's training rows as model inputs.
+        masked: Leave padding positions out (layers that see one vector a row have none).
+
+    Returns:
+        Float32 tensor of 2M values on the CPU.
+    """
+    listener = _Listener(linears)
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), listener.listening():
+            for batch in batches:
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                listener.mask = inputs["attention_mask"].bool() if masked else None
+                model(**inputs)
+    finally:
+        model.train(training)
+    pairs = [value for moments in listener.moments for value in moments.pair()]
+    return torch.tensor(pairs, dtype=torch.float32)

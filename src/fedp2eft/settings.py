@@ -1,0 +1,267 @@
+"""Every setting of the method, typed, with the paper's values as defaults.
+
+Nothing heavy is imported here: the command line builds its help from these types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from fedp2eft.data.settings import DataSettings
+from fedp2eft.errors import UserError
+
+ProfileName = Literal["paper", "reference"]
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The sparse-rank adapter that every client starts from (paper section 3, BT-LoRA).
+
+    Args:
+        r_max: Ranks that every adapted layer starts with; also the largest rank budget.
+        scaling: The factor s in W + s·B·diag(λ)·A. It stays the same after trimming.
+        target_modules: PEFT's `target_modules`. "all-linear" adapts every linear layer except a
+            causal LM's output head.
+        lambda_min: Smallest λ that the penalties and the forward pass see.
+        lambda_max: Largest λ that the penalties and the forward pass see.
+        layerwise: One λ per layer instead of one per rank.
+        seed: Seed of the common A. It must be the same for all clients of a federation.
+    """
+
+    r_max: int = 32
+    scaling: float = 2.0
+    target_modules: str | list[str] = "all-linear"
+    lambda_min: float = 1e-4
+    lambda_max: float = 1000.0
+    layerwise: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.r_max >= 1, f"adapter.r_max is {self.r_max}; give a whole number from 1 up.")
+        require(self.scaling > 0, f"adapter.scaling is {self.scaling}; give a number above 0.")
+        require(
+            0 < self.lambda_min < self.lambda_max,
+            f"adapter.lambda_min ({self.lambda_min}) must be above 0 and below "
+            f"adapter.lambda_max ({self.lambda_max}).",
+        )
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """The personalization-strategy generator, PSG (paper section 4).
+
+    Args:
+        hidden_multiplier: Width of the hidden layer as a multiple of the number of features.
+        init_lambda: λ̂ that an untrained PSG predicts for every rank (the bias of its last layer).
+        log_quantity: Give the PSG log N (N training examples) as one more feature.
+        steps: Adam steps of stage 2 in each round.
+        lr: Learning rate of stage 2.
+        seed: Seed of the PSG's first weights.
+    """
+
+    hidden_multiplier: int = 2
+    init_lambda: float = 1e-4
+    log_quantity: bool = False
+    steps: int = 10
+    lr: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.hidden_multiplier >= 1, "generator.hidden_multiplier must be 1 or more.")
+        require(self.steps >= 0, f"generator.steps is {self.steps}; give 0 or more.")
+        require(self.lr > 0, f"generator.lr is {self.lr}; give a number above 0.")
+        require(self.init_lambda > 0, "generator.init_lambda must be above 0.")
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """What a client does with its own text: stage 1 of a round, and personalization.
+
+    Args:
+        epochs: Passes over the client's training rows.
+        batch_size: Rows per mini-batch.
+        accumulate: Mini-batches per optimiser step.
+        lr: Learning rate of A and B in stage 1.
+        lambda_lr: Learning rate of λ in stage 1.
+        personalize_lr: Learning rate of A and B in personalization and in the LoRA baseline.
+        personalize_epochs: Passes over the client's training rows in personalization.
+        alpha_task: Weight of the task loss in stage 1.
+        alpha_s: Weight of the significance penalty, before division by N.
+        alpha_p: Weight of the sparsity penalty, before division by N.
+        max_grad_norm: Gradient-norm clip over A and B (λ is not clipped).
+        dropout: Keep the base model's own dropout on while training.
+        max_length: Longest input in tokens; the rest of a row is cut.
+        eval_batch_size: Rows per batch where no gradient is needed (ξ and scores).
+    """
+
+    epochs: int = 2
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 1e-4
+    lambda_lr: float = 1e-2
+    personalize_lr: float = 1e-4
+    personalize_epochs: int = 2
+    alpha_task: float = 1.0
+    alpha_s: float = 100.0
+    alpha_p: float = 0.01
+    max_grad_norm: float = 1.0
+    dropout: bool = True
+    max_length: int = 128
+    eval_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "personalize_epochs"):
+            require(getattr(self, name) >= 0, f"local.{name} must be 0 or more.")
+        for name in ("batch_size", "accumulate", "max_length", "eval_batch_size"):
+            require(getattr(self, name) >= 1, f"local.{name} must be 1 or more.")
+        for name in ("lr", "lambda_lr", "personalize_lr", "max_grad_norm"):
+            require(getattr(self, name) > 0, f"local.{name} must be above 0.")
+        for name in ("alpha_task", "alpha_s", "alpha_p"):
+            require(getattr(self, name) >= 0, f"local.{name} must be 0 or more.")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The frozen base model.
+
+    Args:
+        name: Folder or hub id of a Hugging Face model.
+        revision: Commit of the hub model; the newest where none is given.
+        task: What the model is trained for.
+        precision: Numbers of the frozen base. "auto" takes bf16 where the device multiplies it
+            faster than fp32. Adapters, λ, the PSG and the penalties are always fp32.
+        device: Where the model runs: "auto", "cpu", "cuda" or "cuda:1".
+        seed: Seed of a classification head that the base does not have yet.
+    """
+
+    name: str = "intfloat/multilingual-e5-small"
+    revision: str | None = None
+    task: Literal["classification"] = "classification"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """How the base model itself is trained by the federation before any PSG.
+
+    Args:
+        kind: "standard-fl" is FedAvg of full fine-tuning; "none" leaves the model untouched.
+        rounds: Federated rounds.
+        clients_per_round: Seen clients sampled in each round.
+        epochs: Passes over a client's training rows in a round.
+        batch_size: Rows per mini-batch.
+        lr: Learning rate (constant).
+        train_embeddings: Train the token embeddings too. They are most of a small multilingual
+            model, so leaving them out makes its messages several times smaller.
+    """
+
+    kind: Literal["standard-fl", "none"] = "standard-fl"
+    rounds: int = 100
+    clients_per_round: int = 30
+    epochs: int = 2
+    batch_size: int = 32
+    lr: float = 5e-5
+    train_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, "base.rounds must be 0 or more.")
+        require(self.clients_per_round >= 1, "base.clients_per_round must be 1 or more.")
+        require(self.lr > 0, "base.lr must be above 0.")
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """The federation of the PSG.
+
+    Args:
+        rounds: Federated rounds of PSG training.
+        clients_per_round: Seen clients sampled in each round.
+        profile: "paper" follows the paper; "reference" repeats what its public implementation
+            does differently, for comparing numbers.
+        keep_checkpoints: Finished rounds kept on disk to go on from.
+        timeout: Seconds to wait for the replies of one round.
+    """
+
+    rounds: int = 150
+    clients_per_round: int = 30
+    profile: ProfileName = "paper"
+    keep_checkpoints: int = 2
+    timeout: float = 3600.0
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, "federation.rounds must be 0 or more.")
+        require(self.clients_per_round >= 1, "federation.clients_per_round must be 1 or more.")
+        require(self.keep_checkpoints >= 2, "federation.keep_checkpoints must be 2 or more.")
+        require(self.timeout > 0, "federation.timeout must be above 0.")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured after training, on every client of the named pools.
+
+    Args:
+        methods: Methods to compare.
+        ranks: Rank budgets r; each at most adapter.r_max.
+        pools: Client pools to personalize and score.
+        save_adapters: Keep every FedP²EFT adapter in the run folder.
+        layout: Layout of kept adapters.
+    """
+
+    methods: list[str] = field(default_factory=lambda: ["base", "lora", "fedp2eft"])
+    ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
+    pools: list[str] = field(default_factory=lambda: ["seen", "unseen"])
+    save_adapters: bool = True
+    layout: Literal["portable", "compact"] = "portable"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment: `fedp2eft train` reads it from YAML, with the command line on top.
+
+    Args:
+        seed: Seed of client sampling and of mini-batch order.
+        data: The clients and their text.
+        model: The frozen base model.
+        base: Federated training of the base before the PSG.
+        adapter: The sparse-rank adapter.
+        generator: The PSG.
+        local: What a client does.
+        federation: The PSG's federation.
+        evaluation: What is measured at the end.
+    """
+
+    seed: int = 42
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    base: BaseSettings = field(default_factory=BaseSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    local: LocalSettings = field(default_factory=LocalSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        for rank in self.evaluation.ranks:
+            check_rank(rank, self.adapter.r_max)
+
+
+def check_rank(rank: int, r_max: int) -> None:
+    """Raise `UserError` unless the rank budget lies in 1..r_max."""
+    require(
+        1 <= rank <= r_max,
+        f"Rank budget {rank} is not possible: give a whole number from 1 to r_max = {r_max}.",
+    )
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def field_names(kind: type) -> list[str]:
+    """Names of a settings dataclass, for naming the nearest known key."""
+    return [f.name for f in fields(kind)]

@@ -1,0 +1,123 @@
+"""Text classification: tokens in, cross-entropy and accuracy out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedp2eft.tasks.encoded import Encoded
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model scores on one client's rows.
+
+    Args:
+        examples: Rows scored.
+        correct: Rows classified right.
+        loss: Mean cross-entropy, nats.
+    """
+
+    examples: int
+    correct: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows classified right, 0 to 1."""
+        return self.correct / self.examples
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Sequence classification with one label per row.
+
+    Args:
+        pad_id: Token id at padding positions.
+        max_length: Longest input in tokens; the rest of a row is cut.
+        device: Where batches go.
+    """
+
+    pad_id: int
+    max_length: int
+    device: torch.device | str = "cpu"
+
+    def encode(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Sequence[str]],
+        labels: Sequence[int] | NDArray[np.int64],
+    ) -> Encoded:
+        """Tokenise rows of one text, or of two as a pair.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            texts: One list per text column, all of the same length.
+            labels: Class ids.
+        """
+        if not len(labels):
+            return Encoded.from_rows([], [])
+        wanted = tokenizer(
+            *[list(column) for column in texts],
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=False,
+        )
+        return Encoded.from_rows(wanted["input_ids"], labels, wanted.get("token_type_ids"))
+
+    def batch(self, data: Encoded, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
+        """Model inputs, padded to the longest of these rows."""
+        return data.batch(indices, pad_id=self.pad_id, device=self.device)
+
+    def feature_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
+        """All rows in large batches of similar length, for ξ (profile `paper`)."""
+        return (self.batch(data, rows) for rows in data.by_length(batch_size))
+
+    def padded_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
+        """All rows in order, padded to `max_length`, for ξ (profile `reference`)."""
+        for start in range(0, len(data), batch_size):
+            rows = range(start, min(start + batch_size, len(data)))
+            yield data.batch(
+                rows, pad_id=self.pad_id, device=self.device, length=self.max_length
+            )
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy of a batch, float32."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits: Tensor = model(**inputs).logits
+        return F.cross_entropy(logits.float(), batch["labels"])
+
+    @torch.inference_mode()
+    def logits(self, model: nn.Module, data: Encoded, batch_size: int) -> Tensor:
+        """Logits of every row in row order: rows × classes, float32 on the CPU."""
+        training = model.training
+        model.eval()
+        try:
+            parts, rows = [], []
+            for chosen in data.by_length(batch_size):
+                batch = self.batch(data, chosen)
+                batch.pop("labels")
+                parts.append(model(**batch).logits.float().cpu())
+                rows.append(torch.from_numpy(chosen))
+        finally:
+            model.train(training)
+        order = torch.cat(rows)
+        result = torch.empty(len(data), parts[0].shape[1])
+        result[order] = torch.cat(parts)
+        return result
+
+    def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:
+        """Accuracy and loss of `model` on the rows."""
+        logits, labels = self.logits(model, data, batch_size), torch.from_numpy(data.labels)
+        return Scores(
+            examples=len(data),
+            correct=int((logits.argmax(dim=1) == labels).sum()),
+            loss=float(F.cross_entropy(logits, labels)),
+        )

@@ -1,0 +1,129 @@
+"""One client's rows as token ids, kept flat so that many clients cost little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of tokens with one label each.
+
+    Args:
+        tokens: Token ids of all rows, one after the other, int32.
+        offsets: Where each row starts in `tokens`, and the end: n + 1 values, int64.
+        labels: Class id per row, int64.
+        types: Token type ids in the layout of `tokens`, where the model wants them.
+    """
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    types: NDArray[np.int32] | None = None
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[Sequence[int]],
+        labels: Sequence[int] | NDArray[np.int64],
+        types: Sequence[Sequence[int]] | None = None,
+    ) -> Encoded:
+        """Pack rows of token ids."""
+        lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
+        return cls(
+            tokens=_flat(rows),
+            offsets=np.concatenate([np.zeros(1, np.int64), lengths.cumsum()]),
+            labels=np.asarray(labels, dtype=np.int64),
+            types=None if types is None else _flat(types),
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per row."""
+        return np.diff(self.offsets)
+
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Encoded:
+        """The given rows, in the given order."""
+        rows = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+        types = self.types
+        return Encoded.from_rows(
+            rows,  # type: ignore[arg-type]
+            self.labels[np.asarray(indices, dtype=np.int64)],
+            None
+            if types is None
+            else [types[self.offsets[i] : self.offsets[i + 1]] for i in indices],  # type: ignore[misc]
+        )
+
+    def batch(
+        self,
+        indices: Sequence[int] | NDArray[np.int64],
+        *,
+        pad_id: int,
+        device: torch.device | str = "cpu",
+        length: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Model inputs for the given rows, padded on the right to their own longest row.
+
+        Args:
+            indices: Row numbers.
+            pad_id: Token id at padding positions.
+            device: Where the tensors go.
+            length: Pad to this length instead.
+
+        Returns:
+            input_ids and attention_mask (rows × length), labels (rows), and token_type_ids where
+            the rows have them; all int64.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[chosen]
+        width = int(length or lengths.max())
+        mask = np.arange(width) < lengths[:, None]
+        where = np.concatenate(
+            [np.arange(self.offsets[i], self.offsets[i + 1]) for i in chosen]
+        )
+
+        def padded(values: NDArray[np.int32], fill: int) -> Tensor:
+            grid = np.full(mask.shape, fill, dtype=np.int64)
+            grid[mask] = values[where]
+            return torch.from_numpy(grid).to(device)
+
+        inputs = {
+            "input_ids": padded(self.tokens, pad_id),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)).to(device),
+            "labels": torch.from_numpy(self.labels[chosen]).to(device),
+        }
+        if self.types is not None:
+            inputs["token_type_ids"] = padded(self.types, 0)
+        return inputs
+
+    def by_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
+        """Row numbers in batches of similar length, longest first (so memory peaks at once)."""
+        order = np.argsort(-self.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    if not len(rows):
+        return np.empty(0, np.int32)
+    return np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
+
+
+def epoch_batches(
+    rows: int, epochs: int, batch_size: int, seed: int
+) -> Iterator[NDArray[np.int64]]:
+    """Mini-batches of a local run: every epoch a fresh shuffle of all rows, last batch shorter."""
+    generator = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = generator.permutation(rows)
+        for start in range(0, rows, batch_size):
+            yield order[start : start + batch_size]
