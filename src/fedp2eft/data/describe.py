@@ -2,8 +2,8 @@
 
 import json
 import os
-import tempfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,12 @@ def save_partition(federation: Federation, path: str | Path) -> None:
     )
     text = f'{head[:-1]}, "clients": {{\n' + ",\n".join(clients) + "\n}}\n"
     path = Path(path)
-    draft = None
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(draft, path)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
     except OSError as error:
-        if draft is not None:
-            Path(draft).unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None

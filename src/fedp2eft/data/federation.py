@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,12 +76,11 @@ class Federation:
     target_column: str | None = None
 
     def __post_init__(self) -> None:
-        names = [client.name for client in self.clients]
-        if names != sorted(set(names)):
-            object.__setattr__(self, "clients", tuple(sorted(self.clients, key=lambda c: c.name)))
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            if repeated:
-                raise UserError(f"Two clients are named {repeated[0]!r}: rename one of them.")
+        in_order = tuple(sorted(self.clients, key=lambda client: client.name))
+        for client, following in pairwise(in_order):
+            if client.name == following.name:
+                raise UserError(f"Two clients are named {client.name!r}: rename one of them.")
+        object.__setattr__(self, "clients", in_order)
 
     def rows(self, indices: Sequence[int] | Rows) -> dict[str, list[Any]]:
         """The columns of those rows, in the order of `indices`: column name -> list of values."""

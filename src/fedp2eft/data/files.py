@@ -35,8 +35,8 @@ def client_from_file(
     """One file as a federation of one client, which has joined after training (pool `unseen`).
 
     Test rows are, in this order: those that a column `split` calls "test"; those of `test_path`;
-    `test_fraction` of the rows, drawn label by label. Values of `label_column` are class names, or
-    whole numbers that count through `labels`.
+    `test_fraction` of the rows, drawn label by label. Values of `label_column` are class names;
+    a file in which not all are may give whole numbers that count through `labels` from 0.
 
     Args:
         path: JSON lines, CSV or Parquet; see `read_table`.
@@ -54,11 +54,10 @@ def client_from_file(
     Raises:
         UserError: as `read_table`; a label that `labels` does not hold; no train rows.
     """
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).name.split(".")[0]).strip("-")
     test = None if test_path is None else str(test_path)
     file = ClientFile(str(path), language=language, pool=UNSEEN, test_path=test)
     return federation_from_files(
-        {name or stem or "client": file},
+        {name or _stem(path): file},
         text_columns=text_columns,
         label_column=label_column,
         target_column=target_column,
@@ -81,8 +80,9 @@ def federation_from_files(
     """Clients from one file each, or all from one file that has a column `client`.
 
     The one file may also have the columns `language` (else "und") and `pool` (else "seen"), the
-    same in all rows of a client, and any file the column `split` ("train" or "test"). Without it
-    the test rows are drawn as in `client_from_file`, for each client alone.
+    same in all rows of a client; without a column `client` it is one client of the pool `unseen`.
+    Any file may have a column `split` ("train" or "test"); without it the test rows are drawn as
+    in `client_from_file`, for each client alone.
 
     Args:
         source: the one file, or client name -> its file.
@@ -102,7 +102,7 @@ def federation_from_files(
     texts = list(dict.fromkeys([*text_columns, *([target_column] if target_column else [])]))
     if isinstance(source, (str, Path)):
         parts = [_read(source, texts, label_column, None, None)]
-        name = Path(source).name.split(".")[0]
+        name = _stem(source)
     else:
         parts = [
             _read(path, texts, label_column, (client, file.language, file.pool), split)
@@ -135,26 +135,32 @@ def _read(
     split: str | None,
 ) -> tuple[str, dict[str, list[Any]]]:
     """One file's columns: the texts, the label, and client, language, pool and split."""
-    wanted = [label_column] if label_column else []
-    optional = ["split"]
-    if who is None:
-        wanted, optional = [*wanted, "client"], [*optional, "language", "pool"]
-    read = read_table(path, text_columns=texts, columns=wanted, optional=optional)
+    read = read_table(
+        path,
+        text_columns=texts,
+        columns=[label_column] if label_column else [],
+        optional=["split"] if who else [*_WHO, "split"],
+    )
     data = {name: read[name][:] for name in read.column_names}
     rows = len(read)
-    if who is not None:
-        data |= {column: [value] * rows for column, value in zip(_WHO, who, strict=True)}
-    data.setdefault("language", ["und"] * rows)
-    data.setdefault("pool", [SEEN] * rows)
+    if who is None:
+        who = (_stem(path), "und", SEEN if "client" in data else UNSEEN)
+    for column, value in zip(_WHO, who, strict=True):
+        data.setdefault(column, [value] * rows)
+        data[column] = [str(v) if isinstance(v, int) else v for v in data[column]]
+        check_text(path, column, data[column])
     if split is not None:
         data["split"] = [split] * rows
-    data.setdefault("split", [None] * rows)
-    for column in _WHO:
-        check_text(path, column, data[column])
-    for row, value in enumerate(data["split"], start=1):
-        if value not in ("train", "test", None):
+    for row, value in enumerate(data.get("split", []), start=1):
+        if value not in ("train", "test"):
             raise UserError(f"{path}, row {row}: split {value!r} is neither 'train' nor 'test'.")
+    data.setdefault("split", [None] * rows)
     return str(path), data
+
+
+def _stem(path: str | Path) -> str:
+    """A client's name from a file's."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).name.split(".")[0]).strip("-") or "client"
 
 
 def _found(parts: Iterable[tuple[str, dict[str, list[Any]]]], column: str) -> tuple[str, ...]:
@@ -169,15 +175,17 @@ def _class_names(
     path: str, column: str, values: Sequence[Any], classes: Sequence[str]
 ) -> list[str]:
     names = []
+    # Classes may be called "1", "2", "3": then a 1 is an id only where some value is no name.
+    by_id = not all(str(value) in classes for value in values)
     for row, value in enumerate(values, start=1):
         where = f"{path}, row {row}: column {column!r}"
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
             found = "nothing" if value in (None, "") else f"{type(value).__name__} {value!r}"
             raise UserError(f"{where} holds {found}, not a class name or a whole number.")
-        if str(value) in classes:
-            names.append(str(value))
-        elif re.fullmatch(r"\d+", str(value)) and int(value) < len(classes):
+        if by_id and re.fullmatch(r"\d+", str(value)) and int(value) < len(classes):
             names.append(classes[int(value)])
+        elif str(value) in classes:
+            names.append(str(value))
         else:
             raise UserError(
                 f"{where} holds the unknown class {value!r}."

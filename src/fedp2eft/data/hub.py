@@ -102,12 +102,13 @@ def load_hub_dataset(
         table = datasets.load_dataset(path, config, split=split, revision=revision)
     except ConnectionError as error:
         raise UserError(
-            f"The hub is not reachable for {what} ({first_line(error)}): check the network, or use a "
-            "data set that ships with the package or a file."
+            f"The hub is not reachable for {what} ({first_line(error)}): check the network, or use "
+            "the data set that ships with the package, or a file."
         ) from None
     except RuntimeError as error:
         raise UserError(
-            f"{what} cannot be loaded ({first_line(error)}): revision refs/convert/parquet may help."
+            f"{what} cannot be loaded ({first_line(error)}): "
+            "revision refs/convert/parquet may help."
         ) from None
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise UserError(f"{what}, split {split}, cannot be loaded ({first_line(error)}).") from None

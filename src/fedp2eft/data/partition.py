@@ -174,7 +174,7 @@ class _Stock:
 
 
 def _quota(wanted: NDArray[np.float64], left: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """How many rows of each label: `size` in all, near `wanted`, at most `left`; shape (labels,)."""
+    """Rows of each label, shape (labels,): `size` in all, near `wanted`, at most `left`."""
     counts = np.zeros(len(left), dtype=np.int64)
     while (missing := size - int(counts.sum())) > 0:
         room = left - counts

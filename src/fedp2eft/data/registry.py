@@ -7,7 +7,7 @@ from typing import Any
 
 from fedp2eft.data import debian
 from fedp2eft.data.federation import Federation
-from fedp2eft.data.files import client_from_file, federation_from_files
+from fedp2eft.data.files import federation_from_files
 from fedp2eft.data.hub import MASAKHANEWS, XNLI, HubSource, load_hub
 from fedp2eft.data.settings import DataSettings
 from fedp2eft.errors import UserError, nearest
@@ -70,8 +70,6 @@ def _load_hub(settings: DataSettings) -> Federation:
 
 
 def _load_files(settings: DataSettings) -> Federation:
-    from fedp2eft.data.table import read_table
-
     if (settings.path is None) == (not settings.files):
         raise UserError("Set either data.path (one file) or data.files (client name to its file).")
     columns: dict[str, Any] = {
@@ -82,11 +80,7 @@ def _load_files(settings: DataSettings) -> Federation:
         "test_fraction": settings.test_fraction,
         "seed": settings.seed,
     }
-    if settings.path is None:
-        return federation_from_files(settings.files, **columns)
-    if "client" in read_table(settings.path, columns=(), optional=("client",)).column_names:
-        return federation_from_files(settings.path, **columns)
-    return client_from_file(settings.path, **columns)
+    return federation_from_files(settings.path or settings.files, **columns)
 
 
 _HUB_ONLY = ("train_split", "test_split", "pool_train", "pool_test", "revision")

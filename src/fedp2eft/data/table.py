@@ -176,8 +176,8 @@ def _read_csv(path: Path, select: Callable[[Sequence[str]], list[str]]) -> Colum
                 data[header[index]].append(row[index])
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: {first_line(error)}. Is a quote not closed, or the file "
-            "cut off?"
+            f"{path}, line {reader.line_num}: {first_line(error)}. "
+            "Is a quote not closed, or the file cut off?"
         ) from None
     return data
 

@@ -21,6 +21,7 @@ import numpy as np
 _ENDS_HERE = 1 << 8
 _IS_VALUE = 1 << 31
 _BLOCK = 256
+_WINDOW = 8 * _BLOCK  # units at the end that are tried; earlier gaps stay empty
 
 Node = dict[int, "Node"]
 
@@ -29,12 +30,14 @@ def encode_charsmap(rules: Mapping[str, str]) -> bytes:
     """The charsmap that rewrites each key of `rules` to its value.
 
     Args:
-        rules: non-empty keys to replacements (which may be empty). No string contains NUL, which
-            the format uses as its terminator.
+        rules: at least one; non-empty keys to replacements (which may be empty). No string contains
+            NUL, which the format uses as its terminator.
 
     Raises:
-        ValueError: a key is empty, or a string contains NUL.
+        ValueError: there is no rule, a key is empty, or a string contains NUL.
     """
+    if not rules:
+        raise ValueError("a charsmap has at least one rule")
     if "" in rules or any("\0" in key or "\0" in value for key, value in rules.items()):
         raise ValueError("a charsmap has no empty key and no NUL character")
     starts: dict[str, int] = {}
@@ -54,23 +57,21 @@ def encode_charsmap(rules: Mapping[str, str]) -> bytes:
 
 
 def _place(root: Node, values: Mapping[int, int]) -> np.ndarray:
-    """Lays the trie out in an array of units, first fit."""
-    units: list[int] = [0] * _BLOCK
+    """Lays the trie out in an array of units, each node where it first fits."""
+    units = [0] * _BLOCK
     taken = [False] * _BLOCK
     taken[0] = True  # the root
     bases: set[int] = set()
-    first_free = 1
     queue = [(root, 0)]
     while queue:
         node, position = queue.pop()
         ends = id(node) in values
         labels = [0, *node] if ends else list(node)
-        while first_free < len(taken) and taken[first_free]:
-            first_free += 1
-        for base in count(first_free & -_BLOCK):
-            if base + _BLOCK > len(units):  # base ^ c stays in the block of base: keep blocks whole
+        for slot in count(max(1, len(units) - _WINDOW)):
+            if slot == len(units):  # base ^ c stays in the block of base: keep blocks whole
                 units += [0] * _BLOCK
                 taken += [False] * _BLOCK
+            base = slot ^ labels[0]
             # Two nodes with one base would take each other's children for their own.
             if base not in bases and not any(taken[base ^ label] for label in labels):
                 break

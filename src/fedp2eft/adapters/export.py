@@ -1,0 +1,171 @@
+"""Adapters on disk: folders that plain PEFT and inference servers load.
+
+λ and s are folded into B, so the scale is exactly 1. Layouts:
+
+* `portable`: every module padded with zeros to the largest kept rank R, r = lora_alpha = R and no
+  patterns. Servers that apply one rank and one scale to the whole adapter (vLLM, SGLang), PEFT
+  hot-swapping and mixed batches load it as it is.
+* `compact`: the true ranks, by `rank_pattern` and `alpha_pattern`; modules without ranks left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fedp2eft.adapters.gates import PEFT_PREFIX
+from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
+from fedp2eft.errors import UserError
+
+Layout = Literal["portable", "compact"]
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+FACTS_FILE = "fedp2eft.json"
+
+
+def save_adapter(
+    weights: AdapterWeights,
+    folder: str | Path,
+    *,
+    base: str,
+    revision: str | None = None,
+    layout: Layout = "portable",
+    task_type: str | None = None,
+    facts: dict[str, object] | None = None,
+) -> Path:
+    """Write a PEFT adapter folder; an existing one is replaced only when the new one is whole.
+
+    Args:
+        weights: The adapter.
+        folder: Where to.
+        base: Name or folder of the base model, for `base_model_name_or_path`.
+        revision: Revision of the base model.
+        layout: "portable" or "compact".
+        task_type: PEFT's task type; None for sequence classification, whose head is adapted, not
+            saved.
+        facts: Anything JSON to keep beside it in fedp2eft.json.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The adapter has numbers that are not finite, or the disk is full.
+    """
+    if not weights.is_finite():
+        raise UserError(f"Adapter for {folder} holds NaN or infinity: not saved.")
+    folded = weights.folded()
+    kept = [layer for layer in folded.layers if layer.rank or layout == "portable"]
+    R = folded.max_rank
+    tensors = {}
+    for layer in kept:
+        width = R - layer.rank if layout == "portable" else 0
+        a, b = _keys(layer)
+        tensors[a] = pad(layer.A, (0, 0, 0, width)).contiguous()
+        tensors[b] = pad(layer.B, (0, width)).contiguous()
+    ranks = {re.escape(layer.name): layer.rank for layer in kept if layer.rank != R}
+    compact = layout == "compact"
+    config = LoraConfig(
+        r=R,
+        lora_alpha=R,
+        rank_pattern=ranks if compact else {},
+        alpha_pattern=ranks if compact else {},
+        target_modules=[layer.name for layer in kept],
+        lora_dropout=0.0,
+        bias="none",
+        task_type=task_type,
+        inference_mode=True,
+    )
+    config.base_model_name_or_path = base
+    config.revision = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
+    card = {"layout": layout, "base_revision": revision, "ranks": weights.ranks, **(facts or {})}
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".adapter-"))
+        try:
+            save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+            config.save_pretrained(str(scratch))
+            (scratch / FACTS_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+            scratch.chmod(0o755)
+            if target.exists():
+                _check_replaceable(target)
+                shutil.rmtree(target)
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"Could not write adapter {target}: {error.strerror or error}.") from error
+    return target
+
+
+def load_adapter(folder: str | Path) -> AdapterWeights:
+    """Read a portable or compact folder back; ranks that are all zero are dropped.
+
+    Raises:
+        UserError: No adapter there, damaged, or one whose scale is not 1 (not written by this
+            package).
+    """
+    folder = Path(folder)
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"No PEFT adapter in {folder}: {CONFIG_FILE} or weights missing.") from error
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS_FILE} is damaged ({error}).") from error
+    if config.lora_alpha != config.r or config.alpha_pattern != config.rank_pattern:
+        raise UserError(f"The scale of {folder} is not 1: this package did not write it.")
+    layers = []
+    for name in _module_names(folder, tensors):
+        embedding = f"{PEFT_PREFIX}{name}.lora_embedding_A" in tensors
+        a, b = _keys(LayerWeights(name, torch.empty(0), torch.empty(0), torch.empty(0), embedding))
+        if a not in tensors:
+            continue
+        A, B = tensors[a], tensors[b]
+        used = A.abs().sum(dim=1) > 0
+        ones = torch.ones(int(used.sum()))
+        layers.append(LayerWeights(name, A[used], B[:, used], ones, embedding))
+    return AdapterWeights(tuple(layers), 1.0)
+
+
+def adapter_facts(folder: str | Path) -> dict[str, object]:
+    """What fedp2eft.json says of an adapter folder; empty where there is none."""
+    try:
+        facts = json.loads((Path(folder) / FACTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _keys(layer: LayerWeights) -> tuple[str, str]:
+    stem = PEFT_PREFIX + layer.name
+    if layer.embedding:
+        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def _module_names(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
+    """Module names in the base model's order where fedp2eft.json has it, else as in the file."""
+    found = {
+        key.removeprefix(PEFT_PREFIX).split(".lora_")[0]: None
+        for key in tensors
+        if ".lora_" in key
+    }
+    ranks = adapter_facts(folder).get("ranks")
+    ordered = [name for name in ranks if name in found] if isinstance(ranks, dict) else []
+    return ordered + [name for name in found if name not in set(ordered)]
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG_FILE).exists()):
+        raise UserError(f"{target} exists and is no adapter folder: name another place.")

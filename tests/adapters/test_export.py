@@ -1,0 +1,156 @@
+"""Every layout gives the logits that the model gave in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.export import load_adapter, save_adapter
+from fedp2eft.errors import UserError
+from fedp2eft.settings import AdapterSettings
+
+IDS = torch.arange(1, 13).reshape(2, 6)
+
+PLAIN_PEFT = """
+import sys, json, torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoModelForCausalLM
+kind, base, adapter, out = sys.argv[1:]
+auto = {"bert": AutoModelForSequenceClassification}.get(kind, AutoModelForCausalLM)
+model = auto.from_pretrained(base)
+if adapter != "-":
+    model = PeftModel.from_pretrained(model, adapter)
+model.eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits
+assert "fedp2eft" not in sys.modules
+json.dump(logits.double().tolist(), open(out, "w"))
+"""
+
+
+def tiny(kind: str):
+    torch.manual_seed(7)
+    if kind == "bert":
+        return BertForSequenceClassification(
+            BertConfig(
+                vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                intermediate_size=24, max_position_embeddings=16, num_labels=3,
+            )
+        )  # fmt: skip
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16,
+                       bos_token_id=0, eos_token_id=0)
+        )  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def in_new_process(kind: str, base: Path, adapter: Path | str, out: Path) -> torch.Tensor:
+    subprocess.run(
+        [sys.executable, "-c", PLAIN_PEFT, kind, str(base), str(adapter), str(out)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return torch.tensor(json.loads(out.read_text()), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", params=["bert", "gpt2", "llama", "gpt2+wte"])
+def personalized(request, tmp_path_factory):
+    """A tiny model with a trimmed adapter whose ranks differ from layer to layer, and its logits."""
+    kind, _, extra = request.param.partition("+")
+    folder = tmp_path_factory.mktemp(kind)
+    base = tiny(kind)
+    base.save_pretrained(folder / "base")
+    targets: str | list[str] = ["c_attn", "c_proj", extra] if extra else "all-linear"
+    bt = BTLora(base, AdapterSettings(r_max=4, target_modules=targets))
+    generator = torch.Generator().manual_seed(1)
+    lam = torch.rand(len(bt.names), 4, generator=generator) + 0.1
+    keep = torch.rand(lam.shape, generator=generator) < 0.4
+    keep[0] = False  # a layer without ranks
+    keep[-1] = True
+    with bt.trimmed(lam, keep) as trimmed:
+        with torch.no_grad():
+            for parameter in trimmed.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        bt.model.eval()
+        with torch.no_grad():
+            logits = bt.model(input_ids=IDS).logits.double()
+        weights = trimmed.weights()
+    with torch.no_grad(), bt.model.disable_adapter():
+        untouched = bt.model(input_ids=IDS).logits.double()
+    assert (logits - untouched).abs().max() > 0.05
+    return kind, folder, weights, logits
+
+
+@pytest.mark.parametrize("layout", ["portable", "compact"])
+def test_plain_peft_gives_the_same_logits(personalized, layout) -> None:
+    kind, folder, weights, logits = personalized
+    adapter = save_adapter(weights, folder / layout, base=str(folder / "base"), layout=layout)
+    loaded = in_new_process(kind, folder / "base", adapter, folder / "out.json")
+    assert torch.allclose(loaded, logits, atol=1e-5, rtol=0)
+
+
+def test_vllm_rule_gives_the_same_logits(personalized) -> None:
+    """One scale (lora_alpha / r) for all modules, patterns ignored, missing modules allowed."""
+    kind, folder, weights, logits = personalized
+    adapter = save_adapter(weights, folder / "vllm", base=str(folder / "base"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / config["r"]
+    model = tiny(kind).eval()
+    with torch.no_grad():
+        for key in [k for k in tensors if "lora_A" in k or "lora_embedding_A" in k]:
+            A, B = tensors[key], tensors[key.replace("_A", "_B")]
+            assert A.shape[0] == B.shape[1] == config["r"]
+            name = key.removeprefix("base_model.model.").split(".lora_")[0]
+            weight = model.get_submodule(name).weight
+            delta = scale * B @ A
+            weight.add_(delta if delta.shape == weight.shape and kind != "gpt2" else delta.T)
+        got = model(input_ids=IDS).logits.double()
+    assert torch.allclose(got, logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["portable", "compact"])
+def test_reading_back_keeps_the_true_ranks(personalized, layout) -> None:
+    _, folder, weights, _ = personalized
+    adapter = save_adapter(weights, folder / f"again-{layout}", base="b", layout=layout)
+    read = {name: rank for name, rank in load_adapter(adapter).ranks.items() if rank}
+    assert read == {name: rank for name, rank in weights.ranks.items() if rank}
+
+
+def test_nan_is_not_saved(personalized, tmp_path) -> None:
+    _, _, weights, _ = personalized
+    weights.layers[-1].A[0, 0], before = torch.nan, weights.layers[-1].A[0, 0].clone()
+    try:
+        with pytest.raises(UserError, match="NaN"):
+            save_adapter(weights, tmp_path / "a", base="b")
+    finally:
+        weights.layers[-1].A[0, 0] = before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_folder_is_not_replaced(personalized, tmp_path) -> None:
+    _, _, weights, _ = personalized
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no adapter folder"):
+        save_adapter(weights, tmp_path, base="b")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
