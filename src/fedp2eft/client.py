@@ -6,7 +6,8 @@ Functions of (adapter, data, φ, settings). Nothing here knows of a network or a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
@@ -90,6 +91,7 @@ def descend(
     settings: LocalSettings,
     *,
     zero: Sequence[nn.Parameter] | None = None,
+    seed: int = 0,
     on_step: OnStep | None = None,
 ) -> list[float]:
     """Run an optimiser over mini-batches; the one training loop of the package.
@@ -103,6 +105,7 @@ def descend(
         settings: Clip, accumulation, dropout.
         zero: Parameters whose gradients are zeroed before a step (all of the optimiser's where
             none are given).
+        seed: Seed of the base model's own dropout; the global random state is left as it was.
         on_step: Called with the loss of every step.
 
     Returns:
@@ -113,9 +116,7 @@ def descend(
     """
     losses: list[float] = []
     batches = iter(order)
-    training = model.training
-    model.train(settings.dropout)
-    try:
+    with _training(model, settings.dropout, seed):
         while group := list(islice(batches, settings.accumulate)):
             if zero is None:
                 optimizer.zero_grad()
@@ -124,7 +125,7 @@ def descend(
                     parameter.grad = None
             total = 0.0
             for rows in group:
-                with parametrize.cached():  # PEFT reads each gated A more than once per forward
+                with _gates_read_once(model):
                     loss = loss_of(rows) / len(group)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
@@ -138,9 +139,21 @@ def descend(
             losses.append(total)
             if on_step:
                 on_step(total)
-    finally:
-        model.train(training)
     return losses
+
+
+@contextmanager
+def _training(model: nn.Module, dropout: bool, seed: int) -> Iterator[None]:
+    """The model's own dropout on, drawn from `seed`; mode and global random state come back."""
+    before = model.training
+    with torch.random.fork_rng(enabled=dropout):
+        if dropout:
+            torch.manual_seed(seed)
+        model.train(dropout)
+        try:
+            yield
+        finally:
+            model.train(before)
 
 
 def stage1(
@@ -150,6 +163,8 @@ def stage1(
     order: Iterable[NDArray],  # type: ignore[type-arg]
     settings: LocalSettings,
     profile: Profile,
+    *,
+    seed: int = 0,
     on_step: OnStep | None = None,
 ) -> list[float]:
     """Minimise L over (A, B, λ) from the adapter as it stands; returns L of every step.
@@ -177,6 +192,7 @@ def stage1(
         weights,
         settings,
         zero=None if profile.zero_lambda_grad else weights,
+        seed=seed,
         on_step=on_step,
     )
 
@@ -214,6 +230,8 @@ def train_round(
     settings: LocalSettings,
     generator: GeneratorSettings,
     profile: Profile,
+    *,
+    seed: int = 0,
     on_step: OnStep | None = None,
 ) -> Round:
     """One client's part of a federated round: λ⁰ = PSG(ξ), stage 1, stage 2.
@@ -228,12 +246,15 @@ def train_round(
         settings: Stage 1.
         generator: Stage 2.
         profile: `paper` or `reference`.
+        seed: Seed of the base model's own dropout.
         on_step: Called with L of every step.
     """
     with torch.no_grad():
         lam = psg(xi)
     bt.reset(lam.to(bt.lam.device))
-    losses = stage1(bt, task, data, order, settings, profile, on_step)
+    losses = stage1(
+        bt, task, data, order, settings, profile, seed=seed, on_step=on_step
+    )
     target = (bt.clamped_lambda() if profile.clamp_target else bt.lam).detach().cpu().clone()
     psg_loss = stage2(psg, xi, target, generator)
     return Round(psg.numbers(), len(data), psg_loss, losses, bt.rank_lambda().cpu())
@@ -247,8 +268,9 @@ def personalize(
     keep: Tensor,
     order: Iterable[NDArray],  # type: ignore[type-arg]
     settings: LocalSettings,
-    on_step: OnStep | None = None,
     *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
     measure: Callable[[nn.Module], None] | None = None,
 ) -> Fitted:
     """Fine-tune the kept rows of A and columns of B with λ frozen (paper section 4, inference).
@@ -261,6 +283,7 @@ def personalize(
         keep: Kept ranks, boolean L × r_max.
         order: Mini-batches of row numbers.
         settings: Learning rate, clip, dropout.
+        seed: Seed of the base model's own dropout.
         on_step: Called with the task loss of every step.
         measure: Called with the personalized model before the adapter is taken away.
     """
@@ -273,6 +296,7 @@ def personalize(
             adamw([{"params": weights, "lr": settings.personalize_lr}]),
             weights,
             settings,
+            seed=seed,
             on_step=on_step,
         )
         fitted = Fitted(trimmed.weights(), trimmed.lam.cpu(), losses)
@@ -290,11 +314,22 @@ def structure(psg: PSG, xi: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return lam, keep_largest(lam, rank)
 
 
-def local_order(rows: int, epochs: int, settings: LocalSettings, seed: int) -> Iterable[NDArray]:  # type: ignore[type-arg]
+def local_order(rows: int, epochs: int, batch_size: int, seed: int) -> Iterator[NDArray]:  # type: ignore[type-arg]
     """Mini-batches of one local run; no training rows is a `UserError`."""
     if rows == 0:
         raise UserError("This client has no training rows: give it text, or leave it out.")
-    return epoch_batches(rows, epochs, settings.batch_size, seed)
+    return epoch_batches(rows, epochs, batch_size, seed)
+
+
+def _gates_read_once(model: nn.Module) -> AbstractContextManager[None]:
+    """PEFT reads each gated A more than once per forward; this computes it once.
+
+    Not under gradient checkpointing: the second forward, in the backward pass, must do exactly what
+    the first did.
+    """
+    if getattr(model, "is_activation_checkpointing", False):
+        return nullcontext()
+    return parametrize.cached()
 
 
 def adamw(groups: list[dict[str, object]]) -> torch.optim.Optimizer:

@@ -30,6 +30,8 @@ class _Moments:
 
     def merge(self, part: _Moments) -> None:
         """Become the moments of both streams together (Chan's pairwise update)."""
+        if not part.count:  # an expert that no token was sent to
+            return
         total = self.count + part.count
         shift = part.mean - self.mean
         self.mean += shift * part.count / total

@@ -8,9 +8,10 @@ biases at 1e-4, so an untrained PSG predicts λ̂ near 1e-4 for every rank.
 
 # No `from __future__ import annotations`: PyTorchModelHubMixin reads the annotation of `config`.
 import json
-from dataclasses import dataclass, fields, replace
+import reprlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -130,6 +131,7 @@ class PSGConfig:
             "r_max": "r_max",
             "layerwise": "layer-wise λ",
             "feature_kind": "feature kind",
+            "profile": "profile",
             "log_quantity": "log-quantity feature",
             "linear_names": "linear layers of the base model",
             "layer_names": "adapted layers",
@@ -140,8 +142,8 @@ class PSGConfig:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 if isinstance(mine, tuple):
-                    odd = sorted(set(mine) ^ set(theirs))
-                    mine, theirs = f"{len(mine)} names", f"{len(theirs)} (first other: {odd[:1]})"
+                    odd = sorted(set(mine) ^ set(theirs)) or ["their order"]
+                    mine, theirs = f"{len(mine)} names", f"{len(theirs)} (first other: {odd[0]})"
                 raise UserError(
                     f"This PSG was made for another {words}: it has {mine}, here it is {theirs}. "
                     "Use the model and settings that it was trained with."
@@ -165,15 +167,16 @@ class PSG(
         self.config = config
         columns = 1 if config.layerwise else config.r_max
         hidden = config.hidden_multiplier * config.n_features
-        self.first_layer = nn.Sequential(nn.Linear(config.n_features, hidden), nn.PReLU())
-        self.last_layer = nn.Linear(hidden, len(config.layer_names) * columns)
+        with torch.random.fork_rng(devices=[]):  # first draws that _reset_parameters() replaces
+            self.first_layer = nn.Sequential(nn.Linear(config.n_features, hidden), nn.PReLU())
+            self.last_layer = nn.Linear(hidden, len(config.layer_names) * columns)
         self._reset_parameters()
 
     @torch.no_grad()
     def _reset_parameters(self) -> None:
-        generator = torch.Generator().manual_seed(derive_seed("psg", self.config.seed))
         first = self.first_layer[0]
         assert isinstance(first, nn.Linear)
+        generator = torch.Generator(device="cpu").manual_seed(derive_seed("psg", self.config.seed))
         for layer, bias in ((first, HIDDEN_BIAS), (self.last_layer, self.config.init_lambda)):
             nn.init.xavier_normal_(layer.weight, gain=GAIN, generator=generator)
             nn.init.constant_(layer.bias, bias)
@@ -240,14 +243,17 @@ class PSG(
                 Path(_download(str(name), file, revision))
                 for file in ("config.json", "model.safetensors")
             )
-        psg = cls(_read_config(config_path))
+        config = _read_config(config_path)
         try:
             phi = load_file(weights_path)
         except FileNotFoundError as error:
             raise UserError(f"No model.safetensors in {name}: this is no PSG folder.") from error
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{weights_path} is damaged ({error}): fetch it again.") from error
-        psg.set_numbers(phi, f"φ in {weights_path}")
+        with torch.device("meta"):  # sizes first: a wrong config must not ask for all memory
+            check_numbers(phi, cls(config).state_dict(), f"φ in {weights_path}")
+        psg = cls(config)
+        psg.set_numbers(phi)
         psg.requires_grad_(True)
         return psg.eval()
 
@@ -263,7 +269,7 @@ def check_numbers(phi: dict[str, Tensor], like: dict[str, Tensor], whose: str) -
                 f"{whose}: {name} has shape {tuple(value.shape)}, "
                 f"this PSG expects {tuple(like[name].shape)}."
             )
-        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+        if not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
             raise UserError(f"{whose}: {name} holds NaN, infinity or no floats; discard it.")
 
 
@@ -272,19 +278,35 @@ def _read_config(path: Path) -> PSGConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"No config.json in {path.parent}: this is no PSG folder.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch it again.") from error
-    known = {f.name for f in fields(PSGConfig)}
-    if not isinstance(raw, dict) or not {"linear_names", "layer_names", "r_max"} <= set(raw):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not isinstance(raw, dict):
         raise UserError(f"{path} describes no PSG.")
+    kinds = get_type_hints(PSGConfig)
+    facts = {key: value for key, value in raw.items() if key in kinds}
+    for key, value in facts.items():
+        if not _is_a(kinds[key], value):
+            raise UserError(f"{path} describes no PSG: {key} is {reprlib.repr(value)}.")
     try:
-        config = PSGConfig(**{key: value for key, value in raw.items() if key in known})
-        sizes = (config.r_max, config.hidden_multiplier, len(config.layer_names), config.n_features)
-        if not all(isinstance(n, int) and 0 < n < 1_000_000 for n in sizes):
-            raise ValueError(f"impossible sizes {sizes}")
-        return replace(config)
-    except (TypeError, ValueError) as error:
+        config = PSGConfig(**facts)
+    except TypeError as error:
         raise UserError(f"{path} describes no PSG ({error}).") from error
+    sizes = (config.r_max, config.hidden_multiplier, len(config.layer_names), config.n_features)
+    if not all(0 < n < 1_000_000 for n in sizes) or not 0 < config.lambda_min < config.lambda_max:
+        raise UserError(f"{path} describes no PSG: its sizes or its range of λ are impossible.")
+    return config
+
+
+def _is_a(kind: Any, value: object) -> bool:
+    """Whether a value read from JSON is of the type that a field of `PSGConfig` is declared as."""
+    if kind is float:
+        return type(value) in (int, float) and -1e30 < value < 1e30  # type: ignore[operator]
+    if kind in (int, bool, str):
+        return type(value) is kind
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return names or (kind == str | list[str] and isinstance(value, str))
 
 
 def _download(repo: str, file: str, revision: str | None) -> str:

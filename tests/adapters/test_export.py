@@ -10,14 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from tiny import tiny
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import load_adapter, save_adapter
@@ -41,28 +34,6 @@ with torch.no_grad():
 assert "fedp2eft" not in sys.modules
 json.dump(logits.double().tolist(), open(out, "w"))
 """
-
-
-def tiny(kind: str):
-    torch.manual_seed(7)
-    if kind == "bert":
-        return BertForSequenceClassification(
-            BertConfig(
-                vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                intermediate_size=24, max_position_embeddings=16, num_labels=3,
-            )
-        )  # fmt: skip
-    if kind == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16,
-                       bos_token_id=0, eos_token_id=0)
-        )  # fmt: skip
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
 
 
 def in_new_process(kind: str, base: Path, adapter: Path | str, out: Path) -> torch.Tensor:

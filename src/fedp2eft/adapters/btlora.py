@@ -12,6 +12,7 @@ and rate 100 (BayesTune, NeurIPS 2023).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -65,16 +66,18 @@ class BTLora:
             for name, module in base.named_modules()
             if isinstance(module, nn.Linear | Conv1D)
         )
-        with torch.random.fork_rng(devices=[]):  # PEFT draws first weights that reset() replaces
-            self.model: PeftModel = get_peft_model(
-                base,
-                LoraConfig(
-                    r=s.r_max,
-                    lora_alpha=s.scaling * s.r_max,
-                    target_modules=s.target_modules,
-                ),
-                adapter_name=FULL,
-            )
+        training = base.training
+        config = LoraConfig(
+            r=s.r_max, lora_alpha=s.scaling * s.r_max, target_modules=s.target_modules
+        )
+        try:
+            with torch.random.fork_rng(devices=[]):  # reset() replaces PEFT's first weights
+                self.model: PeftModel = get_peft_model(base, config, adapter_name=FULL)
+        except ValueError as error:
+            raise UserError(
+                f"The model cannot be adapted at {s.target_modules!r} (adapter.target_modules): "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         self.layers = tuple(adapted_layers(self.model, FULL))
         self.names = tuple(layer.name for layer in self.layers)
         self.lam = nn.Parameter(torch.empty(len(self.layers), 1 if s.layerwise else s.r_max))
@@ -82,6 +85,7 @@ class BTLora:
         clamp = (s.lambda_min, s.lambda_max) if clamp_forward else None
         for row, layer in enumerate(self.layers):
             layer.gate(RankGate(self.lam, row, clamp))
+        self.model.train(training)  # PEFT's wrapper is in training mode whatever the base is in
         self._common_A = [common_A(layer.name, layer.A, s.seed) for layer in self.layers]
         self._B0: list[Tensor] | None = None
         self.reset()
@@ -162,10 +166,16 @@ class BTLora:
 
         Yields:
             The trimmed adapter, active on `model`: common A, B = 0.
+
+        Raises:
+            UserError: No rank at all is kept.
         """
         ranks = [int(row.sum()) for row in keep]
         kept = [(n, r) for n, r in zip(self.names, ranks, strict=True) if r]
-        patterns = {n.replace(".", r"\."): r for n, r in kept}
+        if not kept:
+            raise UserError("No rank is kept, so there is nothing to fine-tune: keep at least one.")
+        # PEFT takes the first pattern that ends a name; "^" tells `dense` from `output.dense`.
+        patterns = {"^" + re.escape(n): r for n, r in kept}
         with torch.random.fork_rng(devices=[]):
             self.model.add_adapter(
                 TRIMMED,
@@ -181,8 +191,10 @@ class BTLora:
             self.model.set_adapter(TRIMMED)
             yield TrimmedAdapter(self, lam, keep)
         finally:
-            self.model.delete_adapter(TRIMMED)
+            for layer in adapted_layers(self.model, TRIMMED):
+                layer.ungate()
             self.model.set_adapter(FULL)
+            self.model.delete_adapter(TRIMMED)
 
     def trim(self, rank: int) -> AdapterWeights:
         """The trained adapter cut to its r·L largest λ, without further training."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedp2eft.errors import UserError
 from fedp2eft.settings import check_rank
 
 
@@ -27,8 +28,6 @@ def keep_largest(lam: Tensor, rank: int) -> Tensor:
     layers, r_max = lam.shape
     check_rank(rank, r_max)
     if lam.isnan().any():
-        from fedp2eft.errors import UserError
-
         raise UserError("λ holds NaN, so no ranks can be chosen: train the PSG again.")
     order = torch.sort(lam.reshape(-1), descending=True, stable=True).indices
     mask = torch.zeros(layers * r_max, dtype=torch.bool, device=lam.device)

@@ -120,7 +120,7 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS_FILE)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"No PEFT adapter in {folder}: {CONFIG_FILE} or weights missing.") from error
+        raise UserError(f"No PEFT adapter in {folder}: a file of it is missing.") from error
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS_FILE} is damaged ({error}).") from error
     if config.lora_alpha != config.r or config.alpha_pattern != config.rank_pattern:

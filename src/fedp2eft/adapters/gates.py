@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ class AdaptedLayer:
         """A before its gate, r × d_in."""
         holder, attribute = self._holder()
         if parametrize.is_parametrized(holder, attribute):
-            original: nn.Parameter = holder.parametrizations[attribute].original
+            gated: Any = holder.parametrizations
+            original: nn.Parameter = gated[attribute].original
             return original
         weight: nn.Parameter = getattr(holder, attribute)
         return weight
@@ -96,6 +98,11 @@ class AdaptedLayer:
         """Put `gate` on this layer's A."""
         # `unsafe` skips a trial run of the gate at registration; it keeps shape and dtype.
         parametrize.register_parametrization(*self._holder(), gate, unsafe=True)
+
+    def ungate(self) -> None:
+        """Take the gate off again; PEFT cannot delete an embedding's A while it is gated."""
+        if parametrize.is_parametrized(*self._holder()):
+            parametrize.remove_parametrizations(*self._holder(), leave_parametrized=False)
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> Iterator[AdaptedLayer]:

@@ -52,7 +52,7 @@ class AdapterWeights:
     @property
     def max_rank(self) -> int:
         """Largest rank of any layer, at least 1."""
-        return max(1, *(layer.rank for layer in self.layers))
+        return max([1, *(layer.rank for layer in self.layers)])
 
     def parameters(self) -> int:
         """Numbers in A and B of the kept ranks."""

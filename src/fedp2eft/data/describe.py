@@ -1,16 +1,14 @@
 """A federation in numbers, and its partition as a readable file."""
 
 import json
-import os
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedp2eft.data.federation import Federation
-from fedp2eft.errors import UserError
+from fedp2eft.files import write_text
 
 
 def describe(federation: Federation) -> list[dict[str, Any]]:
@@ -73,13 +71,4 @@ def save_partition(federation: Federation, path: str | Path) -> None:
         ensure_ascii=False,
     )
     text = f'{head[:-1]}, "clients": {{\n' + ",\n".join(clients) + "\n}}\n"
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+    write_text(Path(path), text)

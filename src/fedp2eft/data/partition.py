@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedp2eft.data.allocation import allocate
 from fedp2eft.data.federation import Client, Rows
 from fedp2eft.errors import UserError
 
@@ -35,15 +36,13 @@ def dirichlet_partition(
 
     Every client gets floor(N / clients) train rows and floor(M / clients) test rows, and no row
     goes to two clients. For each client, proportions over the labels are drawn once from
-    Dirichlet(alpha, ..., alpha). Its train part holds these proportions times its size, rounded by
-    largest remainder; its test part is rounded likewise from the proportions that its train part
-    came out with, so train and test agree also where a label ran short.
+    Dirichlet(alpha, ..., alpha). Its train part holds these proportions times its size, rounded;
+    its test part is rounded likewise from the proportions that its train part came out with, so
+    train and test agree also where a label ran short.
 
-    Shortage: clients are served in order. Where fewer rows of a label are left than a client
-    should get, it gets all that are left, and what is missing is shared over the labels that still
-    have rows, in the client's own proportions; once none of the client's labels has rows left, in
-    the proportions of what is left. The last clients therefore take what the others left over,
-    which is the less so the more rows remain unused (`max_train`, `max_test`).
+    Shortage: where the clients together ask for more rows of a label than there are, `allocate`
+    scales that label down alike for all of them and their other labels up. No client is served
+    before another, so none is left with what nobody else wanted.
 
     Args:
         train_labels: label of every train row of the pool, shape (N,).
@@ -68,14 +67,11 @@ def dirichlet_partition(
     test_size = _client_size("test", len(test), clients, max_test)
     labels, codes = np.unique(np.concatenate([train, test]), return_inverse=True)
     proportions = rng.dirichlet(np.full(len(labels), float(alpha)), size=clients)
-    train_stock = _Stock(codes[: len(train)], len(labels), rng)
-    test_stock = _Stock(codes[len(train) :], len(labels), rng)
-    parts = []
-    for wanted in proportions:
-        counts = _quota(wanted, train_stock.left, train_size)
-        test_counts = _quota(counts / train_size, test_stock.left, test_size)
-        parts.append((train_stock.take(counts), test_stock.take(test_counts)))
-    return parts
+    train_stock = _stock(codes[: len(train)], len(labels), rng)
+    test_stock = _stock(codes[len(train) :], len(labels), rng)
+    counts = allocate(proportions, _sizes(train_stock), train_size)
+    test_counts = allocate(counts / train_size, _sizes(test_stock), test_size)
+    return list(zip(_deal(train_stock, counts), _deal(test_stock, test_counts), strict=True))
 
 
 def partition_pools(
@@ -151,48 +147,34 @@ def local_validation_split(
         return np.arange(rows, dtype=np.int64), np.empty(0, dtype=np.int64)
     size = min(max(round(fraction * rows), 1), rows - 1)
     names, codes = np.unique(values, return_inverse=True)
-    stock = _Stock(codes, len(names), rng)
-    held = stock.take(_quota(stock.left / rows, stock.left, size))
+    stock = _stock(codes, len(names), rng)
+    [held] = _deal(stock, allocate(_sizes(stock)[None] / rows, _sizes(stock), size))
     return np.setdiff1d(np.arange(rows, dtype=np.int64), held), held
 
 
-class _Stock:
-    """The rows not yet given away, by label, each label's in an order drawn at the start."""
-
-    def __init__(self, codes: NDArray[np.int64], labels: int, rng: np.random.Generator) -> None:
-        self.rows = [rng.permutation(np.flatnonzero(codes == label)) for label in range(labels)]
-        self.left = np.array([len(rows) for rows in self.rows], dtype=np.int64)
-
-    def take(self, counts: NDArray[np.int64]) -> Rows:
-        """Give away `counts[label]` rows of each label, shape (labels,)."""
-        taken = [
-            rows[left - count : left]
-            for rows, left, count in zip(self.rows, self.left, counts, strict=True)
-        ]
-        self.left = self.left - counts
-        return np.sort(np.concatenate(taken)).astype(np.int64)
+def _stock(codes: NDArray[np.int64], labels: int, rng: np.random.Generator) -> list[Rows]:
+    """The rows of each label, in a drawn order."""
+    return [rng.permutation(np.flatnonzero(codes == label)) for label in range(labels)]
 
 
-def _quota(wanted: NDArray[np.float64], left: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Rows of each label, shape (labels,): `size` in all, near `wanted`, at most `left`."""
-    counts = np.zeros(len(left), dtype=np.int64)
-    while (missing := size - int(counts.sum())) > 0:
-        room = left - counts
-        weight = np.where(room > 0, wanted, 0.0)
-        if weight.sum() <= 0:
-            weight = room.astype(np.float64)
-        # Either this hands out all that is missing, or it empties a label: the loop ends.
-        counts += np.minimum(_largest_remainder(weight / weight.sum(), missing), room)
-    return counts
+def _sizes(stock: Sequence[Rows]) -> NDArray[np.int64]:
+    return np.array([len(rows) for rows in stock], dtype=np.int64)
 
 
-def _largest_remainder(share: NDArray[np.float64], size: int) -> NDArray[np.int64]:
-    """Whole numbers near `share * size` that sum to `size`; ties go to the earlier label."""
-    exact = share * size
-    counts = np.floor(exact).astype(np.int64)
-    first = np.argsort(counts - exact, kind="stable")[: size - int(counts.sum())]
-    counts[first] += 1
-    return counts
+def _deal(stock: Sequence[Rows], counts: NDArray[np.int64]) -> list[Rows]:
+    """Each client's rows, ascending, for counts of shape (clients, labels)."""
+    ends = counts.cumsum(axis=0)
+    return [
+        np.sort(
+            np.concatenate(
+                [
+                    rows[end - count : end]
+                    for rows, end, count in zip(stock, mine, wanted, strict=True)
+                ]
+            )
+        ).astype(np.int64)
+        for mine, wanted in zip(ends, counts, strict=True)
+    ]
 
 
 def _client_size(part: str, rows: int, clients: int, limit: int | None) -> int:

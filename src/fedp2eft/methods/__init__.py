@@ -1,0 +1,27 @@
+"""Personalization methods by name: one small file each, registered by one line."""
+
+from __future__ import annotations
+
+from fedp2eft.errors import UserError, nearest
+from fedp2eft.methods.base import base
+from fedp2eft.methods.fedp2eft import fedp2eft
+from fedp2eft.methods.lora import lora
+from fedp2eft.methods.method import ClientSide, Method, Outcome
+
+METHODS: dict[str, Method] = {
+    "base": base,
+    "lora": lora,
+    "fedp2eft": fedp2eft,
+}
+WITHOUT_RANK = {"base"}
+"""Methods that no rank budget changes."""
+
+__all__ = ["METHODS", "WITHOUT_RANK", "ClientSide", "Method", "Outcome", "method_named"]
+
+
+def method_named(name: str) -> Method:
+    """The method of that name; an unknown one is a `UserError`."""
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        raise UserError(f"Method {name!r} is unknown.{nearest(name, list(METHODS))} Known: {known}.")
+    return METHODS[name]

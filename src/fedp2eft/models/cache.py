@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 from fedp2eft.errors import UserError
 
 MANIFEST = "manifest.json"
-_HASHED_UP_TO = 64 * 2**20  # bytes; hashing the weights at every start would cost more than it tells
+# Bytes. Larger files are the weights: hashing them at every start would cost more than it tells.
+_HASHED_UP_TO = 64 * 2**20
 _STALE_SECONDS = 24 * 3600
 
 
@@ -42,7 +43,7 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _sweep(final)
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=final.parent))
+        draft = _new_folder(final)
         try:
             build(draft)
             _seal(draft)
@@ -68,6 +69,13 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
+def _new_folder(final: Path) -> Path:
+    """An empty folder beside `final`, of a name that no other process has, readable as usual."""
+    folder = final.with_name(f".{final.name}.{secrets.token_hex(8)}")
+    folder.mkdir()
+    return folder
+
+
 def _entry(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     if size > _HASHED_UP_TO:
@@ -87,7 +95,6 @@ def _seal(folder: Path) -> None:
 
 def _publish(draft: Path, final: Path) -> None:
     """Gives the draft its final name; leaves a whole copy of another process in place."""
-    draft.chmod(0o755)  # mkdtemp makes it private, but a cache may be shared
     while True:
         try:
             draft.rename(final)
@@ -101,7 +108,7 @@ def _publish(draft: Path, final: Path) -> None:
 
 
 def _set_aside(damaged: Path) -> None:
-    grave = Path(tempfile.mkdtemp(prefix=f".{damaged.name}.", dir=damaged.parent))
+    grave = _new_folder(damaged)
     moved = grave / "damaged"
     try:
         damaged.rename(moved)

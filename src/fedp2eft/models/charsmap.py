@@ -20,6 +20,7 @@ import numpy as np
 
 _ENDS_HERE = 1 << 8
 _IS_VALUE = 1 << 31
+_MAX_UNITS = 1 << 21
 _BLOCK = 256
 _WINDOW = 8 * _BLOCK  # units at the end that are tried; earlier gaps stay empty
 
@@ -34,7 +35,7 @@ def encode_charsmap(rules: Mapping[str, str]) -> bytes:
             NUL, which the format uses as its terminator.
 
     Raises:
-        ValueError: there is no rule, a key is empty, or a string contains NUL.
+        ValueError: there is no rule or far too many, a key is empty, or a string contains NUL.
     """
     if not rules:
         raise ValueError("a charsmap has at least one rule")
@@ -57,18 +58,22 @@ def encode_charsmap(rules: Mapping[str, str]) -> bytes:
 
 
 def _place(root: Node, values: Mapping[int, int]) -> np.ndarray:
-    """Lays the trie out in an array of units, each node where it first fits."""
+    """Lays the trie out in an array of units: inner nodes where they first fit, then leaves.
+
+    Blocks are kept whole, so that `base ^ c` lies in the array for every byte c.
+    """
     units = [0] * _BLOCK
     taken = [False] * _BLOCK
     taken[0] = True  # the root
     bases: set[int] = set()
-    queue = [(root, 0)]
-    while queue:
-        node, position = queue.pop()
+    inner = [(root, 0)]
+    leaves: list[tuple[Node, int]] = []
+    while inner:
+        node, position = inner.pop()
         ends = id(node) in values
         labels = [0, *node] if ends else list(node)
         for slot in count(max(1, len(units) - _WINDOW)):
-            if slot == len(units):  # base ^ c stays in the block of base: keep blocks whole
+            if slot == len(units):
                 units += [0] * _BLOCK
                 taken += [False] * _BLOCK
             base = slot ^ labels[0]
@@ -82,5 +87,12 @@ def _place(root: Node, values: Mapping[int, int]) -> np.ndarray:
             units[base ^ label] = label
         if ends:
             units[base] = _IS_VALUE | values[id(node)]
-        queue += [(child, base ^ label) for label, child in node.items()]
+        for label, child in node.items():
+            (inner if child else leaves).append((child, base ^ label))
+    for leaf, position in leaves:
+        units[position] |= (position ^ len(units)) << 10 | _ENDS_HERE
+        units.append(_IS_VALUE | values[id(leaf)])
+    units += [0] * (-len(units) % _BLOCK)
+    if len(units) > _MAX_UNITS:
+        raise ValueError(f"a charsmap of {len(units)} units is beyond the format's offsets")
     return np.array(units, dtype=np.uint32)

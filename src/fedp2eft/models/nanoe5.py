@@ -23,8 +23,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
+from shutil import copymode
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,12 +117,12 @@ def convert(folder: Path, source: Path | None = None) -> None:
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise _unexpected(f"{source} cannot be read ({error})") from error
     file = parse(mapped)
-    tokenizer = build_tokenizer(
-        file.pieces, file.scores, file.charmap, max_length=file.positions
-    )
+    tokenizer = build_tokenizer(file.pieces, file.scores, file.charmap, max_length=file.positions)
     tokenizer.save_pretrained(folder)
     build_config(file).save_pretrained(folder)
     save_file(state_dict(file), folder / "model.safetensors", metadata={"format": "pt"})
+    # safetensors writes for the owner's eyes only, but a cache may be shared.
+    copymode(folder / "config.json", folder / "model.safetensors")
     (folder / "README.md").write_text(
         f"# {HUB_NAME}, dequantised\n\nThe 4-bit copy of the weights in the Python package "
         f"{REVISION}, expanded to fp32.\nThe original model is under the MIT licence: "
@@ -145,6 +148,8 @@ def check(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for case in known["sentences"]:
         vector = sentence_vector(model, tokenizer, case["text"])
         expected = torch.tensor(case["vector"])
+        if vector.shape != expected.shape:
+            raise _unexpected(f"its vectors have {len(vector)} components")
         cosine = torch.nn.functional.cosine_similarity(vector, expected, dim=0).item()
         if not cosine >= known["cosine"]:  # written so that NaN fails too
             raise _unexpected(f"a known sentence's vector has cosine {cosine:.4f} to what it was")
@@ -155,7 +160,7 @@ def sentence_vector(
     model: BertModel, tokenizer: PreTrainedTokenizerFast, text: str
 ) -> torch.Tensor:
     """Mean of the last hidden states over all tokens of `text`. Shape: (hidden,)."""
-    batch = tokenizer(text, return_tensors="pt")
+    batch = tokenizer(text, return_tensors="pt", truncation=True)
     states: torch.Tensor = model(**batch).last_hidden_state
     return states[0].mean(dim=0)
 
@@ -270,7 +275,7 @@ class _Cursor:
         self.position = end
         return view
 
-    def unpack(self, layout: str) -> tuple[int, ...]:
+    def unpack(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
 
 
@@ -282,7 +287,7 @@ def _read_pieces(cursor: _Cursor, vocabulary: int) -> tuple[list[str], list[floa
     offsets = np.frombuffer(cursor.take(4 * (count + 1)), "<u4").tolist()
     scores: list[float] = np.frombuffer(cursor.take(4 * count), "<f4").tolist()
     text = bytes(cursor.take(length))
-    spans = list(zip(offsets, offsets[1:], strict=False))
+    spans = list(pairwise(offsets))
     if any(not start < end <= length for start, end in spans) or not all(map(isfinite, scores)):
         raise _unexpected("its vocabulary is damaged")
     try:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedp2eft.errors import UserError
 from fedp2eft.tasks.encoded import Encoded
 
 
@@ -96,7 +97,13 @@ class Classification:
 
     @torch.inference_mode()
     def logits(self, model: nn.Module, data: Encoded, batch_size: int) -> Tensor:
-        """Logits of every row in row order: rows × classes, float32 on the CPU."""
+        """Logits of every row in row order: rows × classes, float32 on the CPU.
+
+        Raises:
+            UserError: There are no rows.
+        """
+        if not len(data):
+            raise UserError("There are no rows to score: give the client's test split some text.")
         training = model.training
         model.eval()
         try:

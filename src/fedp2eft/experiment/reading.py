@@ -1,0 +1,113 @@
+"""Settings from YAML and the command line; an unknown key names the nearest known one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from fedp2eft.errors import UserError, nearest
+from fedp2eft.settings import Settings
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser; a mistake is a `UserError` of one line instead of a usage page."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Raise the mistake, with the nearest known option where one is unknown."""
+        line = " ".join(str(message).split())
+        hint = ""
+        if "unrecognized arguments" in line.lower():
+            words = [word.split("=")[0] for word in line.split() if word.startswith("--")]
+            hint = nearest(words[0], self._known_options()) if words else ""
+        raise UserError(f"{line}.{hint} See --help.") from ex
+
+    def _known_options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
+
+
+def settings_parser(parser: Parser | None = None) -> Parser:
+    """A parser that has every setting as an option, e.g. `--local.lr`."""
+    parser = parser or Parser(exit_on_error=True)
+    parser.add_class_arguments(Settings, as_group=False)
+    return parser
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        UserError: Missing, unreadable, not UTF-8, not YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}: give an experiment's YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{where}.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no settings: it must be a mapping of section to values.")
+    return raw
+
+
+def check_keys(raw: Mapping[str, Any], kind: type = Settings, where: str = "") -> None:
+    """Raise `UserError` for the first key that no setting has, naming the nearest one."""
+    known = {f.name for f in fields(kind)}
+    hints = get_type_hints(kind)
+    for key, value in raw.items():
+        name = f"{where}{key}"
+        if key not in known:
+            options = ", ".join(sorted(known))
+            hint = nearest(str(key), sorted(known))
+            raise UserError(f"Unknown setting {name!r}.{hint} Known here: {options}.")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"Setting {name!r} must be a mapping, not {value!r}.")
+            check_keys(value, hints[key], f"{name}.")  # type: ignore[arg-type]
+
+
+def settings_from(raw: Mapping[str, Any], options: list[str] | None = None) -> Settings:
+    """Typed settings from a mapping, with command-line options (`--local.lr 1e-3`) on top.
+
+    Raises:
+        UserError: An unknown key, or a value of the wrong type or out of range.
+    """
+    check_keys(raw)
+    parser = settings_parser()
+    parsed: Namespace = parser.parse_object(dict(raw))
+    if options:
+        parser.set_defaults(parsed.as_flat().__dict__)
+        parsed = parser.parse_args(options)
+    made = parser.instantiate_classes(parsed)
+    return Settings(**{f.name: getattr(made, f.name) for f in fields(Settings)})
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as plain JSON values."""
+    value: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return value
+
+
+def settings_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved settings that a Flower run config names, as plain values.
+
+    Args:
+        config: Has `settings` (JSON) or `config` (path of a YAML file).
+    """
+    if text := config.get("settings"):
+        return as_dict(settings_from(json.loads(str(text))))
+    if path := config.get("config"):
+        return as_dict(settings_from(read_yaml(str(path))))
+    raise UserError("The run config names no experiment: add config='configs/….yaml'.")

@@ -1,0 +1,197 @@
+"""The ClientApp: what a node does with a message. The same on every engine.
+
+A node's config names its client: `client` (a name), or Flower's own `partition-id` (a number, in
+the order of the sorted names of all clients).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedp2eft.adapters.export import save_adapter
+from fedp2eft.bases.standard_fl import fine_tune, set_parameters, trained_parameters
+from fedp2eft.client import local_order, train_round
+from fedp2eft.federation.messages import (
+    ABOUT,
+    ARRAYS,
+    EXAMPLES,
+    METRICS,
+    from_arrays,
+    reply_with,
+    the_arrays,
+    the_config,
+    to_arrays,
+)
+from fedp2eft.federation.reporting import current
+from fedp2eft.federation.workspace import Workspace, shared_workspace
+from fedp2eft.methods import ClientSide, method_named
+from fedp2eft.models.precision import resolve_precision
+from fedp2eft.seeding import derive_seed
+from fedp2eft.settings import check_rank
+
+app = ClientApp()
+
+
+def open_workspace(context: Context) -> Workspace:
+    """The workspace of the process for the run that `context` belongs to."""
+    from fedp2eft.experiment.reading import settings_of_run
+
+    config = context.run_config
+    settings = settings_of_run(config)
+    run = config.get("run")
+    return shared_workspace(json.dumps(settings), str(run) if run else None)
+
+
+def client_name(context: Context, workspace: Workspace) -> str:
+    """Which client this node is."""
+    node = context.node_config
+    if "client" in node:
+        return workspace.client(str(node["client"])).name
+    names = sorted(workspace.clients)
+    return names[int(node["partition-id"]) % len(names)]
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Name, language, pool and number of rows of this client."""
+    workspace = open_workspace(context)
+    client = workspace.client(client_name(context, workspace))
+    about = ConfigRecord(
+        {"client": client.name, "language": client.language, "pool": client.pool}
+    )
+    counts = MetricRecord({EXAMPLES: len(client.train), "num-tests": len(client.test)})
+    return reply_with(message, RecordDict({ABOUT: about, METRICS: counts}))
+
+
+@app.train("base")
+def train_base(message: Message, context: Context) -> Message:
+    """One round of Standard FL: base weights in, fine-tuned base weights out."""
+    workspace = open_workspace(context)
+    name = client_name(context, workspace)
+    s = workspace.settings
+    round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
+    model = workspace.trainable_base
+    mine = trained_parameters(model, s.base)
+    set_parameters(model, from_arrays(the_arrays(message), mine, "The base from the server"), s.base)
+    data = workspace.encoded(name, "train")
+    seed = derive_seed(s.seed, "base", round_, name)
+    order = list(local_order(len(data), s.base.epochs, s.base.batch_size, seed))
+    dtype = resolve_precision(s.model.precision, workspace.device)
+    losses = fine_tune(
+        model, workspace.task, data, order, s.base, s.local, dtype, seed,
+        on_step=steps("base", len(order), name),
+    )  # fmt: skip
+    metrics = {"loss": sum(losses) / max(1, len(losses))}
+    return _trained(message, to_arrays(mine), metrics, len(data), name)
+
+
+@app.train("psg")
+def train_psg(message: Message, context: Context) -> Message:
+    """One round of FedP²EFT: φ in, φ out. Neither text, ξ, λ nor an adapter leaves."""
+    workspace = open_workspace(context)
+    name = client_name(context, workspace)
+    s = workspace.settings
+    round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
+    psg = workspace.psg
+    psg.set_numbers(from_arrays(the_arrays(message), psg.state_dict(), "φ from the server"))
+    data = workspace.encoded(name, "train")
+    seed = derive_seed(s.seed, "psg", round_, name)
+    order = list(local_order(len(data), s.local.epochs, s.local.batch_size, seed))
+    result = train_round(
+        workspace.bt, workspace.task, data, workspace.features(name), psg, order,
+        s.local, s.generator, workspace.profile, seed=seed,
+        on_step=steps("psg", -(-len(order) // s.local.accumulate), name),
+    )  # fmt: skip
+    metrics = {
+        "psg-loss": result.psg_loss,
+        "stage1-first": result.stage1_losses[0] if result.stage1_losses else 0.0,
+        "stage1-last": result.stage1_losses[-1] if result.stage1_losses else 0.0,
+    }
+    return _trained(message, to_arrays(result.phi), metrics, len(data), name)
+
+
+@app.evaluate("personalize")
+def personalize_and_score(message: Message, context: Context) -> Message:
+    """Fit this client's own adapter with the method and budget asked for; only scores leave."""
+    workspace = open_workspace(context)
+    name = client_name(context, workspace)
+    s = workspace.settings
+    config = the_config(message)
+    method, rank = str(config["method"]), int(config["rank"])  # type: ignore[arg-type]
+    fit = method_named(method)
+    check_rank(max(1, rank), s.adapter.r_max)
+    psg = workspace.psg
+    if arrays := the_arrays(message):
+        psg.set_numbers(from_arrays(arrays, psg.state_dict(), "φ from the server"))
+    start = time.perf_counter()
+    outcome = fit(client_side(workspace, name), rank)
+    metrics: dict[str, int | float] = {
+        EXAMPLES: outcome.scores.examples,
+        "correct": outcome.scores.correct,
+        "loss": outcome.scores.loss,
+        "parameters": outcome.weights.parameters() if outcome.weights else 0,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    keep = s.evaluation
+    if outcome.weights and method == "fedp2eft" and keep.save_adapters and workspace.run:
+        client = workspace.client(name)
+        save_adapter(
+            outcome.weights,
+            workspace.run / "adapters" / name / f"{method}-r{rank}",
+            base=str(Path(workspace.base_source.path).resolve()),
+            revision=workspace.psg_config.base_revision,
+            layout=keep.layout,
+            facts={
+                "method": method,
+                "rank": rank,
+                "client": name,
+                "language": client.language,
+                "labels": list(workspace.federation.labels),
+                "accuracy": outcome.scores.accuracy,
+                "test_rows": outcome.scores.examples,
+            },
+        )
+    about = ConfigRecord({"client": name})
+    return reply_with(message, RecordDict({ABOUT: about, METRICS: MetricRecord(metrics)}))
+
+
+def client_side(workspace: Workspace, name: str) -> ClientSide:
+    """What a method may look at, for one client."""
+    s = workspace.settings
+    reporter = current()
+    return ClientSide(
+        bt=workspace.bt,
+        task=workspace.task,
+        train=workspace.encoded(name, "train"),
+        test=workspace.encoded(name, "test"),
+        psg=workspace.psg,
+        features=lambda: workspace.features(name),
+        settings=s.local,
+        seed=derive_seed(s.seed, "personalize", name),
+        progress=lambda share: reporter.part("personalize", share, name),
+    )
+
+
+def steps(phase: str, total: int, name: str):  # type: ignore[no-untyped-def]
+    """A callback that reports the share of a client's steps that are done."""
+    reporter, done = current(), 0
+
+    def on_step(_loss: float) -> None:
+        nonlocal done
+        done += 1
+        reporter.part(phase, done / max(1, total), name)
+
+    return on_step
+
+
+def _trained(
+    message: Message, arrays: ArrayRecord, metrics: dict[str, float], examples: int, name: str
+) -> Message:
+    record = MetricRecord({EXAMPLES: examples, **metrics})
+    about = ConfigRecord({"client": name})
+    return reply_with(message, RecordDict({ARRAYS: arrays, METRICS: record, ABOUT: about}))

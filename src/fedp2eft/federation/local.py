@@ -1,0 +1,118 @@
+"""The `local` engine: Flower's Grid in this process.
+
+The same ServerApp and ClientApp that Flower runs on many machines run here one message at a time,
+with one base model in memory for all clients. A message runs when its reply is pulled, so a caller
+sees every reply as soon as it exists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.user_config import UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedp2eft.errors import UserError
+
+SERVER_NODE_ID = 1
+CLIENT_APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+
+class LocalGrid(Grid):
+    """Runs a ClientApp for any number of nodes, one message after the other.
+
+    Args:
+        app: The ClientApp.
+        nodes: One node config per client, e.g. `{"client": "fr-seen-00"}`.
+        run_config: The run's config, the same for all nodes.
+    """
+
+    def __init__(self, app: ClientApp, nodes: list[UserConfig], run_config: UserConfig) -> None:
+        self._app = app
+        self._run_config = run_config
+        self._nodes = {SERVER_NODE_ID + 1 + i: config for i, config in enumerate(nodes)}
+        self._state: dict[int, RecordDict] = {}
+        self._waiting: dict[str, Message] = {}
+        self._run = Run.create_empty(run_id=1)
+        # Flower's Message takes its sender from here; its own engines set it when a run starts.
+        TaskIdentity.task_id, TaskIdentity.run_id = 1, self._run.run_id
+        TaskIdentity.node_id = SERVER_NODE_ID
+
+    def set_run(self, run: Run) -> None:
+        """Set the run that messages belong to."""
+        self._run = run
+        TaskIdentity.run_id = run.run_id
+
+    @property
+    def run(self) -> Run:
+        """The run that messages belong to."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message from the server to one node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Ids of all nodes."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Take messages in; returns their ids. They run when they are pulled."""
+        ids = []
+        for message in messages:
+            if message.metadata.dst_node_id not in self._nodes:
+                raise ValueError(f"There is no node {message.metadata.dst_node_id}.")
+            message_id = str(uuid4())
+            # The id is the engine's to give; Flower's own engines write it the same way.
+            message.metadata.__dict__["_message_id"] = message_id
+            self._waiting[message_id] = message
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Run the first of the named messages that still waits, and return its reply."""
+        for message_id in message_ids:
+            message = self._waiting.pop(message_id, None)
+            if message is not None:
+                return [self._run_client(message)]
+        return []
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Push messages and collect the replies that exist before the timeout (seconds)."""
+        ids = self.push_messages(messages)
+        end = None if timeout is None else time.monotonic() + timeout
+        replies = []
+        for message_id in ids:
+            if end is not None and time.monotonic() > end:
+                self._waiting.pop(message_id, None)
+                continue
+            replies.extend(self.pull_messages([message_id]))
+        return replies
+
+    def _run_client(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        # A node's state stays empty unless its app puts something there, so none is made for it.
+        state = self._state.get(node) or RecordDict()
+        context = Context(self._run.run_id, node, self._nodes[node], state, self._run_config)
+        try:
+            reply = self._app(message, context)
+        except UserError as error:
+            return Message(Error(CLIENT_APP_RAISED, str(error)), reply_to=message)
+        if len(context.state):
+            self._state[node] = context.state
+        return reply

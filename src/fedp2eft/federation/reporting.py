@@ -1,0 +1,68 @@
+"""Where a run says how far it is: a log line by default, progress bars in a terminal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter(Protocol):
+    """Hears of the progress of a run."""
+
+    def start(self, phase: str, total: int, done: int) -> None:
+        """A phase of `total` units begins; `done` of them were finished before."""
+
+    def advance(self, phase: str, text: str) -> None:
+        """One unit is finished; `text` is its most telling number."""
+
+    def part(self, phase: str, fraction: float, text: str) -> None:
+        """A share of the present unit is finished."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+
+class LogReporter:
+    """Writes a log line per finished unit."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, tuple[int, int]] = {}
+
+    def start(self, phase: str, total: int, done: int) -> None:
+        """Remember the size of the phase."""
+        self._at[phase] = (done, total)
+
+    def advance(self, phase: str, text: str) -> None:
+        """Log the unit."""
+        done, total = self._at.get(phase, (0, 0))
+        self._at[phase] = (done + 1, total)
+        logger.info("%s %d/%d %s", phase, done + 1, total, text)
+
+    def part(self, phase: str, fraction: float, text: str) -> None:
+        """Parts of a unit are not logged."""
+
+    def note(self, text: str) -> None:
+        """Log the line."""
+        logger.info("%s", text)
+
+
+_current: list[Reporter] = [LogReporter()]
+
+
+def current() -> Reporter:
+    """The reporter that runs in this process report to."""
+    return _current[-1]
+
+
+@contextmanager
+def report_to(reporter: Reporter) -> Iterator[None]:
+    """Make `reporter` the one that runs report to, until the end of the block."""
+    _current.append(reporter)
+    try:
+        yield
+    finally:
+        _current.pop()

@@ -1,0 +1,202 @@
+"""The folder of a run: everything needed to go on from where it was stopped, and its results.
+
+    settings.yaml      the resolved settings
+    metrics.jsonl      one line per finished round: the same bits whether or not the run was stopped
+    timings.jsonl      seconds of each round (these differ from run to run)
+    checkpoints/       the newest finished rounds
+    base/              the base model, ready for `from_pretrained`
+    psg/               the trained PSG
+    cells/             one small file per client, method and rank budget
+    adapters/<client>/ the clients' PEFT adapters
+    results.json       the tables
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from fedp2eft.errors import UserError
+from fedp2eft.federation.checkpoints import Progress, load_checkpoint, save_checkpoint
+from fedp2eft.files import read_json, write_json, write_text
+from fedp2eft.settings import Settings
+
+# Settings that may change between two starts of one run: they add to it, and change nothing done.
+FREE = {
+    ("federation", "rounds"),
+    ("federation", "keep_checkpoints"),
+    ("federation", "timeout"),
+    ("evaluation",),
+}
+
+
+class RunFolder:
+    """Opens or makes a run folder and keeps other processes out of it.
+
+    Args:
+        path: The folder.
+        settings: The experiment; an existing folder must have been made for the same one.
+
+    Raises:
+        UserError: The folder belongs to another experiment, to another process, or is not ours.
+    """
+
+    def __init__(self, path: str | Path, settings: Settings) -> None:
+        self.path = Path(path)
+        self.settings = settings
+        self._lock: IO[bytes] | None = None
+        self._open()
+
+    def _open(self) -> None:
+        settings_file = self.path / "settings.yaml"
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path} is a file: name a folder for the run.")
+            if self.path.is_dir() and any(self.path.iterdir()) and not settings_file.exists():
+                raise UserError(f"{self.path} is not empty and holds no run: name another folder.")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process is working on {self.path}: wait for it, or name another folder."
+            ) from error
+        except OSError as error:
+            raise UserError(f"Cannot use {self.path} for the run: {error.strerror}.") from error
+        wanted = json.loads(json.dumps(asdict(self.settings)))
+        if settings_file.exists():
+            _check_same(self.path, _read_settings(settings_file), wanted)
+        write_text(settings_file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+
+    def close(self) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def base(self) -> Path:
+        """Folder of the base model."""
+        return self.path / "base"
+
+    @property
+    def psg(self) -> Path:
+        """Folder of the trained PSG."""
+        return self.path / "psg"
+
+    @property
+    def results(self) -> Path:
+        """The tables as JSON."""
+        return self.path / "results.json"
+
+    def adapter(self, client: str, method: str, rank: int) -> Path:
+        """Folder of one client's adapter."""
+        return self.path / "adapters" / client / f"{method}-r{rank}"
+
+    # ── rounds ──────────────────────────────────────────────────────────────────────────────────
+
+    def finish_round(
+        self, phase: str, round_: int, numbers: Any, metrics: dict[str, Any], seconds: float
+    ) -> None:
+        """Keep a finished round: its metrics, then its checkpoint (which makes it count)."""
+        line = json.dumps({"phase": phase, "round": round_, **metrics}, ensure_ascii=False) + "\n"
+        size = self._append("metrics.jsonl", line)
+        timing = {"phase": phase, "round": round_, "seconds": round(seconds, 3)}
+        self._append("timings.jsonl", json.dumps(timing) + "\n")
+        keep = self.settings.federation.keep_checkpoints
+        save_checkpoint(self.path / "checkpoints", Progress(phase, round_, size), numbers, keep)
+
+    def resume(self, phase: str, rounds: int) -> tuple[int, Any]:
+        """(last finished round, its numbers) of a phase, or (0, None) at its start.
+
+        Where rounds are left to do, lines of metrics.jsonl behind the last finished round are cut
+        off: they belong to a round that was stopped half-way.
+        """
+        found = load_checkpoint(self.path / "checkpoints", phase)
+        done, numbers, size = 0, None, self._size_before(phase)
+        if found is not None:
+            done, numbers, size = found[0].round, found[1], found[0].metrics_bytes
+        if done < rounds:
+            self._cut_metrics(size)
+        return done, numbers
+
+    def drop_checkpoints(self, phase: str) -> None:
+        """Remove the checkpoints of a phase whose result is saved."""
+        for path in (self.path / "checkpoints").glob(f"{phase}-*.safetensors"):
+            path.unlink()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def _size_before(self, phase: str) -> int:
+        """Bytes of metrics.jsonl that come before the first line of a phase."""
+        size = 0
+        path = self.path / "metrics.jsonl"
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            if f'{{"phase": "{phase}"'.encode() in line or not line.endswith(b"\n"):
+                break
+            size += len(line)
+        return size
+
+    def _append(self, name: str, line: str) -> int:
+        try:
+            with (self.path / name).open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+                return file.tell()
+        except OSError as error:
+            raise UserError(
+                f"Could not write {self.path / name}: {error.strerror}. Free some space and start "
+                "again; the finished rounds are kept."
+            ) from error
+
+    def _cut_metrics(self, size: int) -> None:
+        path = self.path / "metrics.jsonl"
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+
+    # ── cells ───────────────────────────────────────────────────────────────────────────────────
+
+    def cell_path(self, method: str, rank: int, client: str) -> Path:
+        """File of one client's scores with one method and budget."""
+        return self.path / "cells" / f"{method}-r{rank}" / f"{client}.json"
+
+    def cell(self, method: str, rank: int, client: str) -> dict[str, Any] | None:
+        """A cell that was computed before, or None."""
+        value = read_json(self.cell_path(method, rank, client))
+        return value if isinstance(value, dict) else None
+
+    def write_cell(self, method: str, rank: int, client: str, value: dict[str, Any]) -> None:
+        """Keep a cell."""
+        write_json(self.cell_path(method, rank, client), value)
+
+
+def _read_settings(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged: name another run folder.") from error
+
+
+def _check_same(folder: Path, old: Any, new: Any, where: tuple[str, ...] = ()) -> None:
+    if where in FREE or old == new:
+        return
+    if isinstance(old, dict) and isinstance(new, dict) and where != ("data", "files"):
+        for key in new:
+            _check_same(folder, old.get(key), new[key], (*where, key))
+        return
+    raise UserError(
+        f"{folder} holds another experiment: {'.'.join(where)} is {old!r} there and {new!r} here. "
+        "Name another run folder."
+    )

@@ -1,0 +1,70 @@
+"""Files that are either the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedp2eft.errors import UserError
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, flush it to disk, then put it in place of `path`.
+
+    Args:
+        path: Final name.
+        write: Called with a temporary name in the same folder.
+
+    Raises:
+        UserError: The disk is full or cannot be written; `path` is as it was.
+    """
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        os.close(handle)
+        scratch = Path(name)
+        write(scratch)
+        with scratch.open("rb") as written:
+            os.fsync(written.fileno())
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    except Exception as error:
+        # safetensors wraps the operating system's error in one of its own
+        if not isinstance(error, OSError) and "os error" not in str(error).lower():
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"Could not write {path}: {reason}. Free some space or name another folder; "
+            "what was there before is whole."
+        ) from error
+    finally:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_whole` for JSON, readable by people."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda scratch: _write_text(scratch, text))
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_whole` for text."""
+    write_whole(path, lambda scratch: _write_text(scratch, text))
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file, or None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

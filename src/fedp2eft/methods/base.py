@@ -1,0 +1,11 @@
+"""The untouched base model."""
+
+from __future__ import annotations
+
+from fedp2eft.methods.method import ClientSide, Outcome
+
+
+def base(client: ClientSide, rank: int) -> Outcome:
+    """Score the base model as it is; the budget plays no part."""
+    with client.bt.model.disable_adapter():
+        return Outcome(client.score(client.bt.model), None)

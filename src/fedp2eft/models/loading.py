@@ -1,0 +1,154 @@
+"""Loads base models and tokenizers from local folders; never code, never pickles."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedp2eft.errors import UserError
+from fedp2eft.models.quiet import quiet_transformers
+from fedp2eft.models.sources import (
+    OFFLINE_PARTS,
+    VOCABULARY_FILES,
+    ModelSource,
+    resolve_model,
+)
+
+__all__ = ["OFFLINE_PARTS", "ModelSource", "load_base", "load_tokenizer", "resolve_model"]
+
+Task = Literal["classification", "causal_lm"]
+
+
+def load_base(
+    source: ModelSource,
+    task: Task,
+    *,
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The base model with the head for `task`, in evaluation mode.
+
+    Layers of a classification head that the folder does not hold (the classifier; for BERT also
+    the pooler, if absent) are drawn from `seed`: the same ones for every call with the same seed,
+    dtype and model, on any device, and without touching the global random state.
+
+    Args:
+        source: from `resolve_model`.
+        task: `"classification"` (one label per text) or `"causal_lm"`.
+        num_labels: number of classes; may be left out if the folder holds a trained head.
+        dtype: of all weights, the head included.
+        seed: for the layers that are new.
+        device: where the model is put.
+
+    Raises:
+        UserError: the folder does not fit the task or the number of labels, or cannot be loaded.
+    """
+    if task not in ("classification", "causal_lm"):
+        raise UserError(f"Task {task!r} is unknown: use classification or causal_lm.")
+    config = _load(source, AutoConfig)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
+    if task == "classification":
+        _set_labels(config, num_labels, source)
+        auto = AutoModelForSequenceClassification
+        # A head of another size is refused below, in one line instead of a page.
+        options["ignore_mismatched_sizes"] = True
+    else:
+        auto = AutoModelForCausalLM
+    with quiet_transformers(), _cpu_seed(seed):
+        model, report = _load(source, auto, output_loading_info=True, **options)
+    _check_report(model, report, task, source)
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        UserError: the folder holds no tokenizer that can be loaded.
+    """
+    if not any((Path(source.path) / name).is_file() for name in VOCABULARY_FILES):
+        # transformers would make one up that knows no words.
+        raise UserError(
+            f"The folder {source.path} has no tokenizer: put the model's tokenizer.json into it."
+        )
+    tokenizer = _load(source, AutoTokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load(source: ModelSource, auto: Any, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # the loaders raise whatever a damaged file leads to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = {AutoConfig: "configuration", AutoTokenizer: "tokenizer"}.get(auto, "model")
+        raise UserError(f"The {what} in {source.path} cannot be loaded: {reason}") from error
+
+
+def _set_labels(config: Any, num_labels: int | None, source: ModelSource) -> None:
+    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if num_labels is None:
+        if not trained:
+            raise UserError(f"{source.name} has no classification head: give num_labels.")
+        num_labels = config.num_labels
+    elif num_labels < 2:
+        raise UserError(f"num_labels is {num_labels}: a classification needs at least 2 labels.")
+    if trained and config.num_labels != num_labels:
+        raise _other_head(source, config.num_labels, num_labels)
+    if config.num_labels != num_labels:  # setting it resets the labels' names
+        config.num_labels = num_labels
+    config.problem_type = "single_label_classification"
+    if getattr(config, "pad_token_id", None) is None:
+        # Decoders look for the last token that is not padding; see `load_tokenizer`.
+        end = getattr(config, "eos_token_id", None)
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+
+
+def _check_report(model: Any, report: dict[str, Any], task: Task, source: ModelSource) -> None:
+    """Refuses a folder in which anything but a classification head is missing."""
+    for name, found, wanted in report["mismatched_keys"]:
+        if not name.startswith(model.base_model_prefix + "."):
+            raise _other_head(source, found[0], wanted[0])
+    bad = sorted(key for key, *_ in report["mismatched_keys"])
+    for key in sorted(report["missing_keys"]):
+        inside = key.startswith(model.base_model_prefix + ".")
+        if task == "causal_lm" or (inside and ".pooler." not in key):
+            bad.append(key)
+    if bad:
+        raise UserError(
+            f"The weights in {source.path} do not fit a {type(model).__name__}: {bad[0]} is "
+            f"missing or of another size ({len(bad)} in all). Choose a model for the task {task}."
+        )
+
+
+def _other_head(source: ModelSource, found: int, wanted: int) -> UserError:
+    return UserError(
+        f"{source.name} holds a classification head for {found} labels, and {wanted} are needed: "
+        "use the base model without a head, or data with its labels."
+    )
+
+
+@contextmanager
+def _cpu_seed(seed: int) -> Iterator[None]:
+    """Seeds the CPU generator inside and puts its state back; other devices are not touched."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

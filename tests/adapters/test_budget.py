@@ -1,0 +1,91 @@
+"""The rank budget keeps exactly r·L ranks, the largest, the same ones everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedp2eft.adapters.budget import keep_largest
+from fedp2eft.errors import UserError
+
+
+@st.composite
+def budgets(draw, values=None) -> tuple[Tensor, int]:
+    """(λ, r): any shape, with many ties where `values` is a small range."""
+    layers, r_max = draw(st.integers(1, 6)), draw(st.integers(1, 8))
+    values = values or st.floats(0.0, 1000.0, width=32)
+    numbers = draw(st.lists(values, min_size=layers * r_max, max_size=layers * r_max))
+    lam = torch.tensor(numbers, dtype=torch.float32).reshape(layers, r_max)
+    return lam, draw(st.integers(1, r_max))
+
+
+ties = st.sampled_from([1e-4, 0.5, 1000.0])
+
+
+@given(budgets())
+@settings(deadline=None)
+def test_exactly_r_times_l_ranks_are_kept_and_none_dropped_is_larger(case) -> None:
+    lam, rank = case
+    keep = keep_largest(lam, rank)
+    assert keep.shape == lam.shape
+    assert keep.dtype == torch.bool
+    assert int(keep.sum()) == rank * lam.shape[0]
+    if not keep.all():
+        assert lam[keep].min() >= lam[~keep].max()
+
+
+@given(budgets(values=ties))
+@settings(deadline=None)
+def test_ties_go_to_the_earlier_layer_and_rank(case) -> None:
+    lam, rank = case
+    flat = lam.reshape(-1).tolist()
+    order = sorted(range(len(flat)), key=lambda i: (-flat[i], i))
+    want = np.zeros(len(flat), bool)
+    want[order[: rank * lam.shape[0]]] = True
+    assert keep_largest(lam, rank).reshape(-1).tolist() == want.tolist()
+
+
+@given(budgets(values=ties))
+@settings(deadline=None)
+def test_a_larger_budget_keeps_all_that_a_smaller_one_keeps(case) -> None:
+    lam, rank = case
+    if rank > 1:
+        assert keep_largest(lam, rank)[keep_largest(lam, rank - 1)].all()
+
+
+@given(budgets(values=st.integers(0, 10**6)), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_permuted_distinct_values_keep_the_permuted_ranks(case, random) -> None:
+    lam, rank = case
+    lam = lam.double() * 100 + torch.arange(lam.numel()).reshape(lam.shape)  # no two alike
+    order = list(range(lam.numel()))
+    random.shuffle(order)
+    permuted = lam.reshape(-1)[order].reshape(lam.shape)
+    want = keep_largest(lam, rank).reshape(-1)[order].reshape(lam.shape)
+    assert torch.equal(keep_largest(permuted, rank), want)
+
+
+def test_full_budget_keeps_every_rank() -> None:
+    assert keep_largest(torch.rand(3, 4), 4).all()
+
+
+def test_a_layer_may_keep_all_or_none() -> None:
+    lam = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+    assert keep_largest(lam, 1).tolist() == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize("rank", [0, -1, 5])
+def test_an_impossible_budget_is_an_error_that_names_the_range(rank) -> None:
+    with pytest.raises(UserError, match=rf"Rank budget {rank} .* 1 to r_max = 4"):
+        keep_largest(torch.rand(3, 4), rank)
+
+
+def test_nan_is_an_error() -> None:
+    lam = torch.rand(3, 4)
+    lam[1, 2] = torch.nan
+    with pytest.raises(UserError, match="NaN"):
+        keep_largest(lam, 2)

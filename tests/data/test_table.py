@@ -1,0 +1,193 @@
+"""Files that cannot be read, each with a line that says what is wrong."""
+
+import gzip
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedp2eft.data.table import read_table
+from fedp2eft.errors import UserError
+
+ROWS = [{"text": f"texte numéro {n}", "label": "ab"[n % 2]} for n in range(200)]
+
+
+def lines(rows=ROWS):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def parquet(path, rows=ROWS):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+def refused(path, message, **arguments):
+    arguments = {"text_columns": ("text",), "columns": ("label",), **arguments}
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        read_table(path, **arguments)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert sorted(path.parent.iterdir()) == before
+
+
+def test_all_kinds_hold_the_same(file, tmp_path):
+    table = "text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in ROWS)
+    kinds = {
+        "a.jsonl": lines(),
+        "a.json": b"\xef\xbb\xbf" + lines().replace(b"\n", b"\r\n\r\n"),
+        "a.JSONL.gz": gzip.compress(lines()),
+        "a.csv": table.encode(),
+        "a.csv.gz": gzip.compress(table.encode()),
+        "a.parquet": parquet(tmp_path / "b.parquet"),
+    }
+    for name, content in kinds.items():
+        read = read_table(file(name, content), text_columns=("text",), columns=("label",))
+        assert read.to_list() == ROWS, name
+        assert read.cache_files == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kinds, "b.parquet"])
+
+
+def test_keeps_what_is_asked_for(file):
+    path = file("a.jsonl", lines([{**row, "split": "train", "id": 1} for row in ROWS]))
+    assert read_table(path).column_names == ["text", "label", "split", "id"]
+    read = read_table(path, text_columns=("text",), columns=(), optional=("split", "pool"))
+    assert read.column_names == ["text", "split"]
+
+
+def test_line_separators_within_a_text_are_text(file):
+    rows = [{"text": "eins\u2028zwei\x85drei\nvier", "label": "a"}]
+    assert read_table(file("a.jsonl", lines(rows)))["text"][:] == [rows[0]["text"]]
+
+
+def test_quoted_csv_fields_hold_commas_and_breaks(file):
+    path = file("a.csv", b'text,label\r\n"one, two\nthree ""four""",a\r\n\r\n')
+    assert read_table(path)["text"][:] == ['one, two\nthree "four"']
+
+
+def test_missing_file(tmp_path):
+    refused(tmp_path / "a.jsonl", "does not exist")
+
+
+def test_directory(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    refused(tmp_path / "a.jsonl", "is a directory")
+
+
+def test_unknown_ending(file):
+    refused(file("a.xlsx", b"x"), "has no known ending: name it .jsonl")
+    refused(file("a.parquet.gz", b"x"), "has no known ending")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz", "b.csv.gz"])
+def test_empty_file(file, name):
+    refused(file(name, b""), "is empty")
+
+
+def test_gzip_of_nothing(file):
+    refused(file("a.jsonl.gz", gzip.compress(b"\n")), "is empty")
+
+
+def test_no_rows(file, tmp_path):
+    refused(file("a.csv", b"text,label\n"), "has no rows")
+    schema = pa.schema([("text", pa.string()), ("label", pa.string())])
+    pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", "has no rows")
+
+
+def test_truncated_json(file):
+    refused(file("a.jsonl", lines()[:-8]), "line 200: not a JSON object (Unterminated string")
+    refused(file("b.jsonl", lines()[:-8]), "looks cut off")
+
+
+def test_broken_json_line(file):
+    refused(file("a.jsonl", b'{"text": "a", "label": "b"}\n{text}\n{}\n'), "line 2: not a JSON")
+    deep = b"[" * 200_000
+    refused(file("b.jsonl", deep), "line 1: not a JSON")
+
+
+def test_json_that_is_no_object(file):
+    refused(file("a.json", b'[{"text": "a"}]\n'), "line 1: a JSON list, not an object")
+    refused(file("b.json", b'"text"'), "line 1: a JSON str, not an object")
+
+
+def test_truncated_gzip(file):
+    refused(file("a.jsonl.gz", gzip.compress(lines())[:-20]), "is cut off")
+
+
+def test_broken_gzip(file):
+    refused(file("a.jsonl.gz", lines()), "is not a sound gzip file")
+    content = bytearray(gzip.compress(lines()))
+    content[40:60] = b"\xff" * 20
+    refused(file("b.jsonl.gz", bytes(content)), "is not a sound gzip file")
+
+
+def test_truncated_parquet(file, tmp_path):
+    content = parquet(tmp_path / "whole.parquet")
+    for cut in (3, 100, len(content) - 10):
+        refused(file("a.parquet", content[:cut]), "is not a whole Parquet file")
+
+
+def test_truncated_csv(file):
+    refused(file("a.csv", b'text,label\n"a",b\n"c'), "line 3: unexpected end of data")
+    refused(file("b.csv", b"text,label\na,b\nc\n"), "line 3: 1 fields where the header names 2")
+
+
+def test_csv_with_a_bare_comma(file):
+    refused(file("a.csv", b"text,label\na, b,c\n"), "line 2: 3 fields where the header names 2")
+
+
+def test_csv_with_a_repeated_column(file):
+    refused(file("a.csv", b"text,label,text\na,b,c\n"), "two columns have the same name")
+
+
+@pytest.mark.parametrize(("name", "line"), [("a.jsonl", 2), ("a.csv", 2)])
+def test_not_utf_8(file, name, line):
+    content = b'{"text": "a", "label": "b"}\n{"text": "caf\xe9", "label": "b"}\n'
+    refused(file(name, content), f"is not UTF-8: byte 0xe9 in line {line} (byte 41 of the file)")
+
+
+def test_missing_column(file, tmp_path):
+    message = "has no column 'text'. Did you mean 'txt'? It has txt, label."
+    rows = [{"txt": "a", "label": "b"}]
+    refused(file("a.jsonl", lines(rows)), message)
+    refused(file("a.csv", b"txt,label\na,b\n"), message)
+    parquet(tmp_path / "a.parquet", rows)
+    refused(tmp_path / "a.parquet", message)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(None, "nothing"), (3, "int '3'"), (["a"], "list \"['a']\""), (" \n", "blank text")],
+)
+def test_text_that_is_none(file, value, found):
+    rows = [*ROWS[:2], {"text": value, "label": "a"}]
+    refused(file("a.jsonl", lines(rows)), f"row 3: column 'text' holds {found}, not text")
+
+
+def test_row_without_text(file, tmp_path):
+    refused(file("a.jsonl", lines([*ROWS[:2], {"label": "a"}])), "row 3: column 'text' holds")
+    refused(file("a.csv", b"text,label\n,a\n"), "row 1: column 'text' holds blank text")
+    parquet(tmp_path / "a.parquet", [{"text": b"\x00\x01", "label": "a"}])
+    refused(tmp_path / "a.parquet", "row 1: column 'text' holds bytes")
+
+
+def test_mixed_column(file):
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": "c"}]
+    refused(file("a.jsonl", lines(rows)), "column 'label' mixes kinds of values")
+
+
+def test_half_a_surrogate(file):
+    refused(file("a.jsonl", b'{"text": "\\ud800", "label": "a"}'), "column 'text' mixes kinds")
