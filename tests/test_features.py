@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import LONGEST, TASK, disturb, random_lambda, tiny, tiny_rows
 from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
@@ -16,12 +15,13 @@ from fedp2eft.features import client_features
 from fedp2eft.profiles import PAPER, REFERENCE
 from fedp2eft.settings import AdapterSettings, LocalSettings
 from fedp2eft.tasks.encoded import Encoded
+from tiny import LONGEST, TASK, disturb, random_lambda, tiny, tiny_rows
 
 RAGGED = [5, 3, 9, 1, 16, 7, 2]
 
 
 def by_brute_force(model: nn.Module, data: Encoded, *, masked: bool) -> Tensor:
-    """Keep every input of every linear layer, one row at a time, and take its moments at the end."""
+    """Keep every input of every linear layer, row by row, and take its moments at the end."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     heard: list[list[Tensor]] = [[] for _ in linears]
     handles = [

@@ -354,6 +354,7 @@ TUPLES = {"linear_names", "layer_names", "labels", "text_columns"}
     "changes",
     [
         {"r_max": 999_999},
+        {"r_max": 999_999, "hidden_multiplier": 999_999},  # 48 TB of weights
         {"hidden_multiplier": 999_999},
         {"r_max": 10**400},
         {"r_max": 0},

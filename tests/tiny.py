@@ -40,9 +40,11 @@ def tiny(kind: str, dropout: float = 0.1, width: int = 16):
         )  # fmt: skip
     if kind == "gpt2":
         return GPT2LMHeadModel(
-            GPT2Config(n_embd=width, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=LONGEST,
-                       resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-                       bos_token_id=0, eos_token_id=0)
+            GPT2Config(
+                vocab_size=VOCABULARY, n_embd=width, n_layer=2, n_head=2, n_positions=LONGEST,
+                resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+                bos_token_id=0, eos_token_id=0,
+            )
         )  # fmt: skip
     return LlamaForCausalLM(
         LlamaConfig(

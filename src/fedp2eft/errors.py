@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class Interrupted(UserError):
+    """The user stopped the command; the message says how to go on."""
+
+
 def nearest(word: str, known: list[str]) -> str:
     """`" Did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
     from difflib import get_close_matches

@@ -30,8 +30,6 @@ class _Moments:
 
     def merge(self, part: _Moments) -> None:
         """Become the moments of both streams together (Chan's pairwise update)."""
-        if not part.count:  # an expert that no token was sent to
-            return
         total = self.count + part.count
         shift = part.mean - self.mean
         self.mean += shift * part.count / total
@@ -58,6 +56,8 @@ class _Listener:
         self._last: tuple[Tensor, _Moments] | None = None
 
     def _hear(self, row: int, x: Tensor) -> None:
+        if not x.numel():  # an expert that no token was sent to
+            return
         if self._last is None or self._last[0] is not x:
             per_token = self.mask is not None and x.shape[:-1] == self.mask.shape
             self._last = (x, _Moments.of(x[self.mask] if per_token else x))

@@ -12,18 +12,17 @@ from torch import Tensor
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.errors import UserError
 
+FLOATS = st.floats(0.0, 1000.0, width=32)
+TIES = st.sampled_from([1e-4, 0.5, 1000.0])
+
 
 @st.composite
-def budgets(draw, values=None) -> tuple[Tensor, int]:
+def budgets(draw, values=FLOATS) -> tuple[Tensor, int]:
     """(λ, r): any shape, with many ties where `values` is a small range."""
     layers, r_max = draw(st.integers(1, 6)), draw(st.integers(1, 8))
-    values = values or st.floats(0.0, 1000.0, width=32)
     numbers = draw(st.lists(values, min_size=layers * r_max, max_size=layers * r_max))
     lam = torch.tensor(numbers, dtype=torch.float32).reshape(layers, r_max)
     return lam, draw(st.integers(1, r_max))
-
-
-ties = st.sampled_from([1e-4, 0.5, 1000.0])
 
 
 @given(budgets())
@@ -38,7 +37,7 @@ def test_exactly_r_times_l_ranks_are_kept_and_none_dropped_is_larger(case) -> No
         assert lam[keep].min() >= lam[~keep].max()
 
 
-@given(budgets(values=ties))
+@given(budgets(values=TIES))
 @settings(deadline=None)
 def test_ties_go_to_the_earlier_layer_and_rank(case) -> None:
     lam, rank = case
@@ -49,7 +48,7 @@ def test_ties_go_to_the_earlier_layer_and_rank(case) -> None:
     assert keep_largest(lam, rank).reshape(-1).tolist() == want.tolist()
 
 
-@given(budgets(values=ties))
+@given(budgets(values=TIES))
 @settings(deadline=None)
 def test_a_larger_budget_keeps_all_that_a_smaller_one_keeps(case) -> None:
     lam, rank = case

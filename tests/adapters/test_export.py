@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import load_adapter, save_adapter
 from fedp2eft.errors import UserError
 from fedp2eft.settings import AdapterSettings
+from tiny import tiny
 
 IDS = torch.arange(1, 13).reshape(2, 6)
 
@@ -46,7 +46,7 @@ def in_new_process(kind: str, base: Path, adapter: Path | str, out: Path) -> tor
 
 @pytest.fixture(scope="module", params=["bert", "gpt2", "llama", "gpt2+wte"])
 def personalized(request, tmp_path_factory):
-    """A tiny model with a trimmed adapter whose ranks differ from layer to layer, and its logits."""
+    """A tiny model with a trimmed adapter whose ranks differ by layer, and its logits."""
     kind, _, extra = request.param.partition("+")
     folder = tmp_path_factory.mktemp(kind)
     base = tiny(kind)

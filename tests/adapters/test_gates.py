@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TASK, disturb, random_lambda, tiny, tiny_rows
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedp2eft.adapters.btlora import FULL, BTLora
 from fedp2eft.adapters.gates import adapted_layers
 from fedp2eft.settings import AdapterSettings
+from tiny import TASK, disturb, random_lambda, tiny, tiny_rows
 
 KINDS = {
     "linear": ("bert", ["query"], nn.Linear),

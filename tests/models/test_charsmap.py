@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.normalizers import Precompiled
 
+from fedp2eft.models import charsmap
 from fedp2eft.models.charsmap import encode_charsmap
 from fedp2eft.models.unigram import composition_rules
 
@@ -31,6 +32,18 @@ def test_many_rules_and_shared_prefixes() -> None:
     for char, replacement in rules.items():
         assert normaliser.normalize_str(char) == replacement
     assert normaliser.normalize_str("z\u5800") == "z\u5800"
+
+
+def test_shortest_key_wins() -> None:
+    normaliser = Precompiled(encode_charsmap({"e": "1", "e\u0301": "2", "n\u0303": "3"}))
+    assert normaliser.normalize_str("e") == normaliser.normalize_str("e\u0301") == "1"
+    assert normaliser.normalize_str("n n\u0303") == "n 3"
+
+
+def test_too_many_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charsmap, "_MAX_UNITS", 256)
+    with pytest.raises(ValueError, match="beyond the format's offsets"):
+        encode_charsmap({chr(code): "x" for code in range(0x100, 0x500)})
 
 
 def test_compositions_join_letter_and_mark() -> None:

@@ -115,6 +115,14 @@ def test_repair_by_another_process_is_kept(own_cache: Path) -> None:
     assert [path.name for path in own_cache.iterdir()] == ["part"]
 
 
+def test_copy_repaired_at_the_last_moment_is_put_back(own_cache: Path) -> None:
+    folder = cache.cached_folder("part", Builder())
+    cache._set_aside(folder)
+    assert cache.is_whole(folder)
+    cache._set_aside(own_cache / "absent")
+    assert [path.name for path in own_cache.iterdir()] == ["part"]
+
+
 RACER = """
 import sys, time
 from pathlib import Path

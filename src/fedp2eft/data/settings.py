@@ -50,6 +50,8 @@ class DataSettings:
         pool_train: hub: train rows per language and pool; null: half of the split.
         pool_test: hub: test rows per language and pool; null: half of the split.
         revision: hub: branch, tag or commit.
+        holdout: share of each client's train rows to hold out and score on in place of its test
+            rows, which are then not looked at: for choosing settings.
     """
 
     dataset: str = "debian-descriptions"
@@ -72,6 +74,7 @@ class DataSettings:
     pool_train: int | None = None
     pool_test: int | None = None
     revision: str | None = None
+    holdout: float = 0.0
 
 
 def load_federation(settings: DataSettings) -> "Federation":
@@ -82,4 +85,20 @@ def load_federation(settings: DataSettings) -> "Federation":
     """
     from fedp2eft.data.registry import find
 
-    return find(settings).loader(settings)
+    federation = find(settings).loader(settings)
+    return hold_out(federation, settings) if settings.holdout else federation
+
+
+def hold_out(federation: "Federation", settings: DataSettings) -> "Federation":
+    """The same clients, scored on held-out train rows; none of their test rows is in it."""
+    from dataclasses import replace
+
+    from fedp2eft.data.partition import local_validation_split, rng_for
+
+    clients = []
+    for client in federation.clients:
+        labels = federation.label_ids(client.train)
+        rng = rng_for(settings.seed, "holdout", client.name)
+        kept, held = local_validation_split(labels, settings.holdout, rng)
+        clients.append(replace(client, train=client.train[kept], test=client.train[held]))
+    return replace(federation, clients=tuple(clients))

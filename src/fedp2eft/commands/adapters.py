@@ -1,0 +1,136 @@
+"""`fedp2eft personalize`, `evaluate` and `export`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedp2eft.errors import UserError
+
+
+def personalize(
+    psg: str,
+    model: str,
+    data: str,
+    rank: int,
+    out: str,
+    layout: Literal["portable", "compact"] = "portable",
+    test_data: str | None = None,
+    text_columns: list[str] | None = None,
+    label_column: str | None = None,
+    lr: float = 1e-4,
+    epochs: int = 2,
+    batch_size: int = 32,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Fit one client's own adapter; the client need not have taken part in any federation.
+
+    Args:
+        psg: Folder or hub id of a trained PSG.
+        model: Folder or hub id of the base model that the PSG was trained with.
+        data: The client's rows: JSON lines, CSV or Parquet.
+        rank: Rank budget r, from 1 to the PSG's r_max: r·L ranks in all, placed where the PSG says.
+        out: Folder for the adapter.
+        layout: "portable" loads everywhere, "compact" keeps the true ranks.
+        test_data: Another file to score the adapter on.
+        text_columns: Columns with the text; the PSG's where none are given.
+        label_column: Column with the class; the PSG's where none is given.
+        lr: Learning rate of A and B.
+        epochs: Passes over the rows.
+        batch_size: Rows per mini-batch.
+        precision: Numbers of the frozen base.
+        device: "auto", "cpu" or "cuda".
+        seed: Seed of the mini-batch order.
+    """
+    from fedp2eft import api
+
+    adapter = api.personalize(
+        api.PSG.from_pretrained(psg),
+        model,
+        data,
+        rank,
+        test_data=test_data,
+        text_columns=text_columns,
+        label_column=label_column,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
+        seed=seed,
+    )
+    adapter.save(out, layout=layout)
+    kept = sum(1 for r in adapter.ranks.values() if r)
+    print(
+        f"Adapter of {sum(adapter.ranks.values())} ranks in {kept} of {len(adapter.ranks)} layers: "
+        f"{out}"
+    )
+    if adapter.scores:
+        print(f"Accuracy on {adapter.scores.examples} rows: {adapter.scores.accuracy:.1%}")
+
+
+def evaluate(
+    model: str,
+    data: str,
+    adapter: str | None = None,
+    text_columns: list[str] | None = None,
+    label_column: str = "label",
+    max_length: int = 128,
+    batch_size: int = 64,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: str = "auto",
+) -> None:
+    """Score a base model, with or without an adapter, on a file of labelled rows.
+
+    Args:
+        model: Folder or hub id of the base model.
+        data: Labelled rows: JSON lines, CSV or Parquet.
+        adapter: Folder of an adapter; the base model alone where none is given.
+        text_columns: Columns with the text; "text" where none are given.
+        label_column: Column with the class.
+        max_length: Longest input in tokens.
+        batch_size: Rows per batch.
+        precision: Numbers of the base.
+        device: "auto", "cpu" or "cuda".
+    """
+    from fedp2eft import api
+
+    scores = api.evaluate(
+        model,
+        data,
+        adapter,
+        text_columns=text_columns,
+        label_column=label_column,
+        max_length=max_length,
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
+    )
+    print(
+        f"Accuracy {scores.accuracy:.1%} ({scores.correct} of {scores.examples}), "
+        f"loss {scores.loss:.4f}"
+    )
+
+
+def export(
+    adapter: str,
+    out: str,
+    layout: Literal["portable", "compact", "merged"],
+    model: str | None = None,
+) -> None:
+    """Change the layout of an adapter folder.
+
+    Args:
+        adapter: Folder of an adapter that this package wrote.
+        out: Folder for the new layout.
+        layout: "portable" (every module at one rank, loads everywhere), "compact" (true ranks) or
+            "merged" (the full model with the adapter in its weights).
+        model: Base model, for "merged"; the one that the adapter names where none is given.
+    """
+    if not layout:
+        raise UserError("Name a layout: portable, compact or merged.")
+    from fedp2eft import api
+
+    api.export(adapter, out, layout, model)
+    print(f"{layout}: {out}")

@@ -1,0 +1,61 @@
+"""`fedp2eft data list | describe | partition`."""
+
+from __future__ import annotations
+
+from fedp2eft.data.settings import DataSettings
+
+
+def list_datasets() -> None:
+    """List the data sets."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedp2eft.data.registry import DATASETS
+
+    table = Table("name", "what", "languages", "licence")
+    for name, entry in DATASETS.items():
+        table.add_row(name, entry.description, " ".join(entry.languages) or "–", entry.licence)
+    Console().print(table)
+
+
+def describe(data: DataSettings) -> None:
+    """Show clients, rows and labels of a data set as a federation would see them.
+
+    Args:
+        data: Which rows the clients have.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedp2eft.data.describe import describe as rows_of
+    from fedp2eft.data.settings import load_federation
+
+    federation = load_federation(data)
+    rows = rows_of(federation)
+    table = Table(*[str(name).replace("_", " ") for name in rows[0]])
+    for row in rows:
+        table.add_row(*[_cell(value) for value in row.values()])
+    Console().print(table)
+
+
+def partition(data: DataSettings, out: str) -> None:
+    """Write which rows are whose as readable JSON.
+
+    Args:
+        data: Which rows the clients have.
+        out: The JSON file.
+    """
+    from pathlib import Path
+
+    from fedp2eft.data.describe import save_partition
+    from fedp2eft.data.settings import load_federation
+
+    federation = load_federation(data)
+    save_partition(federation, Path(out))
+    print(f"{len(federation.clients)} clients: {out}")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {count}" for key, count in value.items())
+    return f"{value:.0f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,61 @@
+"""`fedp2eft train` and `fedp2eft quickstart`."""
+
+from __future__ import annotations
+
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fedp2eft.errors import Interrupted
+from fedp2eft.experiment.reading import read_yaml, settings_from
+
+
+def train(config: str, run: str | None = None, options: list[str] | None = None) -> None:
+    """Train base and PSG, then personalize and score every client.
+
+    Start the same command again to go on with a run that was stopped.
+
+    Args:
+        config: The experiment's YAML file.
+        run: The run folder; runs/NAME where none is given, NAME being the file's.
+        options: Settings on top of the file.
+    """
+    settings = settings_from(read_yaml(config), options)
+    folder = Path(run) if run else Path("runs") / Path(config).stem
+    _run(settings, folder)
+
+
+def quickstart(run: str = "runs/quickstart", options: list[str] | None = None) -> None:
+    """Run the whole main job on real text in a few minutes.
+
+    Six languages of Debian package descriptions, multilingual-e5-small, seen and unseen clients.
+
+    Args:
+        run: The run folder.
+        options: Settings on top of the preset.
+    """
+    preset = files("fedp2eft") / "presets" / "quickstart.yaml"
+    _run(settings_from(read_yaml(str(preset)), options), Path(run))
+
+
+def _run(settings: Any, folder: Path) -> None:
+    from fedp2eft.commands.terminal import progress, show_loading, show_results
+    from fedp2eft.experiment.train import train as train_run
+
+    start = time.perf_counter()
+    try:
+        with progress() as reporter:
+            results = train_run(settings, folder, reporter)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"Interrupted. Finished rounds are kept in {folder}: start the same command again to "
+            "go on."
+        ) from None
+    show_results(results)
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    print(f"\nRun folder: {folder}  ({minutes} min {seconds:02d} s in this process)")
+    adapters = sorted((folder / "adapters").glob("*/*/adapter_config.json"))
+    unseen = [path for path in adapters if "-unseen-" in path.parts[-3]]
+    if adapters:
+        show_loading(f"{folder}/base", str((unseen or adapters)[-1].parent))

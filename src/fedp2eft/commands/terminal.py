@@ -1,0 +1,133 @@
+"""Progress bars and tables in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fedp2eft.federation.reporting import LogReporter, Reporter, report_to
+
+if TYPE_CHECKING:
+    from fedp2eft.experiment.results import Results
+
+PHASES = {"base": "base model", "psg": "PSG", "personalize": "clients"}
+
+
+class BarReporter:
+    """One bar per phase: units done, share of the present one, its number, time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._whole: dict[str, int] = {}
+
+    def start(self, phase: str, total: int, done: int) -> None:
+        """Show a bar for the phase."""
+        name = PHASES.get(phase, phase)
+        self._whole[phase] = done
+        self._tasks[phase] = self._progress.add_task(
+            name, total=total, completed=done, text="", start=True
+        )
+
+    def advance(self, phase: str, text: str) -> None:
+        """One unit more."""
+        self._whole[phase] += 1
+        self._progress.update(self._tasks[phase], completed=self._whole[phase], text=text)
+
+    def part(self, phase: str, fraction: float, text: str) -> None:
+        """Say which client is at work."""
+        if phase in self._tasks and phase != "personalize":
+            self._progress.update(self._tasks[phase], text=f"{text} {fraction:.0%}")
+
+    def note(self, text: str) -> None:
+        """A line above the bars."""
+        self._progress.console.print(text)
+
+
+class LineReporter(LogReporter):
+    """One line per finished unit, for output that is no terminal."""
+
+    def start(self, phase: str, total: int, done: int) -> None:
+        """Say what begins."""
+        super().start(phase, total, done)
+        print(f"{PHASES.get(phase, phase)}: {done} of {total} done", flush=True)
+
+    def advance(self, phase: str, text: str) -> None:
+        """Say what is finished."""
+        done, total = self._at.get(phase, (0, 0))
+        self._at[phase] = (done + 1, total)
+        print(f"{PHASES.get(phase, phase)} {done + 1}/{total} {text}", flush=True)
+
+    def note(self, text: str) -> None:
+        """Print the line."""
+        print(text, flush=True)
+
+
+@contextmanager
+def progress() -> Iterator[Reporter]:
+    """Progress bars in a terminal, else a line per finished unit."""
+    console = Console()
+    if not console.is_terminal:
+        lines = LineReporter()
+        with report_to(lines):
+            yield lines
+        return
+    with Progress(
+        TextColumn("{task.description:>10}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+    ) as bars:
+        reporter = BarReporter(bars)
+        with report_to(reporter):
+            yield reporter
+
+
+def show_results(results: Results) -> None:
+    """The table of a run: language by method, worst language, mean."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for pool in dict.fromkeys(row.pool for row in results.rows):
+        rows = [row for row in results.rows if row.pool == pool]
+        table = Table(title=f"Accuracy (%), {pool} clients ({rows[0].clients})", title_justify="left")
+        table.add_column("method")
+        table.add_column("rank", justify="right")
+        for language in rows[0].languages:
+            table.add_column(language, justify="right")
+        for name in ("worst", "mean"):
+            table.add_column(name, justify="right", style="bold")
+        for row in rows:
+            cells = [*row.languages.values(), row.worst_language, row.mean]
+            rank = str(row.rank) if row.rank else "–"
+            table.add_row(row.method, rank, *(f"{100 * value:.1f}" for value in cells))
+        console.print(table)
+
+
+LOAD = '''from transformers import {auto}
+from peft import PeftModel
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{adapter}")'''
+
+
+def show_loading(base: str, adapter: str) -> None:
+    """The three lines of Python that load an adapter with plain PEFT."""
+    text = LOAD.format(
+        auto="AutoModelForSequenceClassification", base=base, adapter=adapter
+    )
+    print(f"\nOne client's adapter, with plain PEFT:\n\n{text}\n")
