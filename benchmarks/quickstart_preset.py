@@ -49,7 +49,9 @@ def main(out: Path) -> None:
     preset = read_yaml(str(files("fedp2eft") / "presets" / "quickstart.yaml"))
     log = out / "candidates.jsonl"
     out.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["name"] for line in log.read_text().splitlines()} if log.exists() else ()
+    done = (
+        {json.loads(line)["name"] for line in log.read_text().splitlines()} if log.exists() else ()
+    )
 
     def measure(name: str, raw: dict[str, Any], base: Path | None = None) -> Path:
         folder = out / name.replace(" ", "_").replace(",", "")
@@ -64,7 +66,10 @@ def main(out: Path) -> None:
             scores = {f"{row.method}-r{row.rank}": round(row.mean, 4) for row in results.rows}
             seconds = round(time.perf_counter() - start)
             with log.open("a") as file:
-                file.write(json.dumps({"name": name, **scores, "seconds": seconds}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"name": name, **scores, "seconds": seconds}, ensure_ascii=False)
+                    + "\n"
+                )
         return folder
 
     only_base = {"evaluation": {"methods": ["base"]}, "federation": {"rounds": 0}}

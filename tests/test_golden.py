@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_case import GoldenCase, case_folders, plain
 from torch import Tensor
 
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.client import features, personalize, stage1, stage2
 from fedp2eft.profiles import REFERENCE
+from golden_case import GoldenCase, case_folders, plain
 
 TOLERANCE = {"features": 1e-5, "loss": 1e-4, "lambda": 1e-5, "weights": 1e-5, "logits": 1e-4}
 worst: dict[str, float] = {}
@@ -69,7 +69,7 @@ def test_every_number_of_the_reference(folder) -> None:
             logits = []
             fitted = personalize(
                 bt, task, train[k], lam, lam > 0, case.order(key), local,
-                measure=lambda model, k=k: logits.append(
+                measure=lambda model, k=k, into=logits: into.append(
                     task.logits(model, case.data(k, "test"), 16)
                 ),
             )  # fmt: skip

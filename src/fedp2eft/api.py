@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
+from torch import nn
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import adapter_facts, load_adapter, save_adapter
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.client import features, structure
+from fedp2eft.client import features, local_order, structure
+from fedp2eft.client import personalize as fine_tune
 from fedp2eft.data.federation import Federation
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
 from fedp2eft.federation.workspace import EAGER_LENGTH, choose_device
 from fedp2eft.generator import PSG
-from fedp2eft.methods.method import ClientSide
 from fedp2eft.models.loading import ModelSource, load_base, load_tokenizer, resolve_model
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.models.sources import hash_weights
@@ -29,8 +29,8 @@ from fedp2eft.settings import LocalSettings, check_rank
 from fedp2eft.tasks.classification import Classification, Scores
 from fedp2eft.tasks.encoded import Encoded
 
-Rows = str | Path | Sequence[Mapping[str, Any]]
-"""A JSON lines, CSV or Parquet file, or a list of rows with the same columns."""
+Rows = str | Path
+"""A JSON lines, CSV or Parquet file."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ class Adapter:
         """Kept ranks per module."""
         return self.weights.ranks
 
-    def save(
-        self, folder: str | Path, layout: Literal["portable", "compact"] = "portable"
-    ) -> Path:
+    def save(self, folder: str | Path, layout: Literal["portable", "compact"] = "portable") -> Path:
         """Write a folder that `peft.PeftModel.from_pretrained` loads."""
         return save_adapter(
             self.weights,
@@ -127,29 +125,37 @@ def personalize(
             f"weights hash to {c.base_revision}, those of {model} to {revision}."
         )
     base, task, tokenizer = _load(source, len(c.labels), c.max_length, precision, device)
-    bt = BTLora(base, c.adapter_settings(), clamp_forward=PROFILES[c.profile].clamp_forward)  # type: ignore[index]
+    profile = PROFILES[c.profile]
+    bt = BTLora(base, c.adapter_settings(), clamp_forward=profile.clamp_forward)
     _check_layers(psg, bt)
     rows = _encode(task, tokenizer, train)
-    side = ClientSide(
-        bt=bt,
-        task=task,
-        train=rows,
-        test=rows if test is None else _encode(task, tokenizer, test),
-        psg=psg,
-        features=lambda: psg.features_of(
-            features(bt, task, rows, settings, PROFILES[c.profile]), len(rows)  # type: ignore[index]
-        ),
-        settings=settings,
-        seed=derive_seed(seed, "personalize"),
+    xi = psg.features_of(features(bt, task, rows, settings, profile), len(rows))
+    lam, keep = structure(psg, xi, rank)
+    order_seed = derive_seed(seed, "personalize")
+    scores: list[Scores] = []
+
+    def measure(tuned: nn.Module) -> None:
+        if test is not None:
+            encoded = _encode(task, tokenizer, test)
+            scores.append(task.score(tuned, encoded, settings.eval_batch_size))
+
+    fitted = fine_tune(
+        bt,
+        task,
+        rows,
+        lam,
+        keep,
+        local_order(len(rows), epochs, batch_size, order_seed),
+        settings,
+        seed=order_seed,
+        measure=measure,
     )
-    lam, keep = structure(psg, side.features(), rank)
-    outcome = side.fit(lam, keep)
     return Adapter(
-        outcome.weights or AdapterWeights((), 1.0),
-        source.name if not Path(source.name).is_dir() else str(Path(source.name).resolve()),
+        fitted.weights,
+        str(Path(source.name).resolve()) if Path(source.name).is_dir() else source.name,
         revision,
         rank,
-        outcome.scores if test is not None else None,
+        scores[0] if scores else None,
         {"labels": list(c.labels), "max_length": c.max_length},
     )
 
@@ -235,15 +241,11 @@ def export(
         raise UserError(f"Could not write {target}: {error.strerror or error}.") from error
 
 
-def _rows(
-    data: Rows, columns: tuple[str, ...], label: str, labels: tuple[str, ...]
-) -> Federation:
+def _rows(data: Rows, columns: tuple[str, ...], label: str, labels: tuple[str, ...]) -> Federation:
     """One client whose rows are all training rows."""
-    if isinstance(data, str | Path):
-        return client_from_file(
-            data, text_columns=columns, label_column=label, labels=labels, test_fraction=0.0
-        )
-    raise UserError("Give the rows as a JSON lines, CSV or Parquet file.")
+    return client_from_file(
+        data, text_columns=columns, label_column=label, labels=labels, test_fraction=0.0
+    )
 
 
 def _load(
@@ -288,5 +290,3 @@ def _check_same_base(adapter: str | Path, source: ModelSource) -> None:
         )
     if not (Path(adapter) / "adapter_config.json").exists():
         raise UserError(f"No PEFT adapter in {adapter}: name an adapter folder.")
-
-

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from fedp2eft.errors import Interrupted, UserError, nearest
+from fedp2eft.errors import InterruptedRunError, UserError, nearest
 
 HELP = """\
 usage: fedp2eft COMMAND [OPTIONS]
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
         _dispatch(sys.argv[1:] if arguments is None else list(arguments))
-    except Interrupted as error:
+    except InterruptedRunError as error:
         print(f"fedp2eft: {error}", file=sys.stderr)
         return 130
     except UserError as error:

@@ -252,9 +252,7 @@ def train_round(
     with torch.no_grad():
         lam = psg(xi)
     bt.reset(lam.to(bt.lam.device))
-    losses = stage1(
-        bt, task, data, order, settings, profile, seed=seed, on_step=on_step
-    )
+    losses = stage1(bt, task, data, order, settings, profile, seed=seed, on_step=on_step)
     target = (bt.clamped_lambda() if profile.clamp_target else bt.lam).detach().cpu().clone()
     psg_loss = stage2(psg, xi, target, generator)
     return Round(psg.numbers(), len(data), psg_loss, losses, bt.rank_lambda().cpu())

@@ -9,7 +9,7 @@ class UserError(Exception):
     """
 
 
-class Interrupted(UserError):
+class InterruptedRunError(UserError):
     """The user stopped the command; the message says how to go on."""
 
 

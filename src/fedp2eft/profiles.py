@@ -37,4 +37,4 @@ class Profile:
 
 PAPER = Profile("paper", True, True, True, True, None)
 REFERENCE = Profile("reference", False, False, False, False, 4)
-PROFILES = {profile.name: profile for profile in (PAPER, REFERENCE)}
+PROFILES: dict[str, Profile] = {profile.name: profile for profile in (PAPER, REFERENCE)}

@@ -1,0 +1,1 @@
+"""Sparse-rank adapters on PEFT: gates, penalties, budget, export."""

@@ -142,9 +142,9 @@ class BTLora:
         A layer-wise λ stands for each of its layer's r_max ranks.
         """
         lam = self.clamped_lambda()
-        change = self.B if self._B0 is None else [
-            B - B0 for B, B0 in zip(self.B, self._B0, strict=True)
-        ]
+        change = (
+            self.B if self._B0 is None else [B - B0 for B, B0 in zip(self.B, self._B0, strict=True)]
+        )
         columns = torch.stack([delta.abs().sum(dim=0) for delta in change])
         significance = (columns / lam).sum()
         sparsity = (GAMMA_RATE * lam + lam.log()).expand_as(columns).sum()

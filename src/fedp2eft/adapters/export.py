@@ -72,7 +72,8 @@ def save_adapter(
         a, b = _keys(layer)
         tensors[a] = pad(layer.A, (0, 0, 0, width)).contiguous()
         tensors[b] = pad(layer.B, (0, width)).contiguous()
-    ranks = {re.escape(layer.name): layer.rank for layer in kept if layer.rank != R}
+    # PEFT takes the first pattern that ends a name; "^" tells `dense` from `output.dense`.
+    ranks = {"^" + re.escape(layer.name): layer.rank for layer in kept if layer.rank != R}
     compact = layout == "compact"
     config = LoraConfig(
         r=R,
@@ -157,9 +158,7 @@ def _keys(layer: LayerWeights) -> tuple[str, str]:
 def _module_names(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
     """Module names in the base model's order where fedp2eft.json has it, else as in the file."""
     found = {
-        key.removeprefix(PEFT_PREFIX).split(".lora_")[0]: None
-        for key in tensors
-        if ".lora_" in key
+        key.removeprefix(PEFT_PREFIX).split(".lora_")[0]: None for key in tensors if ".lora_" in key
     }
     ranks = adapter_facts(folder).get("ranks")
     ordered = [name for name in ranks if name in found] if isinstance(ranks, dict) else []

@@ -1,0 +1,1 @@
+"""How the federation trains the base model itself."""

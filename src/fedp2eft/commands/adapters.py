@@ -44,9 +44,10 @@ def personalize(
         seed: Seed of the mini-batch order.
     """
     from fedp2eft import api
+    from fedp2eft.generator import PSG
 
     adapter = api.personalize(
-        api.PSG.from_pretrained(psg),
+        PSG.from_pretrained(psg),
         model,
         data,
         rank,

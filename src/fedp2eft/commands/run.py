@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fedp2eft.errors import Interrupted
+from fedp2eft.errors import InterruptedRunError
 from fedp2eft.experiment.reading import read_yaml, settings_from
 
 
@@ -48,7 +48,7 @@ def _run(settings: Any, folder: Path) -> None:
         with progress() as reporter:
             results = train_run(settings, folder, reporter)
     except KeyboardInterrupt:
-        raise Interrupted(
+        raise InterruptedRunError(
             f"Interrupted. Finished rounds are kept in {folder}: start the same command again to "
             "go on."
         ) from None

@@ -106,7 +106,9 @@ def show_results(results: Results) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     for pool in dict.fromkeys(row.pool for row in results.rows):
         rows = [row for row in results.rows if row.pool == pool]
-        table = Table(title=f"Accuracy (%), {pool} clients ({rows[0].clients})", title_justify="left")
+        table = Table(
+            title=f"Accuracy (%), {pool} clients ({rows[0].clients})", title_justify="left"
+        )
         table.add_column("method")
         table.add_column("rank", justify="right")
         for language in rows[0].languages:
@@ -120,14 +122,12 @@ def show_results(results: Results) -> None:
         console.print(table)
 
 
-LOAD = '''from transformers import {auto}
+LOAD = """from transformers import {auto}
 from peft import PeftModel
-model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{adapter}")'''
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{adapter}")"""
 
 
 def show_loading(base: str, adapter: str) -> None:
     """The three lines of Python that load an adapter with plain PEFT."""
-    text = LOAD.format(
-        auto="AutoModelForSequenceClassification", base=base, adapter=adapter
-    )
+    text = LOAD.format(auto="AutoModelForSequenceClassification", base=base, adapter=adapter)
     print(f"\nOne client's adapter, with plain PEFT:\n\n{text}\n")

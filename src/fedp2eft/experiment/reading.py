@@ -18,7 +18,7 @@ from fedp2eft.settings import Settings
 class Parser(ArgumentParser):
     """jsonargparse's parser; a mistake is a `UserError` of one line instead of a usage page."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the mistake, with the nearest known option where one is unknown."""
         line = " ".join(str(message).split())
         hint = ""
@@ -75,7 +75,7 @@ def check_keys(raw: Mapping[str, Any], kind: type = Settings, where: str = "") -
         if is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise UserError(f"Setting {name!r} must be a mapping, not {value!r}.")
-            check_keys(value, hints[key], f"{name}.")  # type: ignore[arg-type]
+            check_keys(value, hints[key], f"{name}.")
 
 
 def settings_from(raw: Mapping[str, Any], options: list[str] | None = None) -> Settings:

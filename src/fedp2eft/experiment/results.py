@@ -79,8 +79,7 @@ def collect(run: str | Path) -> Results:
         for cell in cells
     }
     rows = tuple(
-        _row(*key, groups[key], base)
-        for key in sorted(groups, key=lambda k: (k[2], k[1], k[0]))
+        _row(*key, groups[key], base) for key in sorted(groups, key=lambda k: (k[2], k[1], k[0]))
     )
     results = Results(run, rows)
     write_json(run / "results.json", [asdict(row) for row in rows])

@@ -1,0 +1,1 @@
+"""The federation: messages, engines, rounds and what is kept of them."""

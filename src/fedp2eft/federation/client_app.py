@@ -10,12 +10,20 @@ import json
 import time
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 
 from fedp2eft.adapters.export import save_adapter
 from fedp2eft.bases.standard_fl import fine_tune, set_parameters, trained_parameters
-from fedp2eft.client import local_order, train_round
+from fedp2eft.client import OnStep, local_order, train_round
 from fedp2eft.federation.messages import (
     ABOUT,
     ARRAYS,
@@ -61,9 +69,7 @@ def describe(message: Message, context: Context) -> Message:
     """Name, language, pool and number of rows of this client."""
     workspace = open_workspace(context)
     client = workspace.client(client_name(context, workspace))
-    about = ConfigRecord(
-        {"client": client.name, "language": client.language, "pool": client.pool}
-    )
+    about = ConfigRecord({"client": client.name, "language": client.language, "pool": client.pool})
     counts = MetricRecord({EXAMPLES: len(client.train), "num-tests": len(client.test)})
     return reply_with(message, RecordDict({ABOUT: about, METRICS: counts}))
 
@@ -77,7 +83,9 @@ def train_base(message: Message, context: Context) -> Message:
     round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
     model = workspace.trainable_base
     mine = trained_parameters(model, s.base)
-    set_parameters(model, from_arrays(the_arrays(message), mine, "The base from the server"), s.base)
+    set_parameters(
+        model, from_arrays(the_arrays(message), mine, "The base from the server"), s.base
+    )
     data = workspace.encoded(name, "train")
     seed = derive_seed(s.seed, "base", round_, name)
     order = list(local_order(len(data), s.base.epochs, s.base.batch_size, seed))
@@ -130,7 +138,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
         psg.set_numbers(from_arrays(arrays, psg.state_dict(), "φ from the server"))
     start = time.perf_counter()
     outcome = fit(client_side(workspace, name), rank)
-    metrics: dict[str, int | float] = {
+    metrics: dict[str, MetricRecordValues] = {
         EXAMPLES: outcome.scores.examples,
         "correct": outcome.scores.correct,
         "loss": outcome.scores.loss,
@@ -177,7 +185,7 @@ def client_side(workspace: Workspace, name: str) -> ClientSide:
     )
 
 
-def steps(phase: str, total: int, name: str):  # type: ignore[no-untyped-def]
+def steps(phase: str, total: int, name: str) -> OnStep:
     """A callback that reports the share of a client's steps that are done."""
     reporter, done = current(), 0
 

@@ -74,6 +74,20 @@ def the_config(message: Message) -> ConfigRecord:
     return message.content.config_records.get(CONFIG, ConfigRecord())
 
 
+def scalars(message: Message) -> dict[str, int | float]:
+    """The metrics of a reply.
+
+    Raises:
+        UserError: A metric is a list: only single numbers may leave a client.
+    """
+    metrics = {}
+    for name, value in message.content.metric_records[METRICS].items():
+        if isinstance(value, list):
+            raise UserError(f"Metric {name!r} of a client is a list; only single numbers travel.")
+        metrics[name] = value
+    return metrics
+
+
 def reply_with(message: Message, content: RecordDict) -> Message:
     """A reply to `message`."""
     return Message(content, reply_to=message)

@@ -21,9 +21,9 @@ from fedp2eft.federation.messages import (
     ABOUT,
     DESCRIBE,
     EXAMPLES,
-    METRICS,
     from_arrays,
     nbytes,
+    scalars,
     the_arrays,
     to_arrays,
 )
@@ -110,14 +110,13 @@ def roster(grid: Grid, timeout: float) -> list[Member]:
     members = []
     for member, reply in exchange(grid, messages, nodes, timeout, "at the start"):
         about = reply.content.config_records[ABOUT]
-        examples = reply.content.metric_records[METRICS][EXAMPLES]
         members.append(
             Member(
                 member.node,
                 str(about["client"]),
                 str(about["language"]),
                 str(about["pool"]),
-                int(examples),  # type: ignore[arg-type]
+                int(scalars(reply)[EXAMPLES]),
             )
         )
     return sorted(members, key=lambda member: member.client)
@@ -148,8 +147,8 @@ def run_rounds(
     """
     if not strategy.members:
         raise UserError("No seen client is in the federation, so nothing can be trained.")
-    done, numbers = run.resume(phase, rounds)
-    numbers = first if numbers is None else numbers
+    done, kept = run.resume(phase, rounds)
+    numbers = first if kept is None else kept
     members = {member.node: member for member in strategy.members}
     reporter.start(phase, rounds, done)
     for round_ in range(done + 1, rounds + 1):
@@ -186,6 +185,5 @@ def _aggregate(
     if arrays is None or metrics is None:
         raise UserError(f"No client answered in {what}: start again to repeat the round.")
     return from_arrays(arrays, like, f"The average of {what}"), {
-        key: float(value)  # type: ignore[arg-type]
-        for key, value in metrics.items()
+        key: value for key, value in metrics.items() if isinstance(value, float)
     }

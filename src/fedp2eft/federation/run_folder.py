@@ -1,14 +1,14 @@
 """The folder of a run: everything needed to go on from where it was stopped, and its results.
 
-    settings.yaml      the resolved settings
-    metrics.jsonl      one line per finished round: the same bits whether or not the run was stopped
-    timings.jsonl      seconds of each round (these differ from run to run)
-    checkpoints/       the newest finished rounds
-    base/              the base model, ready for `from_pretrained`
-    psg/               the trained PSG
-    cells/             one small file per client, method and rank budget
-    adapters/<client>/ the clients' PEFT adapters
-    results.json       the tables
+settings.yaml      the resolved settings
+metrics.jsonl      one line per finished round: the same bits whether or not the run was stopped
+timings.jsonl      seconds of each round (these differ from run to run)
+checkpoints/       the newest finished rounds
+base/              the base model, ready for `from_pretrained`
+psg/               the trained PSG
+cells/             one small file per client, method and rank budget
+adapters/<client>/ the clients' PEFT adapters
+results.json       the tables
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from torch import Tensor
 
 from fedp2eft.errors import UserError
 from fedp2eft.federation.checkpoints import Progress, load_checkpoint, save_checkpoint
@@ -102,7 +103,12 @@ class RunFolder:
     # ── rounds ──────────────────────────────────────────────────────────────────────────────────
 
     def finish_round(
-        self, phase: str, round_: int, numbers: Any, metrics: dict[str, Any], seconds: float
+        self,
+        phase: str,
+        round_: int,
+        numbers: dict[str, Tensor],
+        metrics: dict[str, Any],
+        seconds: float,
     ) -> None:
         """Keep a finished round: its metrics, then its checkpoint (which makes it count)."""
         line = json.dumps({"phase": phase, "round": round_, **metrics}, ensure_ascii=False) + "\n"
@@ -112,19 +118,19 @@ class RunFolder:
         keep = self.settings.federation.keep_checkpoints
         save_checkpoint(self.path / "checkpoints", Progress(phase, round_, size), numbers, keep)
 
-    def resume(self, phase: str, rounds: int) -> tuple[int, Any]:
+    def resume(self, phase: str, rounds: int) -> tuple[int, dict[str, Tensor] | None]:
         """(last finished round, its numbers) of a phase, or (0, None) at its start.
 
         Where rounds are left to do, lines of metrics.jsonl behind the last finished round are cut
         off: they belong to a round that was stopped half-way.
         """
         found = load_checkpoint(self.path / "checkpoints", phase)
-        done, numbers, size = 0, None, self._size_before(phase)
+        done, size = 0, self._size_before(phase)
         if found is not None:
-            done, numbers, size = found[0].round, found[1], found[0].metrics_bytes
+            done, size = found[0].round, found[0].metrics_bytes
         if done < rounds:
             self._cut_metrics(size)
-        return done, numbers
+        return done, found[1] if found else None
 
     def drop_checkpoints(self, phase: str) -> None:
         """Remove the checkpoints of a phase whose result is saved."""

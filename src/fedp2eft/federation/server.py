@@ -18,10 +18,10 @@ from fedp2eft.federation.messages import (
     ARRAYS,
     CONFIG,
     EXAMPLES,
-    METRICS,
     PERSONALIZE,
     TRAIN_BASE,
     TRAIN_PSG,
+    scalars,
     to_arrays,
 )
 from fedp2eft.federation.reporting import Reporter
@@ -62,7 +62,7 @@ def train_base(
     if s.base.kind == "standard-fl" and s.base.rounds:
         seen = [member for member in members if member.pool == SEEN]
         strategy = SeededFedAvg(seen, s.base.clients_per_round, s.seed, TRAIN_BASE)
-        mine = trained_parameters(model, s.base)  # type: ignore[arg-type]
+        mine = trained_parameters(model, s.base)
         first = {name: value.detach().clone() for name, value in mine.items()}
         numbers = run_rounds(grid, run, strategy, "base", s.base.rounds, first, reporter)
         set_parameters(model, numbers, s.base)
@@ -137,7 +137,7 @@ def personalize_all(
     timeout = run.settings.federation.timeout * max(1, len(missing))
     for member, reply in exchange(grid, messages, by_node, timeout, "personalization"):
         method, _, rank = reply.metadata.group_id.rpartition("-r")
-        metrics = dict(reply.content.metric_records[METRICS])
+        metrics = scalars(reply)
         metrics["examples"] = metrics.pop(EXAMPLES)
         about = {"client": member.client, "language": member.language, "pool": member.pool}
         run.write_cell(method, int(rank), member.client, {**about, **metrics})

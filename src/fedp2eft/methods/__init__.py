@@ -23,5 +23,7 @@ def method_named(name: str) -> Method:
     """The method of that name; an unknown one is a `UserError`."""
     if name not in METHODS:
         known = ", ".join(METHODS)
-        raise UserError(f"Method {name!r} is unknown.{nearest(name, list(METHODS))} Known: {known}.")
+        raise UserError(
+            f"Method {name!r} is unknown.{nearest(name, list(METHODS))} Known: {known}."
+        )
     return METHODS[name]

@@ -1,0 +1,1 @@
+"""Rows as batches, losses and scores."""

@@ -85,9 +85,7 @@ class Classification:
         """All rows in order, padded to `max_length`, for ξ (profile `reference`)."""
         for start in range(0, len(data), batch_size):
             rows = range(start, min(start + batch_size, len(data)))
-            yield data.batch(
-                rows, pad_id=self.pad_id, device=self.device, length=self.max_length
-            )
+            yield data.batch(rows, pad_id=self.pad_id, device=self.device, length=self.max_length)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of a batch, float32."""

@@ -87,9 +87,7 @@ class Encoded:
         lengths = self.lengths[chosen]
         width = int(length or lengths.max())
         mask = np.arange(width) < lengths[:, None]
-        where = np.concatenate(
-            [np.arange(self.offsets[i], self.offsets[i + 1]) for i in chosen]
-        )
+        where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in chosen])
 
         def padded(values: NDArray[np.int32], fill: int) -> Tensor:
             grid = np.full(mask.shape, fill, dtype=np.int64)

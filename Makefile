@@ -1,0 +1,40 @@
+# Two commands: `make quickstart` (the main job on real text) and `make test` (all checks).
+# Both set up a virtual environment of their own in .venv, with pinned versions.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+# More threads than free cores make every step many times slower; so do idle waits of OpenMP.
+THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 2)
+export OMP_NUM_THREADS ?= $(THREADS)
+
+.PHONY: quickstart test lint types unit setup clean
+
+quickstart: setup
+	$(BIN)/fedp2eft quickstart --run $(RUN)
+
+test: lint types unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/python -m pytest --cov=fedp2eft --cov-report=term:skip-covered --durations=8
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fedp2eft needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
