@@ -18,7 +18,7 @@ from fedp2eft.client import personalize as fine_tune
 from fedp2eft.data.federation import Federation
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
-from fedp2eft.federation.workspace import EAGER_LENGTH, choose_device
+from fedp2eft.federation.workspace import choose_device
 from fedp2eft.generator import PSG
 from fedp2eft.models.loading import ModelSource, load_base, load_tokenizer, resolve_model
 from fedp2eft.models.precision import resolve_precision
@@ -258,9 +258,8 @@ def _load(
         num_labels=labels,
         dtype=resolve_precision(precision, where),
         device=where,
+        max_length=max_length,
     )
-    if where.type == "cpu" and max_length <= EAGER_LENGTH:
-        base.set_attn_implementation("eager")
     tokenizer = load_tokenizer(source)
     return base, Classification(tokenizer.pad_token_id or 0, max_length, where), tokenizer
 

@@ -332,4 +332,5 @@ def _gates_read_once(model: nn.Module) -> AbstractContextManager[None]:
 
 def adamw(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     """AdamW as the paper uses it: β 0.9/0.999, ε 1e-8, no weight decay, constant rate."""
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    # fused: one pass over each tensor instead of a dozen
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)

@@ -28,10 +28,6 @@ from fedp2eft.settings import Settings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 
-# On a CPU the backward pass of torch's fused attention is slower than plain matrix products until
-# rows get long (benchmarks: 1.5× the whole step at 64 tokens).
-EAGER_LENGTH = 256
-
 
 class Workspace:
     """Loads on first use, once.
@@ -119,6 +115,7 @@ class Workspace:
                 num_labels=len(self.federation.labels),
                 seed=self.settings.model.seed,
                 device=self.device,
+                max_length=self.settings.local.max_length,
             )
             self._name_labels(self._trainable)
         return self._trainable
@@ -146,9 +143,8 @@ class Workspace:
             num_labels=len(self.federation.labels) or None,
             dtype=resolve_precision(self.settings.model.precision, self.device),
             device=self.device,
+            max_length=self.settings.local.max_length,
         )
-        if self.device.type == "cpu" and self.settings.local.max_length <= EAGER_LENGTH:
-            base.set_attn_implementation("eager")
         clamp = self.profile.clamp_forward
         return BTLora(base, self.settings.adapter, clamp_forward=clamp)
 
