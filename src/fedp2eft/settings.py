@@ -12,6 +12,7 @@ from fedp2eft.data.settings import DataSettings
 from fedp2eft.errors import UserError
 
 ProfileName = Literal["paper", "reference"]
+PoolName = Literal["seen", "unseen", "new-language"]
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ class EvaluationSettings:
 
     methods: list[str] = field(default_factory=lambda: ["base", "lora", "fedp2eft"])
     ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
-    pools: list[str] = field(default_factory=lambda: ["seen", "unseen"])
+    pools: list[PoolName] = field(default_factory=lambda: ["seen", "unseen"])
     save_adapters: bool = True
     layout: Literal["portable", "compact"] = "portable"
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +25,7 @@ from torch.nn.functional import pad
 from fedp2eft.adapters.gates import PEFT_PREFIX
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.errors import UserError
+from fedp2eft.files import write_folder
 
 Layout = Literal["portable", "compact"]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -90,22 +89,14 @@ def save_adapter(
     config.revision = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
     card = {"layout": layout, "base_revision": revision, "ranks": weights.ranks, **(facts or {})}
     target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".adapter-"))
-        try:
-            save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
-            config.save_pretrained(str(scratch))
-            (scratch / FACTS_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-            scratch.chmod(0o755)
-            if target.exists():
-                _check_replaceable(target)
-                shutil.rmtree(target)
-            scratch.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"Could not write adapter {target}: {error.strerror or error}.") from error
+    check_replaceable(target)
+
+    def write(scratch: Path) -> None:
+        save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+        config.save_pretrained(str(scratch))
+        (scratch / FACTS_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+    write_folder(target, write)
     return target
 
 
@@ -165,6 +156,11 @@ def _module_names(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
     return ordered + [name for name in found if name not in set(ordered)]
 
 
-def _check_replaceable(target: Path) -> None:
-    if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG_FILE).exists()):
+def check_replaceable(target: Path) -> None:
+    """Raise `UserError` unless an adapter may be written there: nothing, or another adapter."""
+    if target.exists() and not _is_replaceable(target):
         raise UserError(f"{target} exists and is no adapter folder: name another place.")
+
+
+def _is_replaceable(target: Path) -> bool:
+    return target.is_dir() and (not any(target.iterdir()) or (target / CONFIG_FILE).exists())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -40,15 +41,15 @@ def train(settings: Settings, run: str | Path, reporter: Reporter | None = None)
     config: dict[str, bool | float | int | str] = {"settings": text, "run": str(run)}
     # Federated runs must not depend on what the caller drew before.
     with torch.random.fork_rng():
-        workspace = shared_workspace(text, str(run))
-        grid = LocalGrid(
-            client_app, [{"client": name} for name in sorted(workspace.clients)], config
-        )
-        context = Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), config)
-        if reporter is None:
-            server_app(grid, context)
-        else:
-            with report_to(reporter):
+        try:
+            workspace = shared_workspace(text, str(run))
+            grid = LocalGrid(
+                client_app, [{"client": name} for name in sorted(workspace.clients)], config
+            )
+            context = Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), config)
+            with report_to(reporter) if reporter else nullcontext():
                 server_app(grid, context)
-    shared_workspace.cache_clear()
+        finally:
+            # A run that goes on after a stop must begin from the folder, not from this memory.
+            shared_workspace.cache_clear()
     return collect(run)

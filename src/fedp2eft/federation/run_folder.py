@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from fedp2eft.errors import UserError
 from fedp2eft.federation.checkpoints import Progress, load_checkpoint, save_checkpoint
-from fedp2eft.files import read_json, write_json, write_text
+from fedp2eft.files import read_json, sweep, write_json, write_text
 from fedp2eft.settings import Settings
 
 # Settings that may change between two starts of one run: they add to it, and change nothing done.
@@ -33,7 +34,9 @@ FREE = {
     ("federation", "rounds"),
     ("federation", "keep_checkpoints"),
     ("federation", "timeout"),
-    ("evaluation",),
+    ("evaluation", "methods"),
+    ("evaluation", "ranks"),
+    ("evaluation", "pools"),
 }
 
 
@@ -52,14 +55,18 @@ class RunFolder:
         self.path = Path(path)
         self.settings = settings
         self._lock: IO[bytes] | None = None
-        self._open()
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self) -> None:
         settings_file = self.path / "settings.yaml"
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.path} is a file: name a folder for the run.")
-            if self.path.is_dir() and any(self.path.iterdir()) and not settings_file.exists():
+            if self.path.is_dir() and not settings_file.exists() and _is_foreign(self.path):
                 raise UserError(f"{self.path} is not empty and holds no run: name another folder.")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("wb")
@@ -73,7 +80,21 @@ class RunFolder:
         wanted = json.loads(json.dumps(asdict(self.settings)))
         if settings_file.exists():
             _check_same(self.path, _read_settings(settings_file), wanted)
+            self._check_rounds()
+        for part in (".", "checkpoints", "cells/*", "adapters/*"):
+            for folder in self.path.glob(part):
+                sweep(folder)
         write_text(settings_file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+
+    def _check_rounds(self) -> None:
+        """φ of a finished round cannot be taken back."""
+        found = load_checkpoint(self.path / "checkpoints", "psg")
+        rounds = self.settings.federation.rounds
+        if found is not None and found[0].round > rounds:
+            raise UserError(
+                f"{self.path} has {found[0].round} finished rounds, more than federation.rounds = "
+                f"{rounds}: give {found[0].round} or more, or name another run folder."
+            )
 
     def close(self) -> None:
         """Let other processes in."""
@@ -156,7 +177,9 @@ class RunFolder:
 
     def _append(self, name: str, line: str) -> int:
         try:
-            with (self.path / name).open("ab") as file:
+            with (self.path / name).open("ab+") as file:
+                if file.tell() and not _ends_line(file):
+                    line = "\n" + line  # a killed process left half a line
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -188,11 +211,37 @@ class RunFolder:
         write_json(self.cell_path(method, rank, client), value)
 
 
+    def drop_cells_of_other_phi(self, digest: str) -> None:
+        """Remove cells, and their adapters, that came from φ before the present one."""
+        for path in self.path.glob("cells/*/*.json"):
+            cell = read_json(path)
+            if isinstance(cell, dict) and cell.get("phi", digest) != digest:
+                adapter = self.path / "adapters" / path.stem / path.parent.name
+                shutil.rmtree(adapter, ignore_errors=True)
+                path.unlink()
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder without settings holds more than a process killed at its start leaves."""
+    return any(
+        path.name != ".lock" and not path.name.startswith(".settings.yaml-")
+        for path in folder.iterdir()
+    )
+
+
+def _ends_line(file: IO[bytes]) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
 def _read_settings(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged: name another run folder.") from error
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged or not a run's: name another run folder.")
+    return settings
 
 
 def _check_same(folder: Path, old: Any, new: Any, where: tuple[str, ...] = ()) -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
-from pathlib import Path
-from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedp2eft.bases.standard_fl import set_parameters, trained_parameters
 from fedp2eft.data.federation import SEEN
-from fedp2eft.errors import UserError
 from fedp2eft.federation.messages import (
     ARRAYS,
     CONFIG,
@@ -21,6 +16,7 @@ from fedp2eft.federation.messages import (
     PERSONALIZE,
     TRAIN_BASE,
     TRAIN_PSG,
+    array_digest,
     scalars,
     to_arrays,
 )
@@ -28,8 +24,10 @@ from fedp2eft.federation.reporting import Reporter
 from fedp2eft.federation.rounds import Member, SeededFedAvg, exchange, roster, run_rounds
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.federation.workspace import Workspace
+from fedp2eft.files import write_folder
 from fedp2eft.generator import PSG
-from fedp2eft.methods import WITHOUT_RANK, method_named
+from fedp2eft.methods import WITH_PSG, WITHOUT_RANK
+from fedp2eft.models.loading import save_model
 
 logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO repeats what our reporter says
 
@@ -43,8 +41,6 @@ def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) 
         workspace: The base model (on the local engine the clients' own).
         reporter: Hears of progress.
     """
-    for method in run.settings.evaluation.methods:
-        method_named(method)
     members = roster(grid, run.settings.federation.timeout)
     train_base(grid, run, workspace, members, reporter)
     psg = train_psg(grid, run, workspace, members, reporter)
@@ -66,22 +62,8 @@ def train_base(
         first = {name: value.detach().clone() for name, value in mine.items()}
         numbers = run_rounds(grid, run, strategy, "base", s.base.rounds, first, reporter)
         set_parameters(model, numbers, s.base)
-    _save_base(run.base, model, workspace.tokenizer)
+    save_model(run.base, model, workspace.tokenizer)
     run.drop_checkpoints("base")
-
-
-def _save_base(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write the model beside `folder`, then put it in place whole."""
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".base-"))
-    try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        scratch.rename(folder)
-    except OSError as error:
-        raise UserError(f"Could not save the base model in {folder}: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def train_psg(
@@ -96,7 +78,7 @@ def train_psg(
     if s.federation.rounds:
         phi = run_rounds(grid, run, strategy, "psg", s.federation.rounds, phi, reporter)
     psg.set_numbers(phi)
-    psg.save_pretrained(run.psg)
+    write_folder(run.psg, psg.save_pretrained)
     return psg
 
 
@@ -106,6 +88,8 @@ def personalize_all(
     """Every client of the chosen pools, with every method and budget; missing cells only."""
     evaluation = run.settings.evaluation
     phi = to_arrays(psg.numbers())
+    digest = array_digest(phi)
+    run.drop_cells_of_other_phi(digest)
     chosen = [member for member in members if member.pool in evaluation.pools]
     wanted = [
         (member, method, rank)
@@ -123,7 +107,7 @@ def personalize_all(
         Message(
             RecordDict(
                 {
-                    ARRAYS: phi if method == "fedp2eft" else ArrayRecord(),
+                    ARRAYS: phi if method in WITH_PSG else ArrayRecord(),
                     CONFIG: ConfigRecord({"method": method, "rank": rank}),
                 }
             ),
@@ -140,6 +124,8 @@ def personalize_all(
         metrics = scalars(reply)
         metrics["examples"] = metrics.pop(EXAMPLES)
         about = {"client": member.client, "language": member.language, "pool": member.pool}
+        if method in WITH_PSG:
+            about["phi"] = digest
         run.write_cell(method, int(rank), member.client, {**about, **metrics})
-        accuracy = metrics["correct"] / metrics["examples"]
-        reporter.advance("personalize", f"{method} {member.client} {accuracy:.0%}")
+        score = f"{metrics['correct'] / metrics['examples']:.0%}" if metrics["examples"] else "–"
+        reporter.advance("personalize", f"{method} {member.client} {score}")

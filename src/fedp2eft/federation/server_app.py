@@ -14,6 +14,7 @@ from fedp2eft.federation.reporting import current
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.federation.server import serve
 from fedp2eft.federation.workspace import shared_workspace
+from fedp2eft.methods import method_named
 
 app = ServerApp()
 
@@ -31,7 +32,10 @@ def main(grid: Grid, context: Context) -> None:
     if not config.get("run"):
         raise UserError("The run config names no run folder: add run='runs/NAME'.")
     folder = Path(str(config["run"]))
-    run = RunFolder(folder, settings_from(settings))
+    experiment = settings_from(settings)
+    for method in experiment.evaluation.methods:
+        method_named(method)
+    run = RunFolder(folder, experiment)
     try:
         serve(grid, run, shared_workspace(json.dumps(settings), str(folder)), current())
     finally:

@@ -15,8 +15,18 @@ METHODS: dict[str, Method] = {
 }
 WITHOUT_RANK = {"base"}
 """Methods that no rank budget changes."""
+WITH_PSG = {"fedp2eft"}
+"""Methods that the server sends φ to."""
 
-__all__ = ["METHODS", "WITHOUT_RANK", "ClientSide", "Method", "Outcome", "method_named"]
+__all__ = [
+    "METHODS",
+    "WITHOUT_RANK",
+    "WITH_PSG",
+    "ClientSide",
+    "Method",
+    "Outcome",
+    "method_named",
+]
 
 
 def method_named(name: str) -> Method:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from fedp2eft.errors import UserError
+from fedp2eft.files import write_folder
 from fedp2eft.models.quiet import quiet_transformers
 from fedp2eft.models.sources import (
     OFFLINE_PARTS,
@@ -24,7 +25,7 @@ from fedp2eft.models.sources import (
     resolve_model,
 )
 
-__all__ = ["OFFLINE_PARTS", "ModelSource", "load_base", "load_tokenizer", "resolve_model"]
+__all__ = ["OFFLINE_PARTS", "ModelSource", "load_base", "load_tokenizer", "resolve_model", "save_model"]
 
 Task = Literal["classification", "causal_lm"]
 # On a CPU the backward pass of torch's fused attention is slower than plain matrix products until
@@ -95,6 +96,21 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write a model and its tokenizer as a folder that `from_pretrained` loads, whole or not at all.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+
+    def write(scratch: Path) -> None:
+        with quiet_transformers():
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+
+    write_folder(folder, write)
 
 
 def _load(source: ModelSource, auto: Any, **options: Any) -> Any:
