@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.adapters.export import adapter_facts, load_adapter, save_adapter
+from fedp2eft.adapters.export import CONFIG_FILE, adapter_facts, load_adapter, save_adapter
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.client import features, local_order, structure
 from fedp2eft.client import personalize as fine_tune
@@ -20,7 +20,16 @@ from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
 from fedp2eft.federation.workspace import choose_device
 from fedp2eft.generator import PSG
-from fedp2eft.models.loading import ModelSource, load_base, load_tokenizer, resolve_model
+from fedp2eft.models.loading import (
+    ModelSource,
+    check_length,
+    load_base,
+    load_config,
+    load_tokenizer,
+    longest_input,
+    resolve_model,
+    save_model,
+)
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.profiles import PROFILES
@@ -167,30 +176,31 @@ def evaluate(
     *,
     text_columns: Sequence[str] | None = None,
     label_column: str = "label",
-    max_length: int = 128,
+    max_length: int | None = None,
     batch_size: int = 64,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
 ) -> Scores:
     """Score a base model, with or without a PEFT adapter, on labelled rows.
 
-    Class names are those of the model's config.
+    Class names are those of the model's config. Inputs are cut at `max_length` tokens; where none
+    is given, at the length that the adapter was made with, or else at 128 or what the model reads.
 
     Raises:
-        UserError: Bad rows or a label that the model does not know.
+        UserError: Bad rows, a label that the model does not know, or an adapter that does not fit.
     """
-    from peft import PeftModel
-    from transformers import AutoConfig
-
     source = resolve_model(str(model))
-    config = AutoConfig.from_pretrained(source.path)
+    config = load_config(source)
     labels = tuple(config.id2label[i] for i in sorted(config.id2label))
     train = _rows(data, tuple(text_columns or ("text",)), label_column, labels)
     if adapter is not None:
         _check_same_base(adapter, source)
+    if max_length is None:
+        known = adapter_facts(adapter).get("max_length") if adapter is not None else None
+        max_length = known if isinstance(known, int) else min(128, longest_input(config) or 128)
     base, task, tokenizer = _load(source, len(labels), max_length, precision, device)
     if adapter is not None:
-        base = PeftModel.from_pretrained(base, str(adapter))
+        base = _with_adapter(base, adapter)
     return task.score(base, _encode(task, tokenizer, train), batch_size)
 
 
@@ -208,7 +218,7 @@ def export(
         layout: "portable", "compact" or "merged" (the full model).
         model: Base model for "merged"; the one that the adapter names where none is given.
     """
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
     weights = load_adapter(adapter)
     config = LoraConfig.from_pretrained(str(adapter))
@@ -233,12 +243,8 @@ def export(
     task: Literal["classification", "causal_lm"] = (
         "causal_lm" if config.task_type == "CAUSAL_LM" else "classification"
     )
-    whole = PeftModel.from_pretrained(load_base(source, task), str(adapter)).merge_and_unload()
-    try:
-        whole.save_pretrained(target)
-        load_tokenizer(source).save_pretrained(target)
-    except OSError as error:
-        raise UserError(f"Could not write {target}: {error.strerror or error}.") from error
+    whole = _with_adapter(load_base(source, task), adapter).merge_and_unload()
+    save_model(target, whole, load_tokenizer(source))
 
 
 def _rows(data: Rows, columns: tuple[str, ...], label: str, labels: tuple[str, ...]) -> Federation:
@@ -280,12 +286,24 @@ def _check_layers(psg: PSG, bt: BTLora) -> None:
         )
 
 
+def _with_adapter(base: Any, adapter: str | Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(adapter))
+    except Exception as error:  # PEFT raises whatever a damaged or foreign folder leads to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"Adapter {adapter} is damaged or does not fit this base model ({reason})."
+        ) from error
+
+
 def _check_same_base(adapter: str | Path, source: ModelSource) -> None:
+    if not (Path(adapter) / CONFIG_FILE).exists():
+        raise UserError(f"No PEFT adapter in {adapter}: name an adapter folder.")
     wanted = adapter_facts(adapter).get("base_revision")
     if wanted and wanted != (found := hash_weights(Path(source.path))):
         raise UserError(
             f"Adapter {adapter} was made for another base model: its weights hash to {wanted}, "
             f"those of {source.name} to {found}."
         )
-    if not (Path(adapter) / "adapter_config.json").exists():
-        raise UserError(f"No PEFT adapter in {adapter}: name an adapter folder.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from fedp2eft.errors import InterruptedRunError, UserError, nearest
@@ -39,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 2: a mistake that the user can mend, said in one line. 130: interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # other libraries' advice to programmers; ours is logged
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from fedp2eft.errors import UserError
@@ -44,8 +45,10 @@ def personalize(
         seed: Seed of the mini-batch order.
     """
     from fedp2eft import api
+    from fedp2eft.adapters.export import check_replaceable
     from fedp2eft.generator import PSG
 
+    check_replaceable(Path(out))  # before the work, not after it
     adapter = api.personalize(
         PSG.from_pretrained(psg),
         model,
@@ -77,7 +80,7 @@ def evaluate(
     adapter: str | None = None,
     text_columns: list[str] | None = None,
     label_column: str = "label",
-    max_length: int = 128,
+    max_length: int | None = None,
     batch_size: int = 64,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
@@ -90,7 +93,7 @@ def evaluate(
         adapter: Folder of an adapter; the base model alone where none is given.
         text_columns: Columns with the text; "text" where none are given.
         label_column: Column with the class.
-        max_length: Longest input in tokens.
+        max_length: Longest input in tokens; the adapter's where none is given, or else 128.
         batch_size: Rows per batch.
         precision: Numbers of the base.
         device: "auto", "cpu" or "cuda".

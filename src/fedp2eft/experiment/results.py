@@ -69,7 +69,7 @@ def collect(run: str | Path) -> Results:
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(run.glob("cells/*/*.json")):
         cell = read_json(path)
-        if isinstance(cell, dict):
+        if isinstance(cell, dict) and cell["examples"]:  # a client without test rows has no score
             method, _, rank = path.parent.name.rpartition("-r")
             groups[(method, int(rank), cell["pool"])].append(cell)
     base = {

@@ -7,6 +7,7 @@ the order of the sorted names of all clients).
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import check_rank
 
 app = ClientApp()
+logger = logging.getLogger(__name__)
 
 
 def open_workspace(context: Context) -> Workspace:
@@ -69,6 +71,10 @@ def describe(message: Message, context: Context) -> Message:
     """Name, language, pool and number of rows of this client."""
     workspace = open_workspace(context)
     client = workspace.client(client_name(context, workspace))
+    if not len(client.test):
+        logger.warning(
+            "Client %s has no test rows: its adapter is made and not scored.", client.name
+        )
     about = ConfigRecord({"client": client.name, "language": client.language, "pool": client.pool})
     counts = MetricRecord({EXAMPLES: len(client.train), "num-tests": len(client.test)})
     return reply_with(message, RecordDict({ABOUT: about, METRICS: counts}))
@@ -160,7 +166,8 @@ def personalize_and_score(message: Message, context: Context) -> Message:
                 "client": name,
                 "language": client.language,
                 "labels": list(workspace.federation.labels),
-                "accuracy": outcome.scores.accuracy,
+                "max_length": s.local.max_length,
+                "accuracy": outcome.scores.accuracy if outcome.scores.examples else None,
                 "test_rows": outcome.scores.examples,
             },
         )

@@ -81,9 +81,10 @@ class RunFolder:
         if settings_file.exists():
             _check_same(self.path, _read_settings(settings_file), wanted)
             self._check_rounds()
-        for part in (".", "checkpoints", "cells/*", "adapters/*"):
+        for part in ("checkpoints", "cells/*", "adapters/*"):
             for folder in self.path.glob(part):
                 sweep(folder)
+        sweep(self.path)
         write_text(settings_file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
 
     def _check_rounds(self) -> None:
@@ -209,7 +210,6 @@ class RunFolder:
     def write_cell(self, method: str, rank: int, client: str, value: dict[str, Any]) -> None:
         """Keep a cell."""
         write_json(self.cell_path(method, rank, client), value)
-
 
     def drop_cells_of_other_phi(self, digest: str) -> None:
         """Remove cells, and their adapters, that came from φ before the present one."""

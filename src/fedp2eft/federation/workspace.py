@@ -20,7 +20,13 @@ from fedp2eft.data.federation import Client, Federation
 from fedp2eft.data.settings import load_federation
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.models.loading import ModelSource, load_base, load_tokenizer, resolve_model
+from fedp2eft.models.loading import (
+    ModelSource,
+    check_length,
+    load_base,
+    load_tokenizer,
+    resolve_model,
+)
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.profiles import PROFILES, Profile
@@ -117,6 +123,7 @@ class Workspace:
                 device=self.device,
                 max_length=self.settings.local.max_length,
             )
+            check_length(self._trainable, self.settings.local.max_length)
             self._name_labels(self._trainable)
         return self._trainable
 

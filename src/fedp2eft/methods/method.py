@@ -43,7 +43,9 @@ class ClientSide:
     progress: Callable[[float], None] | None = None
 
     def score(self, model: nn.Module) -> Scores:
-        """Scores of a model on the client's test rows."""
+        """Scores of a model on the client's test rows; of no rows where there are none."""
+        if not len(self.test):
+            return Scores(0, 0, 0.0)
         return self.task.score(model, self.test, self.settings.eval_batch_size)
 
     def fit(self, lam: Tensor, keep: Tensor) -> Outcome:

@@ -25,7 +25,17 @@ from fedp2eft.models.sources import (
     resolve_model,
 )
 
-__all__ = ["OFFLINE_PARTS", "ModelSource", "load_base", "load_tokenizer", "resolve_model", "save_model"]
+__all__ = [
+    "OFFLINE_PARTS",
+    "ModelSource",
+    "check_length",
+    "load_base",
+    "load_config",
+    "load_tokenizer",
+    "longest_input",
+    "resolve_model",
+    "save_model",
+]
 
 Task = Literal["classification", "causal_lm"]
 # On a CPU the backward pass of torch's fused attention is slower than plain matrix products until
@@ -98,8 +108,29 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(source: ModelSource) -> Any:
+    """The folder's transformers configuration; a `UserError` where it cannot be read."""
+    return _load(source, AutoConfig)
+
+
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raise `UserError` where inputs of `max_length` tokens are longer than the model can read."""
+    limit = longest_input(model.config)
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"The longest input is set to {max_length} tokens and the model reads at most {limit}: "
+            f"set max_length to {limit} or less."
+        )
+
+
+def longest_input(config: Any) -> int | None:
+    """Tokens that the model has positions for; None where its config does not say."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a model and its tokenizer as a folder that `from_pretrained` loads, whole or not at all.
+    """Write a model and its tokenizer as a folder that `from_pretrained` loads, or not at all.
 
     Raises:
         UserError: the disk is full or cannot be written.

@@ -32,8 +32,8 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Share of rows classified right, 0 to 1."""
-        return self.correct / self.examples
+        """Share of rows classified right, 0 to 1; NaN where no row was scored."""
+        return self.correct / self.examples if self.examples else float("nan")
 
 
 @dataclass(frozen=True)
