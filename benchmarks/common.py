@@ -1,0 +1,69 @@
+"""What the benchmarks share: the machine's line, medians, the model and its rows."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fedp2eft.data.debian import load_debian
+from fedp2eft.models.loading import ModelSource, load_tokenizer, resolve_model
+from fedp2eft.tasks.classification import Classification
+from fedp2eft.tasks.encoded import Encoded
+
+MODEL = "intfloat/multilingual-e5-small"
+LABELS = 10
+
+
+def machine() -> str:
+    """One line: processor, threads, versions."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    if torch.cuda.is_available():
+        name += f", {torch.cuda.get_device_name()}"
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "peft", "flwr"))
+    return f"{name}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}, {packages}"
+
+
+def alternate(runs: int, **modes: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each mode, run in turn (A B A B …) so that a drifting machine is fair to both."""
+    seconds: dict[str, list[float]] = {name: [] for name in modes}
+    for turn in range(runs + 1):
+        for name, mode in modes.items():
+            start = time.perf_counter()
+            mode()
+            if turn:  # the first turn warms up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def spread(values: list[float]) -> str:
+    return f"{median(values):.3f} s ({min(values):.3f} to {max(values):.3f}, n={len(values)})"
+
+
+def client_rows(
+    rows: int, max_length: int, source: ModelSource | None = None
+) -> tuple[Classification, Encoded, ModelSource]:
+    """Real text of one German client: task, encoded rows, model."""
+    source = source or resolve_model(MODEL)
+    tokenizer = load_tokenizer(source)
+    federation = load_debian(languages=("de",), clients_per_language=1, max_train=rows, max_test=8)
+    client = federation.pool("seen")[0]
+    task = Classification(tokenizer.pad_token_id or 0, max_length)
+    texts = [federation.rows(client.train)["text"]]
+    return task, task.encode(tokenizer, texts, federation.label_ids(client.train)), source

@@ -1,0 +1,98 @@
+"""One new client, from a file to a saved adapter, beside its fine-tuning steps alone.
+
+    python benchmarks/personalize.py [--rows 64] [--rank 8] [--runs 5]
+
+The model is loaded already. Everything else counts: reading and tokenising the file, ξ, λ, choosing
+ranks, building the trimmed adapter, and writing the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from common import LABELS, client_rows, machine, median, spread
+
+from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.export import save_adapter
+from fedp2eft.client import features, local_order, personalize, structure
+from fedp2eft.data.debian import LABELS as NAMES
+from fedp2eft.data.debian import load_debian
+from fedp2eft.data.files import client_from_file
+from fedp2eft.generator import PSG, PSGConfig
+from fedp2eft.models.loading import load_base, load_tokenizer
+from fedp2eft.models.precision import resolve_precision
+from fedp2eft.profiles import PAPER
+from fedp2eft.settings import AdapterSettings, GeneratorSettings, LocalSettings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    task, _, source = client_rows(8, options.max_length)
+    tokenizer = load_tokenizer(source)
+    dtype = resolve_precision("auto", "cpu")
+    base = load_base(
+        source, "classification", num_labels=LABELS, dtype=dtype, max_length=options.max_length
+    )
+    adapter = AdapterSettings()
+    bt = BTLora(base, adapter)
+    psg = PSG(
+        PSGConfig.of(
+            adapter, GeneratorSettings(), base_model="b", base_revision="r", layer_names=bt.names,
+            linear_names=tuple(name for name, _ in bt.linears),
+        )
+    )  # fmt: skip
+    s = LocalSettings(dropout=False, max_length=options.max_length)
+    federation = load_debian(
+        languages=("de",), clients_per_language=1, max_train=options.rows, max_test=8
+    )
+    rows = federation.rows(federation.pool("unseen")[0].train)
+    whole, steps = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "client.jsonl"
+        file.write_text(
+            "\n".join(
+                json.dumps({"text": text, "label": label})
+                for text, label in zip(rows["text"], rows["label"], strict=True)
+            )
+        )
+        for run in range(options.runs + 1):
+            marks: list[float] = []
+            start = time.perf_counter()
+            client = client_from_file(file, labels=NAMES, test_fraction=0.0)
+            chosen = client.clients[0].train
+            data = task.encode(tokenizer, [client.rows(chosen)["text"]], client.label_ids(chosen))
+            xi = features(bt, task, data, s, PAPER)
+            lam, keep = structure(psg, xi, options.rank)
+            order = local_order(len(data), s.personalize_epochs, s.batch_size, 0)
+
+            def timed(order=order, marks=marks):
+                # Mini-batches are asked for between steps: first to last is the steps alone.
+                for rows in order:
+                    marks.append(time.perf_counter())
+                    yield rows
+                marks.append(time.perf_counter())
+
+            fitted = personalize(bt, task, data, lam, keep, timed(), s)
+            save_adapter(fitted.weights, Path(scratch) / f"adapter-{run}", base="base")
+            if run:
+                whole.append(time.perf_counter() - start)
+                steps.append(marks[-1] - marks[0])
+    print(machine())
+    print(f"{options.rows} rows, rank {options.rank}, {len(marks) - 1} steps, {dtype}")
+    print(f"file to adapter: {spread(whole)}")
+    print(f"its steps alone: {spread(steps)}")
+    over = median([a / b - 1 for a, b in zip(whole, steps, strict=True)])
+    print(f"on top of the steps: {over:.0%}")
+
+
+if __name__ == "__main__":
+    main()
