@@ -218,7 +218,8 @@ def outcome(run: Path) -> dict[str, Any]:
 def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
     """Two outcomes are the same, naming the files that are not."""
     assert sorted(left) == sorted(right)
-    assert [name for name in left if left[name] != right[name]] == []
+    differ = [name for name in left if left[name] != right[name]]
+    assert not differ, f"other bits in {differ}"
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -22,7 +22,6 @@ from fedp2eft.federation.workspace import choose_device
 from fedp2eft.generator import PSG
 from fedp2eft.models.loading import (
     ModelSource,
-    check_length,
     load_base,
     load_config,
     load_tokenizer,

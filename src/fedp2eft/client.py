@@ -130,16 +130,21 @@ def descend(
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
             if not math.isfinite(total):
-                raise UserError(
-                    f"The loss is {total} at step {len(losses) + 1}: lower the learning rates, or "
-                    "check the text and the base model."
-                )
+                raise not_finite(total, len(losses) + 1)
             nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
             optimizer.step()
             losses.append(total)
             if on_step:
                 on_step(total)
     return losses
+
+
+def not_finite(loss: float, step: int) -> UserError:
+    """The error of a local run whose loss is NaN or infinite at a step (counted from 1)."""
+    return UserError(
+        f"The loss is {loss} at step {step}: lower the learning rates, or "
+        "check the text and the base model."
+    )
 
 
 @contextmanager

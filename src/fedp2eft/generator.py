@@ -201,6 +201,10 @@ class PSG(
             )
         if not bool(torch.isfinite(features).all()):
             raise UserError("ξ holds NaN or infinity: check the client's text and the base model.")
+        return self.predict(features)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """`forward` without its checks, so that `torch.func` can map it over clients."""
         c = self.config
         lam = self.last_layer(self.first_layer(features)).reshape(len(c.layer_names), -1)
         return clamp_straight_through(lam, c.lambda_min, c.lambda_max)

@@ -184,6 +184,9 @@ class FederationSettings:
             does differently, for comparing numbers.
         keep_checkpoints: Finished rounds kept on disk to go on from.
         timeout: Seconds to wait for the replies of one round.
+        cohort: Clients of a round that the local engine trains in one batch; results are the same
+            up to rounding. "auto" is 16 on a GPU and 1 on a CPU. They train one at a time where
+            the base model has dropout and local.dropout is on, and on layers other than nn.Linear.
     """
 
     rounds: int = 150
@@ -191,12 +194,17 @@ class FederationSettings:
     profile: ProfileName = "paper"
     keep_checkpoints: int = 2
     timeout: float = 3600.0
+    cohort: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         require(self.rounds >= 0, "federation.rounds must be 0 or more.")
         require(self.clients_per_round >= 1, "federation.clients_per_round must be 1 or more.")
         require(self.keep_checkpoints >= 2, "federation.keep_checkpoints must be 2 or more.")
         require(self.timeout > 0, "federation.timeout must be above 0.")
+        require(
+            self.cohort == "auto" or self.cohort >= 1,
+            f'federation.cohort is {self.cohort}; give a whole number from 1 up, or "auto".',
+        )
 
 
 @dataclass(frozen=True)

@@ -146,9 +146,7 @@ class BTLora:
             self.B if self._B0 is None else [B - B0 for B, B0 in zip(self.B, self._B0, strict=True)]
         )
         columns = torch.stack([delta.abs().sum(dim=0) for delta in change])
-        significance = (columns / lam).sum()
-        sparsity = (GAMMA_RATE * lam + lam.log()).expand_as(columns).sum()
-        return (alpha_s * significance + alpha_p * sparsity) / examples
+        return penalties(columns, lam, examples, alpha_s, alpha_p)
 
     def rank_lambda(self, lam: Tensor | None = None) -> Tensor:
         """λ (this adapter's where none is given) as L × r_max values, detached and clamped."""
@@ -263,6 +261,23 @@ class TrimmedAdapter:
                 )
             )
         return AdapterWeights(tuple(layers), self._owner.settings.scaling)
+
+
+def penalties(
+    columns: Tensor, lam: Tensor, examples: int | Tensor, alpha_s: float, alpha_p: float
+) -> Tensor:
+    """Significance plus sparsity of one client, or of each of several clients.
+
+    Args:
+        columns: ‖B_l[:,i] − B0_l[:,i]‖₁, (clients ×) L × r_max.
+        lam: λ inside its range, (clients ×) L × r_max or L × 1.
+        examples: N, a number or one per client.
+        alpha_s: Weight of the significance penalty.
+        alpha_p: Weight of the sparsity penalty.
+    """
+    significance = (columns / lam).sum(dim=(-2, -1))
+    sparsity = (GAMMA_RATE * lam + lam.log()).expand_as(columns).sum(dim=(-2, -1))
+    return (alpha_s * significance + alpha_p * sparsity) / examples
 
 
 def common_A(name: str, like: Tensor, seed: int) -> Tensor:

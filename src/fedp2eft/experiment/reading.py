@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -90,7 +92,7 @@ def settings_from(raw: Mapping[str, Any], options: list[str] | None = None) -> S
     if options:
         parser.set_defaults(parsed.as_flat().__dict__)
         parsed = parser.parse_args(options)
-    made = parser.instantiate_classes(parsed)
+    made = parser.instantiate(parsed)
     return Settings(**{f.name: getattr(made, f.name) for f in fields(Settings)})
 
 
@@ -104,10 +106,29 @@ def settings_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved settings that a Flower run config names, as plain values.
 
     Args:
-        config: Has `settings` (JSON) or `config` (path of a YAML file).
+        config: Has `settings` (JSON) or `config` (path of a YAML file; see `app_file`).
     """
     if text := config.get("settings"):
-        return as_dict(settings_from(json.loads(str(text))))
+        return _resolved(str(text))
     if path := config.get("config"):
-        return as_dict(settings_from(read_yaml(str(path))))
+        return _resolved(json.dumps(read_yaml(app_file(str(path))), default=str))
     raise UserError("The run config names no experiment: add config='configs/….yaml'.")
+
+
+@lru_cache(maxsize=4)
+def _resolved(text: str) -> dict[str, Any]:
+    """The whole of settings given as JSON; kept, for every message of a run asks for the same."""
+    return as_dict(settings_from(json.loads(text)))
+
+
+def app_file(path: str) -> Path:
+    """A file that a Flower run config names.
+
+    A relative path means a file of the Flower app: `flwr run FOLDER` bundles the YAML files of
+    the folder, and Flower unpacks the bundle wherever the app runs and puts it on `sys.path`. Where
+    the app has no such file, the path is relative to the working directory.
+    """
+    for folder in map(Path, sys.path):
+        if (folder / "pyproject.toml").is_file() and (folder / path).is_file():
+            return folder / path
+    return Path(path)

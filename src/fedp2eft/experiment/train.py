@@ -12,7 +12,10 @@ from flwr.app import Context, RecordDict
 from fedp2eft.experiment.reading import as_dict
 from fedp2eft.experiment.results import Results, collect
 from fedp2eft.federation.client_app import app as client_app
-from fedp2eft.federation.local import SERVER_NODE_ID, LocalGrid
+from fedp2eft.federation.client_app import train_psg_ahead
+from fedp2eft.federation.cohort import cohort_size
+from fedp2eft.federation.local import SERVER_NODE_ID, Cohort, LocalGrid
+from fedp2eft.federation.messages import TRAIN_PSG
 from fedp2eft.federation.reporting import Reporter, report_to
 from fedp2eft.federation.server_app import app as server_app
 from fedp2eft.federation.workspace import shared_workspace
@@ -44,7 +47,14 @@ def train(settings: Settings, run: str | Path, reporter: Reporter | None = None)
         try:
             workspace = shared_workspace(text, str(run))
             grid = LocalGrid(
-                client_app, [{"client": name} for name in sorted(workspace.clients)], config
+                client_app,
+                [{"client": name} for name in sorted(workspace.clients)],
+                config,
+                Cohort(
+                    TRAIN_PSG,
+                    cohort_size(settings.federation.cohort, workspace.device),
+                    train_psg_ahead,
+                ),
             )
             context = Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), config)
             with report_to(reporter) if reporter else nullcontext():

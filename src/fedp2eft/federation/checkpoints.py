@@ -23,6 +23,8 @@ from fedp2eft.files import write_whole
 
 logger = logging.getLogger(__name__)
 
+HEADER = "checkpoint"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -48,7 +50,8 @@ def save_checkpoint(
         UserError: The disk is full; older checkpoints are untouched.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in numbers.items()}
-    header = {"progress": json.dumps(asdict(progress)), "sha256": _digest(tensors)}
+    # One key: safetensors writes several in random order, and a file is the same bits each time
+    header = {HEADER: json.dumps({"progress": asdict(progress), "sha256": _digest(tensors)})}
     path = folder / f"{progress.phase}-{progress.round:06d}.safetensors"
     write_whole(path, lambda scratch: save_file(tensors, scratch, metadata=header))
     for old in _newest_first(folder, progress.phase)[keep:]:
@@ -60,11 +63,11 @@ def load_checkpoint(folder: Path, phase: str) -> tuple[Progress, dict[str, Tenso
     for path in _newest_first(folder, phase):
         try:
             with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
+                header = json.loads((file.metadata() or {})[HEADER])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header.get("sha256") != _digest(tensors):
+            if header["sha256"] != _digest(tensors):
                 raise ValueError("its numbers are not those that were written")
-            progress = Progress(**json.loads(header["progress"]))
+            progress = Progress(**header["progress"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning(
                 "Checkpoint %s is damaged (%s); falling back to the one before.", path, error

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Context,
+    Error,
     Message,
     MetricRecord,
     MetricRecordValues,
@@ -25,6 +27,9 @@ from flwr.clientapp import ClientApp
 from fedp2eft.adapters.export import save_adapter
 from fedp2eft.bases.standard_fl import fine_tune, set_parameters, trained_parameters
 from fedp2eft.client import OnStep, local_order, train_round
+from fedp2eft.errors import UserError
+from fedp2eft.federation.cohort import local_run
+from fedp2eft.federation.local import CLIENT_APP_RAISED
 from fedp2eft.federation.messages import (
     ABOUT,
     ARRAYS,
@@ -43,7 +48,18 @@ from fedp2eft.models.precision import resolve_precision
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import check_rank
 
-app = ClientApp()
+
+def tell_user_errors(
+    message: Message, context: Context, handle: Callable[[Message, Context], Message]
+) -> Message:
+    """Flower mod: a user's mistake reaches the server as its one line, on every engine."""
+    try:
+        return handle(message, context)
+    except UserError as error:
+        return Message(Error(CLIENT_APP_RAISED, str(error)), reply_to=message)
+
+
+app = ClientApp(mods=[tell_user_errors])
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +79,15 @@ def client_name(context: Context, workspace: Workspace) -> str:
     if "client" in node:
         return workspace.client(str(node["client"])).name
     names = sorted(workspace.clients)
-    return names[int(node["partition-id"]) % len(names)]
+    if "partition-id" not in node:
+        raise UserError("The node config names no client: add client='NAME'.")
+    number, nodes = int(node["partition-id"]), int(node.get("num-partitions", len(names)))
+    if nodes != len(names) or not 0 <= number < len(names):
+        raise UserError(
+            f"The experiment has {len(names)} clients and the federation {nodes} SuperNodes: "
+            f"start it with --federation-config 'num-supernodes={len(names)}'."
+        )
+    return names[number]
 
 
 @app.query("describe")
@@ -110,23 +134,34 @@ def train_psg(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     name = client_name(context, workspace)
     s = workspace.settings
-    round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
     psg = workspace.psg
     psg.set_numbers(from_arrays(the_arrays(message), psg.state_dict(), "φ from the server"))
-    data = workspace.encoded(name, "train")
-    seed = derive_seed(s.seed, "psg", round_, name)
-    order = list(local_order(len(data), s.local.epochs, s.local.batch_size, seed))
-    result = train_round(
-        workspace.bt, workspace.task, data, workspace.features(name), psg, order,
-        s.local, s.generator, workspace.profile, seed=seed,
-        on_step=steps("psg", -(-len(order) // s.local.accumulate), name),
+    run = local_run(workspace, message, name)
+    result = workspace.ahead.take(message) or train_round(
+        workspace.bt, workspace.task, run.data, workspace.features(name), psg, run.order,
+        s.local, s.generator, workspace.profile, seed=run.seed,
+        on_step=steps("psg", -(-len(run.order) // s.local.accumulate), name),
     )  # fmt: skip
     metrics = {
         "psg-loss": result.psg_loss,
         "stage1-first": result.stage1_losses[0] if result.stage1_losses else 0.0,
         "stage1-last": result.stage1_losses[-1] if result.stage1_losses else 0.0,
     }
-    return _trained(message, to_arrays(result.phi), metrics, len(data), name)
+    return _trained(message, to_arrays(result.phi), metrics, result.examples, name)
+
+
+def train_psg_ahead(messages: Sequence[Message], contexts: Sequence[Context]) -> None:
+    """Train the clients of several waiting `train.psg` messages in one batch.
+
+    For an engine that has the messages of many clients in one process: `train_psg` takes what was
+    computed here, and computes what was not.
+    """
+    try:
+        workspace = open_workspace(contexts[0])
+        names = [client_name(context, workspace) for context in contexts]
+        workspace.ahead.train(workspace, messages, names)
+    except UserError:
+        return  # `train_psg` says it, of the client whose mistake it is
 
 
 @app.evaluate("personalize")

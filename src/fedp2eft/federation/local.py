@@ -8,7 +8,8 @@ sees every reply as soon as it exists.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -24,6 +25,21 @@ SERVER_NODE_ID = 1
 CLIENT_APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
+@dataclass(frozen=True)
+class Cohort:
+    """Lets a ClientApp work for several clients at once, before their messages run.
+
+    Args:
+        kind: The message type that it is for.
+        size: At most this many clients.
+        compute: Gets the messages and their contexts, and keeps what it finds for the app.
+    """
+
+    kind: str
+    size: int
+    compute: Callable[[Sequence[Message], Sequence[Context]], None]
+
+
 class LocalGrid(Grid):
     """Runs a ClientApp for any number of nodes, one message after the other.
 
@@ -31,10 +47,19 @@ class LocalGrid(Grid):
         app: The ClientApp.
         nodes: One node config per client, e.g. `{"client": "fr-seen-00"}`.
         run_config: The run's config, the same for all nodes.
+        cohort: How the app trains several clients at once; None for one at a time.
     """
 
-    def __init__(self, app: ClientApp, nodes: list[UserConfig], run_config: UserConfig) -> None:
+    def __init__(
+        self,
+        app: ClientApp,
+        nodes: list[UserConfig],
+        run_config: UserConfig,
+        cohort: Cohort | None = None,
+    ) -> None:
         self._app = app
+        self._cohort = cohort
+        self._ahead: set[str] = set()
         self._run_config = run_config
         self._nodes = {SERVER_NODE_ID + 1 + i: config for i, config in enumerate(nodes)}
         self._state: dict[int, RecordDict] = {}
@@ -104,11 +129,26 @@ class LocalGrid(Grid):
             replies.extend(self.pull_messages([message_id]))
         return replies
 
-    def _run_client(self, message: Message) -> Message:
+    def _look_ahead(self, message: Message) -> None:
+        """Show the app a cohort: this message and the next ones of its kind that wait."""
+        cohort, kind = self._cohort, message.metadata.message_type
+        if cohort is None or kind != cohort.kind or message.metadata.message_id in self._ahead:
+            return
+        waiting = [m for m in self._waiting.values() if m.metadata.message_type == kind]
+        together = [message, *waiting[: cohort.size - 1]]
+        self._ahead = {m.metadata.message_id for m in together}
+        if len(together) > 1:
+            cohort.compute(together, [self._context(m) for m in together])
+
+    def _context(self, message: Message) -> Context:
         node = message.metadata.dst_node_id
         # A node's state stays empty unless its app puts something there, so none is made for it.
         state = self._state.get(node) or RecordDict()
-        context = Context(self._run.run_id, node, self._nodes[node], state, self._run_config)
+        return Context(self._run.run_id, node, self._nodes[node], state, self._run_config)
+
+    def _run_client(self, message: Message) -> Message:
+        self._look_ahead(message)
+        node, context = message.metadata.dst_node_id, self._context(message)
         try:
             reply = self._app(message, context)
         except UserError as error:

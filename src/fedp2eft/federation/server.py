@@ -27,7 +27,7 @@ from fedp2eft.federation.workspace import Workspace
 from fedp2eft.files import write_folder
 from fedp2eft.generator import PSG
 from fedp2eft.methods import WITH_PSG, WITHOUT_RANK
-from fedp2eft.models.loading import save_model
+from fedp2eft.models.loading import load_tokenizer, save_model
 
 logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO repeats what our reporter says
 
@@ -62,7 +62,8 @@ def train_base(
         first = {name: value.detach().clone() for name, value in mine.items()}
         numbers = run_rounds(grid, run, strategy, "base", s.base.rounds, first, reporter)
         set_parameters(model, numbers, s.base)
-    save_model(run.base, model, workspace.tokenizer)
+    # A fresh tokenizer: one that has cut rows would carry that into its file.
+    save_model(run.base, model, load_tokenizer(workspace.source))
     run.drop_checkpoints("base")
 
 

@@ -19,10 +19,10 @@ from fedp2eft.client import features
 from fedp2eft.data.federation import Client, Federation
 from fedp2eft.data.settings import load_federation
 from fedp2eft.errors import UserError
+from fedp2eft.federation.cohort import LookAhead
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import (
     ModelSource,
-    check_length,
     load_base,
     load_tokenizer,
     resolve_model,
@@ -50,6 +50,7 @@ class Workspace:
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._features: dict[str, Tensor] = {}
         self._trainable: nn.Module | None = None
+        self.ahead = LookAhead()
 
     @cached_property
     def profile(self) -> Profile:
@@ -123,7 +124,6 @@ class Workspace:
                 device=self.device,
                 max_length=self.settings.local.max_length,
             )
-            check_length(self._trainable, self.settings.local.max_length)
             self._name_labels(self._trainable)
         return self._trainable
 

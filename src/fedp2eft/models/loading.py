@@ -28,7 +28,6 @@ from fedp2eft.models.sources import (
 __all__ = [
     "OFFLINE_PARTS",
     "ModelSource",
-    "check_length",
     "load_base",
     "load_config",
     "load_tokenizer",
@@ -70,11 +69,18 @@ def load_base(
             attention.
 
     Raises:
-        UserError: the folder does not fit the task or the number of labels, or cannot be loaded.
+        UserError: the folder does not fit the task, the number of labels or the longest input, or
+            cannot be loaded.
     """
     if task not in ("classification", "causal_lm"):
         raise UserError(f"Task {task!r} is unknown: use classification or causal_lm.")
     config = _load(source, AutoConfig)
+    limit = longest_input(config)
+    if max_length is not None and limit is not None and max_length > limit:
+        raise UserError(
+            f"The longest input is set to {max_length} tokens and {source.name} reads at most "
+            f"{limit}: set max_length to {limit} or less."
+        )
     options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
     if task == "classification":
         _set_labels(config, num_labels, source)
@@ -111,16 +117,6 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_config(source: ModelSource) -> Any:
     """The folder's transformers configuration; a `UserError` where it cannot be read."""
     return _load(source, AutoConfig)
-
-
-def check_length(model: PreTrainedModel, max_length: int) -> None:
-    """Raise `UserError` where inputs of `max_length` tokens are longer than the model can read."""
-    limit = longest_input(model.config)
-    if limit is not None and max_length > limit:
-        raise UserError(
-            f"The longest input is set to {max_length} tokens and the model reads at most {limit}: "
-            f"set max_length to {limit} or less."
-        )
 
 
 def longest_input(config: Any) -> int | None:

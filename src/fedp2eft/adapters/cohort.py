@@ -1,0 +1,176 @@
+"""The adapters of several clients on one frozen base, in one batch.
+
+A batch of C clients is C equal blocks of rows. On the rows of client c every adapted layer adds
+
+    s · B_c · diag(λ_c) · A_c · x
+
+to its own output: two batched products over stacked A and B (paper section 3, for many clients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedp2eft.adapters.btlora import BTLora, penalties
+from fedp2eft.adapters.clamp import clamp_straight_through
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
+
+class NotPerRowError(Exception):
+    """A layer's input is not one block of numbers per row, so rows cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Layers whose A (or B) are of one shape, kept in one tensor.
+
+    Args:
+        layers: Their numbers among the L adapted layers.
+        index: The same on the device.
+    """
+
+    layers: list[int]
+    index: Tensor
+
+
+class CohortLora:
+    """Stacked A, B and λ of C clients on the base of a `BTLora`.
+
+    Tensors are views of fixed storage whose first dimension is the client, so the clients 0..n-1
+    are a prefix of each: clients that finish early cost nothing when they stand at the end.
+
+    Args:
+        bt: The shared adapter; it is switched off while this one is `active`. Every adapted layer
+            must be an nn.Linear.
+        lam: First λ of every client, C × L × r_max (C × L × 1 where λ is layer-wise).
+        clamp_forward: Whether the forward pass sees λ clamped (profile `paper`) or raw.
+
+    Attributes:
+        A: One tensor per width of input, C × layers × r_max × d_in.
+        B: One tensor per width of output, C × layers × d_out × r_max.
+        lam: λ, as given.
+    """
+
+    def __init__(self, bt: BTLora, lam: Tensor, *, clamp_forward: bool = True) -> None:
+        self._bt = bt
+        self._clamp = clamp_forward
+        bt.reset()  # the common A, B = 0
+        self.lam = lam.detach().to(bt.lam.device, bt.lam.dtype).clone()
+        self._in, self.A = _stacked(bt.A, len(lam))
+        self._out, self.B = _stacked(bt.B, len(lam))
+        weight = bt.layers[0].module.get_base_layer().weight
+        half = weight.dtype in (torch.bfloat16, torch.float16)
+        self._dtype = weight.dtype if half else bt.A[0].dtype
+        self._products: list[tuple[Tensor, Tensor]] = []
+        self._rows = 0
+
+    def tensors(self) -> list[Tensor]:
+        """Every A, every B, then λ."""
+        return [*self.A, *self.B, self.lam]
+
+    def leaves(self, clients: int) -> list[Tensor]:
+        """`tensors()` of the first `clients` clients, to differentiate by; they share storage."""
+        return [value[:clients].detach().requires_grad_() for value in self.tensors()]
+
+    def of_client(self, client: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """(A, B, λ) of one client: L tensors r_max × d_in, L tensors d_out × r_max, L × r_max."""
+        A, B = (
+            [by_layer[row][client] for row in range(len(self._bt.names))]
+            for by_layer in (_by_layer(self._in, self.A), _by_layer(self._out, self.B))
+        )
+        return A, B, self.lam[client]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Put this adapter in place of the shared one, until the end of the block."""
+        handles = [
+            layer.module.get_base_layer().register_forward_hook(self._hook(row))
+            for row, layer in enumerate(self._bt.layers)
+        ]
+        try:
+            with self._bt.model.disable_adapter():
+                yield
+        finally:
+            self._products = []
+            for handle in handles:
+                handle.remove()
+
+    def load(self, leaves: Sequence[Tensor], clients: int, rows: int) -> None:
+        """Make the next forward pass read `leaves`: `clients` blocks of `rows` rows each."""
+        lam = leaves[-1][:clients]
+        if self._clamp:
+            lam = self._clamped(lam)
+        lam = lam * self._bt.settings.scaling
+        A = [
+            (value[:clients] * lam.index_select(1, shape.index).unsqueeze(-1)).to(self._dtype)
+            for value, shape in zip(leaves, self._in, strict=False)
+        ]
+        B = [
+            value[:clients].to(self._dtype)
+            for value, _ in zip(leaves[len(self.A) :], self._out, strict=False)
+        ]
+        A, B = _by_layer(self._in, A), _by_layer(self._out, B)
+        self._products = list(zip(A, B, strict=True))
+        self._rows = rows
+
+    def _clamped(self, lam: Tensor) -> Tensor:
+        s = self._bt.settings
+        return clamp_straight_through(lam, s.lambda_min, s.lambda_max)
+
+    def _hook(self, row: int) -> Hook:
+        def add_low_rank(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x, (A, B) = args[0], self._products[row]
+            clients = len(A)
+            if x.dim() < 2 or x.shape[0] != clients * self._rows:
+                raise NotPerRowError(self._bt.names[row])
+            inner = torch.bmm(x.to(A.dtype).reshape(clients, -1, x.shape[-1]), A.mT)
+            own = output.to(B.dtype).reshape(clients, -1, output.shape[-1])
+            return torch.baddbmm(own, inner, B.mT).view(output.shape).to(output.dtype)
+
+        return add_low_rank
+
+    def penalty(
+        self, leaves: Sequence[Tensor], examples: Tensor, alpha_s: float, alpha_p: float
+    ) -> Tensor:
+        """Significance plus sparsity of the first `len(examples)` clients, one value each.
+
+        Args:
+            leaves: From `leaves()`.
+            examples: N of each client.
+            alpha_s: Weight of the significance penalty.
+            alpha_p: Weight of the sparsity penalty.
+        """
+        clients = len(examples)
+        sums = [value[:clients].abs().sum(dim=-2) for value in leaves[len(self.A) : -1]]
+        order = torch.cat([shape.index for shape in self._out])
+        columns = torch.cat(sums, dim=1).index_select(1, order.argsort())
+        return penalties(columns, self._clamped(leaves[-1][:clients]), examples, alpha_s, alpha_p)
+
+
+def _stacked(weights: Sequence[Tensor], clients: int) -> tuple[list[_Shape], list[Tensor]]:
+    """Weights of layers as one tensor per shape: clients × layers × the shape."""
+    groups: dict[torch.Size, list[int]] = {}
+    for row, weight in enumerate(weights):
+        groups.setdefault(weight.shape, []).append(row)
+    shapes = [
+        _Shape(layers, torch.tensor(layers, device=weights[0].device)) for layers in groups.values()
+    ]
+    values = []
+    for layers in groups.values():
+        one = torch.stack([weights[row].detach() for row in layers])
+        values.append(one.expand(clients, *one.shape).clone())
+    return shapes, values
+
+
+def _by_layer(shapes: Sequence[_Shape], values: Sequence[Tensor]) -> list[Tensor]:
+    """Stacked weights as one tensor per layer, in the order of the layers; clients stay first."""
+    found: dict[int, Tensor] = {}
+    for shape, value in zip(shapes, values, strict=True):
+        found |= dict(zip(shape.layers, value.unbind(1), strict=True))
+    return [found[row] for row in sorted(found)]

@@ -1,0 +1,149 @@
+"""Several waiting clients of one round, trained in one batch before their messages run.
+
+The local engine shows its ClientApp which messages wait. What is computed for them here is taken by
+the usual handler of each message, so replies, their order and their errors are those of one client
+at a time; where a cohort cannot be, the handlers find nothing and compute as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from flwr.app import Message
+from numpy.typing import NDArray
+
+from fedp2eft.adapters.cohort import NotPerRowError
+from fedp2eft.client import Round, local_order
+from fedp2eft.cohort import CohortClient, train_cohort, why_alone
+from fedp2eft.errors import UserError
+from fedp2eft.federation.messages import from_arrays, the_arrays, the_config
+from fedp2eft.federation.reporting import current
+from fedp2eft.seeding import derive_seed
+from fedp2eft.tasks.encoded import Encoded
+
+if TYPE_CHECKING:
+    from fedp2eft.federation.workspace import Workspace
+
+AUTO_ON_GPU = 16
+
+
+def cohort_size(setting: int | Literal["auto"], device: torch.device) -> int:
+    """Clients at once: on a CPU, which one client keeps busy, "auto" is 1."""
+    if setting == "auto":
+        return AUTO_ON_GPU if device.type == "cuda" else 1
+    return setting
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What a client trains on in one round.
+
+    Args:
+        data: Its training rows.
+        seed: Seed of the round for this client.
+        order: Mini-batches of row numbers.
+    """
+
+    data: Encoded
+    seed: int
+    order: list[NDArray]  # type: ignore[type-arg]
+
+
+def local_run(workspace: Workspace, message: Message, name: str) -> LocalRun:
+    """The rows and mini-batches of client `name` in the round that `message` belongs to."""
+    s = workspace.settings
+    round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
+    data = workspace.encoded(name, "train")
+    seed = derive_seed(s.seed, "psg", round_, name)
+    order = list(local_order(len(data), s.local.epochs, s.local.batch_size, seed))
+    return LocalRun(data, seed, order)
+
+
+class LookAhead:
+    """Rounds that were computed before their messages run, by message id."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Round | UserError] = {}
+        self._alone: str | None = None
+        self._most: int | None = None
+
+    def take(self, message: Message) -> Round | None:
+        """What was computed for this message, once; None where nothing was.
+
+        Raises:
+            UserError: The client's loss was not finite.
+        """
+        found = self._found.pop(message.metadata.message_id, None)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def train(
+        self, workspace: Workspace, messages: Sequence[Message], names: Sequence[str]
+    ) -> None:
+        """Train the clients of several `train.psg` messages of one round as a cohort.
+
+        Where their number is too much for the GPU's memory, half of it is tried, and remembered.
+
+        Args:
+            workspace: Serves them all.
+            messages: With the same φ; one with another is left to its handler.
+            names: Their clients.
+        """
+        self._found = {}
+        self._look_for_obstacle(workspace)
+        if self._alone:
+            return
+        psg = workspace.psg
+        arrays = the_arrays(messages[0])
+        psg.set_numbers(from_arrays(arrays, psg.state_dict(), "φ from the server"))
+        ready: list[tuple[str, CohortClient]] = []
+        for message, name in zip(messages, names, strict=True):
+            try:
+                run = local_run(workspace, message, name)
+                client = CohortClient(run.data, workspace.features(name), run.order)
+            except UserError:
+                continue  # its own handler says so
+            if the_arrays(message) == arrays:
+                ready.append((message.metadata.message_id, client))
+        while len(ready) > 1 and self._most != 1 and not self._alone:
+            part = ready[: self._most]
+            try:
+                found = self._rounds(workspace, [client for _, client in part])
+            except NotPerRowError as error:
+                self._stay_alone(f"layer {error} mixes the rows of a batch")
+            except torch.OutOfMemoryError:
+                self._most = max(1, len(part) // 2)
+            else:
+                self._found |= zip([key for key, _ in part], found, strict=True)
+                ready = ready[len(part) :]
+            if self._most and workspace.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _rounds(
+        self, workspace: Workspace, clients: Sequence[CohortClient]
+    ) -> list[Round | UserError]:
+        s, reporter = workspace.settings, current()
+        longest = max(len(client.order) for client in clients)
+        steps, done = max(1, -(-longest // s.local.accumulate)), 0
+
+        def on_step(_loss: float) -> None:
+            nonlocal done
+            done += 1
+            reporter.part("psg", done / steps, f"{len(clients)} clients")
+
+        return train_cohort(
+            workspace.bt, workspace.task, clients, workspace.psg,
+            s.local, s.generator, workspace.profile, on_step=on_step,
+        )  # fmt: skip
+
+    def _look_for_obstacle(self, workspace: Workspace) -> None:
+        if self._alone is None and (reason := why_alone(workspace.bt, workspace.settings.local)):
+            self._stay_alone(reason)
+
+    def _stay_alone(self, reason: str) -> None:
+        self._alone = reason
+        current().note(f"Clients train one at a time (federation.cohort): {reason}.")
