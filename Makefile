@@ -5,10 +5,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
-# More threads than free cores make every step many times slower; so do idle waits of OpenMP.
-THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 2)
-export OMP_NUM_THREADS ?= $(THREADS)
-
 .PHONY: quickstart test lint types unit setup clean
 
 quickstart: setup
@@ -33,7 +29,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	  { echo "fedp2eft needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart,ray,dev]"
 	touch $@
 
 clean:

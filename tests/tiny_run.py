@@ -256,3 +256,13 @@ def plain_python(code: str, *arguments: object) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def train_in_process(config: str, run: str) -> None:
+    """The target of a process that may be killed."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from fedp2eft.cli import main
+
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        sys.exit(main(["train", config, "--run", run]))

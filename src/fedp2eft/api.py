@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors.torch import load_file
 from torch import nn
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.adapters.export import CONFIG_FILE, adapter_facts, load_adapter, save_adapter
+from fedp2eft.adapters.export import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_facts,
+    load_adapter,
+    save_adapter,
+)
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.client import features, local_order, structure
 from fedp2eft.client import personalize as fine_tune
@@ -121,6 +128,12 @@ def personalize(
     settings = LocalSettings(
         personalize_lr=lr, personalize_epochs=epochs, batch_size=batch_size, max_length=c.max_length
     )
+    profile = PROFILES[c.profile]
+    if profile.feature_kind != c.feature_kind:
+        raise UserError(
+            f"This PSG was made for another feature kind: it has {c.feature_kind!r}, and profile "
+            f"{c.profile} gives {profile.feature_kind!r}."
+        )
     columns = tuple(text_columns or c.text_columns)
     label = label_column or c.label_column
     train = _rows(data, columns, label, c.labels)
@@ -133,7 +146,6 @@ def personalize(
             f"weights hash to {c.base_revision}, those of {model} to {revision}."
         )
     base, task, tokenizer = _load(source, len(c.labels), c.max_length, precision, device)
-    profile = PROFILES[c.profile]
     bt = BTLora(base, c.adapter_settings(), clamp_forward=profile.clamp_forward)
     _check_layers(psg, bt)
     rows = _encode(task, tokenizer, train)
@@ -286,10 +298,15 @@ def _check_layers(psg: PSG, bt: BTLora) -> None:
 
 
 def _with_adapter(base: Any, adapter: str | Path) -> Any:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        return PeftModel.from_pretrained(base, str(adapter))
+        model = PeftModel.from_pretrained(base, str(adapter))
+        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        odd = wanted ^ set(load_file(Path(adapter) / WEIGHTS_FILE))
+        if odd:  # which PEFT passes over with a warning
+            raise ValueError(f"{sorted(odd)[0]} is on one side only")
+        return model
     except Exception as error:  # PEFT raises whatever a damaged or foreign folder leads to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -298,7 +315,8 @@ def _with_adapter(base: Any, adapter: str | Path) -> Any:
 
 
 def _check_same_base(adapter: str | Path, source: ModelSource) -> None:
-    if not (Path(adapter) / CONFIG_FILE).exists():
+    # Safetensors only: PEFT would also take a pickled file.
+    if not all((Path(adapter) / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         raise UserError(f"No PEFT adapter in {adapter}: name an adapter folder.")
     wanted = adapter_facts(adapter).get("base_revision")
     if wanted and wanted != (found := hash_weights(Path(source.path))):

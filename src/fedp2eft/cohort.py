@@ -190,7 +190,8 @@ def cohort_stage1(
                 prior = lora.penalty(leaves, examples[:count], settings.alpha_s, settings.alpha_p)
                 share = torch.tensor([len(group) for group in now[:count]]).to(total.device)
                 loss = (settings.alpha_task * fit + prior) / share
-                part = torch.autograd.grad(loss.sum(), leaves)
+                # A layer that the model does not use has no gradient, as it has none alone.
+                part = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
                 total[:count] += loss.detach()
                 gradients = (
                     list(part)

@@ -11,7 +11,7 @@ import json
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fedp2eft.adapters.clamp import clamp_straight_through
 from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings import AdapterSettings, GeneratorSettings
+from fedp2eft.settings import AdapterSettings, GeneratorSettings, ProfileName
 
 GAIN = 1e-6
 HIDDEN_BIAS = 1e-4
@@ -297,6 +297,8 @@ def _read_config(path: Path) -> PSGConfig:
         config = PSGConfig(**facts)
     except TypeError as error:
         raise UserError(f"{path} describes no PSG ({error}).") from error
+    if config.profile not in get_args(ProfileName):
+        raise UserError(f"{path} describes no PSG: profile is {reprlib.repr(config.profile)}.")
     sizes = (config.r_max, config.hidden_multiplier, len(config.layer_names), config.n_features)
     if not all(0 < n < 1_000_000 for n in sizes) or not 0 < config.lambda_min < config.lambda_max:
         raise UserError(f"{path} describes no PSG: its sizes or its range of λ are impossible.")

@@ -12,6 +12,7 @@ from fedp2eft.data.settings import DataSettings
 from fedp2eft.errors import UserError
 
 ProfileName = Literal["paper", "reference"]
+Wire = Literal["fp32", "bf16", "int8"]
 PoolName = Literal["seen", "unseen", "new-language"]
 
 
@@ -184,6 +185,8 @@ class FederationSettings:
             does differently, for comparing numbers.
         keep_checkpoints: Finished rounds kept on disk to go on from.
         timeout: Seconds to wait for the replies of one round.
+        wire: Numbers that φ travels in. "bf16" and "int8" send rounded changes upwards, with error
+            feedback on the client, and φ in bf16 downwards.
         cohort: Clients of a round that the local engine trains in one batch; results are the same
             up to rounding. "auto" is 16 on a GPU and 1 on a CPU. They train one at a time where
             the base model has dropout and local.dropout is on, and on layers other than nn.Linear.
@@ -194,6 +197,7 @@ class FederationSettings:
     profile: ProfileName = "paper"
     keep_checkpoints: int = 2
     timeout: float = 3600.0
+    wire: Wire = "fp32"
     cohort: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:

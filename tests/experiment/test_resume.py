@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import World, assert_same, outcome
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.reporting import LogReporter
+from tiny_run import World, assert_same, outcome
 
 # Few cells, so that a run takes a second or two.
 SMALL = {"evaluation__ranks": [1], "evaluation__pools": ["unseen"]}
 
 
-class Stop(Exception):
+class PowerCutError(Exception):
     """Thrown from inside a run in place of a power cut."""
 
 
@@ -54,16 +54,18 @@ def small(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopped(world: World, folder: Path, after: int, then: Any = None) -> None:
     """Run until `after` units are finished."""
-    with pytest.raises((Stop, KeyboardInterrupt)):
-        train(world.settings(**SMALL), folder, Stopper(after, then or Stop()))
+    with pytest.raises((PowerCutError, KeyboardInterrupt)):
+        train(world.settings(**SMALL), folder, Stopper(after, then or PowerCutError()))
 
 
 def test_stopped_after_every_round_and_every_cell(world: World, small: Path, tmp_path: Path):
     units = 2 + 3 + 2 * 3  # base rounds, PSG rounds, cells
     for number in range(units):
         # in turn an exception and Ctrl-C
-        stopped(world, tmp_path / "run", 1, KeyboardInterrupt() if number % 2 else Stop())
-    train(world.settings(**SMALL), tmp_path / "run", Stopper(1, Stop()))  # nothing is left to do
+        stopped(world, tmp_path / "run", 1, KeyboardInterrupt() if number % 2 else PowerCutError())
+    train(
+        world.settings(**SMALL), tmp_path / "run", Stopper(1, PowerCutError())
+    )  # nothing is left to do
     assert_same(outcome(tmp_path / "run"), outcome(small))
 
 
@@ -79,10 +81,10 @@ def test_stopped_inside_a_round(world: World, small: Path, tmp_path: Path):
             if phase == self.phase and text not in self.seen:
                 self.seen.append(text)
                 if len(self.seen) == self.client:
-                    raise Stop
+                    raise PowerCutError
 
     for inside in (Inside("base", 2), Inside("psg", 2), Inside("personalize", 1)):
-        with pytest.raises(Stop):
+        with pytest.raises(PowerCutError):
             train(world.settings(**SMALL), tmp_path / "run", inside)
     train(world.settings(**SMALL), tmp_path / "run")
     assert_same(outcome(tmp_path / "run"), outcome(small))
@@ -154,7 +156,7 @@ def test_more_rounds_go_on_and_nothing_of_the_old_psg_is_left(
 def test_fewer_rounds_than_are_done_is_an_error(world: World, small: Path, tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(small, folder)
-    with pytest.raises(UserError, match="has 3 finished rounds, more than federation.rounds = 1"):
+    with pytest.raises(UserError, match=r"has 3 finished rounds, more than federation\.rounds = 1"):
         train(world.settings(**SMALL, federation__rounds=1), folder)
     assert_same(outcome(folder), outcome(small))
     assert (folder / "settings.yaml").read_bytes() == (small / "settings.yaml").read_bytes()

@@ -138,8 +138,8 @@ def test_nan_in_a_reply_stops_the_run_and_names_client_and_round(tmp_path: Path)
 def test_no_seen_client_is_an_error(tmp_path: Path) -> None:
     grid = LocalGrid(ClientApp(), [], {})
     folder = RunFolder(tmp_path / "run", Settings())
+    strategy = SeededFedAvg([], 3, 0, TRAIN_PSG)
     with pytest.raises(UserError, match="No seen client"):
-        strategy = SeededFedAvg([], 3, 0, TRAIN_PSG)
         run_rounds(grid, folder, strategy, "psg", 1, FIRST, LogReporter())
     folder.close()
 

@@ -110,7 +110,7 @@ def test_a_node_keeps_its_state_and_only_its_own() -> None:
 
 def test_create_message_and_run() -> None:
     grid = grid_of(echo_app())
-    node = list(grid.get_node_ids())[0]
+    node = next(iter(grid.get_node_ids()))
     message = grid.create_message(RecordDict(), "query", node, "group")
     assert (message.metadata.dst_node_id, message.metadata.group_id) == (node, "group")
     assert grid.run.run_id == message.metadata.run_id
@@ -130,7 +130,7 @@ def failing_app(error: BaseException) -> ClientApp:
 
 def test_a_users_mistake_in_a_client_is_an_error_reply() -> None:
     grid = grid_of(failing_app(UserError("No text here.")))
-    [reply] = grid.send_and_receive([ask(list(grid.get_node_ids())[0])])
+    [reply] = grid.send_and_receive([ask(next(iter(grid.get_node_ids())))])
     assert reply.has_error()
     assert reply.error.reason == "No text here."
 
@@ -139,4 +139,4 @@ def test_a_users_mistake_in_a_client_is_an_error_reply() -> None:
 def test_an_interrupt_or_a_bug_passes_through(error: BaseException) -> None:
     grid = grid_of(failing_app(error))
     with pytest.raises(type(error)):
-        grid.send_and_receive([ask(list(grid.get_node_ids())[0])])
+        grid.send_and_receive([ask(next(iter(grid.get_node_ids())))])

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
-from tiny_run import CLIENTS, LABELS, SEEN, UNSEEN, vocabulary
 from transformers import AutoModelForSequenceClassification
 
 from fedp2eft.federation.messages import (
@@ -19,6 +18,7 @@ from fedp2eft.federation.messages import (
     TRAIN_PSG,
 )
 from fedp2eft.generator import PSG
+from tiny_run import CLIENTS, LABELS, SEEN, UNSEEN, vocabulary
 
 SCALARS = {
     DESCRIBE: {"num-examples", "num-tests"},

@@ -104,8 +104,7 @@ def test_damaged_bytes_give_numbers_of_the_right_kind_or_an_error(data: st.DataO
     whole["a"] = Array(dtype=old.dtype, shape=old.shape, stype=old.stype, data=bytes(raw))
     try:
         numbers = from_arrays(whole, LIKE, "φ")
-    except UserError as error:
-        assert "\n" not in str(error)
+    except UserError:
         return
     assert numbers["a"].shape == (2, 3)
     assert bool(torch.isfinite(numbers["a"]).all())

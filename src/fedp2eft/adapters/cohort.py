@@ -64,6 +64,7 @@ class CohortLora:
         self.lam = lam.detach().to(bt.lam.device, bt.lam.dtype).clone()
         self._in, self.A = _stacked(bt.A, len(lam))
         self._out, self.B = _stacked(bt.B, len(lam))
+        self._order = torch.cat([shape.index for shape in self._out]).argsort()
         weight = bt.layers[0].module.get_base_layer().weight
         half = weight.dtype in (torch.bfloat16, torch.float16)
         self._dtype = weight.dtype if half else bt.A[0].dtype
@@ -148,8 +149,7 @@ class CohortLora:
         """
         clients = len(examples)
         sums = [value[:clients].abs().sum(dim=-2) for value in leaves[len(self.A) : -1]]
-        order = torch.cat([shape.index for shape in self._out])
-        columns = torch.cat(sums, dim=1).index_select(1, order.argsort())
+        columns = torch.cat(sums, dim=1).index_select(1, self._order)
         return penalties(columns, self._clamped(leaves[-1][:clients]), examples, alpha_s, alpha_p)
 
 

@@ -94,6 +94,11 @@ def save_adapter(
     def write(scratch: Path) -> None:
         save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
+        # PEFT keeps the names as a set, whose order differs from process to process.
+        written = json.loads((scratch / CONFIG_FILE).read_text(encoding="utf-8"))
+        written["target_modules"] = [layer.name for layer in kept]
+        text = json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False)
+        (scratch / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         (scratch / FACTS_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
     write_folder(target, write)
@@ -115,6 +120,8 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
         raise UserError(f"No PEFT adapter in {folder}: a file of it is missing.") from error
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS_FILE} is damaged ({error}).") from error
+    if not isinstance(config, LoraConfig) or not config.target_modules:
+        raise UserError(f"{folder / CONFIG_FILE} describes no LoRA adapter: fetch it again.")
     if config.lora_alpha != config.r or config.alpha_pattern != config.rank_pattern:
         raise UserError(f"The scale of {folder} is not 1: this package did not write it.")
     layers = []

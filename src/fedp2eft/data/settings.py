@@ -76,6 +76,13 @@ class DataSettings:
     revision: str | None = None
     holdout: float = 0.0
 
+    def __post_init__(self) -> None:
+        # jsonargparse leaves the values of a mapping as it parsed them
+        self.files = {
+            name: file if isinstance(file, ClientFile) else ClientFile(**vars(file))
+            for name, file in self.files.items()
+        }
+
 
 def load_federation(settings: DataSettings) -> "Federation":
     """The federation that the settings describe.

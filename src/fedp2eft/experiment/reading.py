@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +89,7 @@ def settings_from(raw: Mapping[str, Any], options: list[str] | None = None) -> S
     """
     check_keys(raw)
     parser = settings_parser()
-    parsed: Namespace = parser.parse_object(dict(raw))
+    parsed: Namespace = parser.parse_object(deepcopy(dict(raw)))  # it would put its own values in
     if options:
         parser.set_defaults(parsed.as_flat().__dict__)
         parsed = parser.parse_args(options)

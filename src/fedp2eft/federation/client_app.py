@@ -28,7 +28,7 @@ from fedp2eft.adapters.export import save_adapter
 from fedp2eft.bases.standard_fl import fine_tune, set_parameters, trained_parameters
 from fedp2eft.client import OnStep, local_order, train_round
 from fedp2eft.errors import UserError
-from fedp2eft.federation.cohort import local_run
+from fedp2eft.federation.cohort import local_run, set_phi
 from fedp2eft.federation.local import CLIENT_APP_RAISED
 from fedp2eft.federation.messages import (
     ABOUT,
@@ -134,11 +134,10 @@ def train_psg(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     name = client_name(context, workspace)
     s = workspace.settings
-    psg = workspace.psg
-    psg.set_numbers(from_arrays(the_arrays(message), psg.state_dict(), "φ from the server"))
+    received = set_phi(workspace, message)
     run = local_run(workspace, message, name)
     result = workspace.ahead.take(message) or train_round(
-        workspace.bt, workspace.task, run.data, workspace.features(name), psg, run.order,
+        workspace.bt, workspace.task, run.data, workspace.features(name), workspace.psg, run.order,
         s.local, s.generator, workspace.profile, seed=run.seed,
         on_step=steps("psg", -(-len(run.order) // s.local.accumulate), name),
     )  # fmt: skip
@@ -147,7 +146,12 @@ def train_psg(message: Message, context: Context) -> Message:
         "stage1-first": result.stage1_losses[0] if result.stage1_losses else 0.0,
         "stage1-last": result.stage1_losses[-1] if result.stage1_losses else 0.0,
     }
-    return _trained(message, to_arrays(result.phi), metrics, result.examples, name)
+    wire, arrays = s.federation.wire, to_arrays(result.phi)
+    if wire != "fp32":
+        round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
+        change = {key: value - received[key] for key, value in result.phi.items()}
+        arrays = workspace.feedback.send(name, round_, change, wire)
+    return _trained(message, arrays, metrics, result.examples, name)
 
 
 def train_psg_ahead(messages: Sequence[Message], contexts: Sequence[Context]) -> None:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from flwr.app import Message
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedp2eft.adapters.cohort import NotPerRowError
 from fedp2eft.client import Round, local_order
 from fedp2eft.cohort import CohortClient, train_cohort, why_alone
 from fedp2eft.errors import UserError
-from fedp2eft.federation.messages import from_arrays, the_arrays, the_config
+from fedp2eft.federation.compression import DOWN, unpack
+from fedp2eft.federation.messages import the_arrays, the_config
 from fedp2eft.federation.reporting import current
 from fedp2eft.seeding import derive_seed
 from fedp2eft.tasks.encoded import Encoded
@@ -35,6 +37,14 @@ def cohort_size(setting: int | Literal["auto"], device: torch.device) -> int:
     if setting == "auto":
         return AUTO_ON_GPU if device.type == "cuda" else 1
     return setting
+
+
+def set_phi(workspace: Workspace, message: Message) -> dict[str, Tensor]:
+    """Load the φ that a `train.psg` message brings into the workspace's PSG, after checking it."""
+    psg, wire = workspace.psg, DOWN[workspace.settings.federation.wire]
+    phi = unpack(the_arrays(message), psg.state_dict(), wire, "φ from the server")
+    psg.set_numbers(phi)
+    return phi
 
 
 @dataclass(frozen=True)
@@ -97,9 +107,8 @@ class LookAhead:
         self._look_for_obstacle(workspace)
         if self._alone:
             return
-        psg = workspace.psg
+        set_phi(workspace, messages[0])
         arrays = the_arrays(messages[0])
-        psg.set_numbers(from_arrays(arrays, psg.state_dict(), "φ from the server"))
         ready: list[tuple[str, CohortClient]] = []
         for message, name in zip(messages, names, strict=True):
             try:

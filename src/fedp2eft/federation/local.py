@@ -2,7 +2,8 @@
 
 The same ServerApp and ClientApp that Flower runs on many machines run here one message at a time,
 with one base model in memory for all clients. A message runs when its reply is pulled, so a caller
-sees every reply as soon as it exists.
+sees every reply as soon as it exists. With a `Cohort` the app is shown the messages that wait
+behind it first, and may train their clients in one batch.
 """
 
 from __future__ import annotations

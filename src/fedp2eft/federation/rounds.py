@@ -17,8 +17,10 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedp2eft.errors import UserError
+from fedp2eft.federation.compression import DOWN, pack, unpack
 from fedp2eft.federation.messages import (
     ABOUT,
+    ARRAYS,
     DESCRIBE,
     EXAMPLES,
     from_arrays,
@@ -30,6 +32,7 @@ from fedp2eft.federation.messages import (
 from fedp2eft.federation.reporting import Reporter
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.seeding import derive_seed
+from fedp2eft.settings import Wire
 
 PULL_SECONDS = 0.2
 
@@ -130,6 +133,7 @@ def run_rounds(
     rounds: int,
     first: dict[str, Tensor],
     reporter: Reporter,
+    wire: Wire = "fp32",
 ) -> dict[str, Tensor]:
     """Rounds of one phase from where the run folder says it stands; returns the last numbers.
 
@@ -141,6 +145,7 @@ def run_rounds(
         rounds: Rounds in all.
         first: Numbers before round 1; their names and shapes are what every reply must have.
         reporter: Hears of every round.
+        wire: What the numbers travel in.
 
     Raises:
         UserError: A client failed, a reply does not fit, or too few clients.
@@ -153,21 +158,27 @@ def run_rounds(
     reporter.start(phase, rounds, done)
     for round_ in range(done + 1, rounds + 1):
         start = time.perf_counter()
-        arrays = to_arrays(numbers)
+        arrays = pack(numbers, DOWN[wire])
         messages = strategy.configure_train(round_, arrays, ConfigRecord(), grid)
         what = f"round {round_} of {phase}"
         replies: list[tuple[str, Message]] = []
+        bytes_up = 0
         for member, reply in exchange(
             grid, messages, members, run.settings.federation.timeout, what
         ):
-            from_arrays(the_arrays(reply), first, f"Reply of client {member.client} in {what}")
+            sent = the_arrays(reply)
+            bytes_up += nbytes(sent)
+            whose = f"Reply of client {member.client} in {what}"
+            values = unpack(sent, first, wire, whose)
+            if wire != "fp32":  # what came is by how much φ changed
+                reply.content[ARRAYS] = to_arrays({n: numbers[n] + values[n] for n in numbers})
             replies.append((member.client, reply))
         # Sums of floats depend on their order: the clients' names fix it.
         ordered = [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
         numbers, metrics = _aggregate(strategy, round_, ordered, first, what)
         metrics["clients"] = len(ordered)
         metrics["bytes-down"] = nbytes(arrays) * len(messages)
-        metrics["bytes-up"] = sum(nbytes(the_arrays(reply)) for reply in ordered)
+        metrics["bytes-up"] = bytes_up
         run.finish_round(phase, round_, numbers, metrics, time.perf_counter() - start)
         loss = metrics.get("psg-loss", metrics.get("loss"))
         reporter.advance(phase, f"loss {loss:.4g}")

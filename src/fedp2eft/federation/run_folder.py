@@ -8,6 +8,7 @@ base/              the base model, ready for `from_pretrained`
 psg/               the trained PSG
 cells/             one small file per client, method and rank budget
 adapters/<client>/ the clients' PEFT adapters
+clients/<client>/  what rounding kept back of a client's φ, where `wire` is not fp32
 results.json       the tables
 """
 

@@ -77,7 +77,9 @@ def train_psg(
     strategy = SeededFedAvg(seen, s.federation.clients_per_round, s.seed, TRAIN_PSG)
     phi = psg.numbers()
     if s.federation.rounds:
-        phi = run_rounds(grid, run, strategy, "psg", s.federation.rounds, phi, reporter)
+        phi = run_rounds(
+            grid, run, strategy, "psg", s.federation.rounds, phi, reporter, s.federation.wire
+        )
     psg.set_numbers(phi)
     write_folder(run.psg, psg.save_pretrained)
     return psg

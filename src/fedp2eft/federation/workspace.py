@@ -20,6 +20,7 @@ from fedp2eft.data.federation import Client, Federation
 from fedp2eft.data.settings import load_federation
 from fedp2eft.errors import UserError
 from fedp2eft.federation.cohort import LookAhead
+from fedp2eft.federation.compression import Feedback
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import (
     ModelSource,
@@ -42,6 +43,10 @@ class Workspace:
         settings: The experiment.
         run: The run folder, where this process has it: the base model is taken from there, and
             adapters are kept there.
+
+    Attributes:
+        ahead: Rounds of several clients that were computed in one batch.
+        feedback: What rounding kept back of each client's changes; never sent.
     """
 
     def __init__(self, settings: Settings, run: Path | None = None) -> None:
@@ -51,6 +56,7 @@ class Workspace:
         self._features: dict[str, Tensor] = {}
         self._trainable: nn.Module | None = None
         self.ahead = LookAhead()
+        self.feedback = Feedback(run / "clients" if run else None)
 
     @cached_property
     def profile(self) -> Profile:
@@ -210,6 +216,11 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"Device {name!r} is unknown: use auto, cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("Device cuda is asked for, but torch sees no GPU: use auto or cpu.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"Device {name!r} is unknown: use auto, cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"Device {name} is asked for, but torch sees {torch.cuda.device_count()} GPUs: use "
+            "another number, auto or cpu."
+        )
     return device

@@ -1,0 +1,167 @@
+"""φ in fewer bytes: `wire: fp32 | bf16 | int8`.
+
+With `fp32` a client sends its φ. Otherwise it sends by how much φ changed, rounded, and keeps what
+the rounding lost for its next round (error feedback, Seide et al. 2014): over the rounds nothing is
+lost. The server adds the mean change to its own fp32 φ. Downwards φ itself travels, in bf16 for
+both of the shorter wires: its rounding is not carried on, as every round starts from the server's.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedp2eft.errors import UserError
+from fedp2eft.federation.messages import from_arrays, to_arrays
+from fedp2eft.files import write_whole
+from fedp2eft.settings import Wire
+
+logger = logging.getLogger(__name__)
+
+SCALE = "#scale"  # no parameter name has a "#" in it
+STEPS = 127
+DOWN: dict[Wire, Wire] = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16"}
+
+
+def pack(numbers: Mapping[str, Tensor], wire: Wire) -> ArrayRecord:
+    """Tensors by name as a Flower record.
+
+    Args:
+        numbers: fp32 tensors.
+        wire: "fp32" as they are; "bf16" rounded to nearest even, as 16-bit patterns; "int8" in
+            steps of a 127th of the largest number of each row, with one fp32 scale a row.
+    """
+    if wire == "fp32":
+        return to_arrays(numbers)
+    arrays = {}
+    for name, value in numbers.items():
+        value = value.detach().cpu().float()
+        if wire == "bf16":
+            arrays[name] = Array(value.bfloat16().view(torch.uint16).numpy())
+            continue
+        scale = _rows(value).abs().amax(dim=1, keepdim=True) / STEPS
+        steps = torch.where(scale > 0, _rows(value) / scale, 0.0).round().clamp(-STEPS, STEPS)
+        arrays[name] = Array(steps.to(torch.int8).reshape(value.shape).numpy())
+        arrays[name + SCALE] = Array(scale.numpy())
+    return ArrayRecord(arrays)
+
+
+def unpack(
+    record: ArrayRecord, like: Mapping[str, Tensor], wire: Wire, whose: str
+) -> dict[str, Tensor]:
+    """Tensors by name (fp32) from a record that came over the wire.
+
+    Args:
+        record: What arrived.
+        like: Tensors whose names and shapes it must have.
+        wire: How it was packed.
+        whose: Named in the error.
+
+    Raises:
+        UserError: Other names, shapes or dtypes, numbers that are not finite, or bytes that are
+            no array.
+    """
+    if wire == "fp32":
+        return from_arrays(record, like, whose)
+    expected = {name: tuple(value.shape) for name, value in like.items()}
+    if wire == "int8":
+        expected |= {name + SCALE: (len(_rows(value)), 1) for name, value in like.items()}
+    if set(record) != set(expected):
+        odd = sorted(set(record) ^ set(expected))
+        raise UserError(f"{whose} has other parameters than expected (first: {odd[0]!r}).")
+    half = np.uint16 if wire == "bf16" else np.int8
+    numbers = {}
+    for name, value in like.items():
+        packed = _read(record[name], half, expected[name], f"{whose}: {name}")
+        if wire == "bf16":
+            number = torch.from_numpy(packed.copy()).view(torch.bfloat16).float()
+        else:
+            scale = _read(record[name + SCALE], np.float32, expected[name + SCALE], whose)
+            rows = _rows(torch.from_numpy(packed.astype(np.float32)))
+            number = (rows * torch.from_numpy(scale.copy())).reshape(value.shape)
+        if not bool(torch.isfinite(number).all()):
+            raise UserError(f"{whose}: {name} holds NaN or infinity.")
+        numbers[name] = number
+    return numbers
+
+
+class Feedback:
+    """What rounding has kept back of each client's changes, by round.
+
+    Args:
+        folder: Where it is kept, so that a run that goes on sends the same bits; None keeps it in
+            memory only.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._memory: dict[str, dict[int, dict[str, Tensor]]] = {}
+
+    def send(
+        self, client: str, round_: int, change: Mapping[str, Tensor], wire: Wire
+    ) -> ArrayRecord:
+        """Pack a client's change of φ with what was kept back before; keep what is lost now."""
+        kept = self._before(client, round_)
+        whole = {
+            name: value + kept[name] if name in kept else value for name, value in change.items()
+        }
+        record = pack(whole, wire)
+        sent = unpack(record, whole, wire, f"The change of {client}")
+        self._keep(client, round_, {name: whole[name] - sent[name] for name in whole})
+        return record
+
+    def _before(self, client: str, round_: int) -> dict[str, Tensor]:
+        rounds = [r for r in self._memory.get(client, {}) if r < round_]
+        if rounds:
+            return self._memory[client][max(rounds)]
+        found = [(r, path) for r, path in self._files(client) if r < round_]
+        if not found:
+            return {}
+        try:
+            return load_file(max(found)[1])
+        except (SafetensorError, OSError) as error:
+            logger.warning("What client %s kept back is damaged (%s): left out.", client, error)
+            return {}
+
+    def _keep(self, client: str, round_: int, rest: dict[str, Tensor]) -> None:
+        if self._folder is None:
+            self._memory[client] = {round_: rest}
+            return
+        path = self._folder / client / f"kept-back-{round_:06d}.safetensors"
+        write_whole(path, lambda scratch: save_file(rest, scratch))
+        # A round that was stopped half-way is repeated from what came before it.
+        for _, old in sorted(self._files(client))[:-2]:
+            old.unlink()
+
+    def _files(self, client: str) -> list[tuple[int, Path]]:
+        if self._folder is None:
+            return []
+        found = []
+        for path in (self._folder / client).glob("kept-back-*.safetensors"):
+            if match := re.fullmatch(r"kept-back-(\d+)\.safetensors", path.name):
+                found.append((int(match[1]), path))
+        return found
+
+
+def _rows(value: Tensor) -> Tensor:
+    """A matrix as it is, anything else as one row."""
+    return value if value.dim() == 2 else value.reshape(1, -1)
+
+
+def _read(array: Array, dtype: type, shape: tuple[int, ...], whose: str) -> np.ndarray:
+    try:
+        value = array.numpy()
+    except Exception as error:  # whatever a hostile peer can make numpy raise
+        raise UserError(f"{whose} is no readable array.") from error
+    if value.dtype != dtype or value.shape != shape:
+        raise UserError(f"{whose} is {value.dtype} {value.shape}, expected {dtype} {shape}.")
+    return value

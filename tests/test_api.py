@@ -1,0 +1,86 @@
+"""The Python API: the same as the commands, and the same as a run's own clients."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedp2eft
+from fedp2eft.client import structure
+from fedp2eft.federation.workspace import Workspace
+from tiny_run import R_MAX, World, write_jsonl
+
+
+def test_public_names():
+    for name in fedp2eft.__all__:
+        assert getattr(fedp2eft, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'persnalize'"):
+        fedp2eft.persnalize  # noqa: B018
+
+
+@pytest.mark.parametrize("client", ["de-seen-01", "fr-unseen-00"])
+@pytest.mark.parametrize("rank", [1, 2, R_MAX])
+def test_a_client_gets_the_ranks_and_lambda_that_the_run_gave_it(
+    finished, world: World, tmp_path: Path, client: str, rank: int
+):
+    rows = write_jsonl(tmp_path / "rows.jsonl", world.client_rows(client, "train"))
+    test = write_jsonl(tmp_path / "test.jsonl", world.client_rows(client, "test"))
+    psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
+    adapter = fedp2eft.personalize(
+        psg, finished.folder / "base", rows, rank, test_data=test, lr=1e-2, epochs=2, batch_size=6,
+        precision="fp32",
+    )  # fmt: skip
+    workspace = Workspace(world.settings(), finished.folder)
+    lam, keep = structure(psg, workspace.features(client), rank)
+    assert list(adapter.ranks.values()) == keep.sum(dim=1).tolist()
+    for row, layer in enumerate(adapter.weights.layers):
+        torch.testing.assert_close(layer.lam, lam[row][keep[row]])
+    assert adapter.scores is not None
+    assert adapter.scores.examples == 6
+    own = finished.folder / "adapters" / client / f"fedp2eft-r{rank}" / "fedp2eft.json"
+    if own.exists():
+        assert json.loads(own.read_text())["ranks"] == adapter.ranks
+
+
+def test_seed_and_nothing_else_decides(finished, world: World, tmp_path: Path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", world.client_rows("fr-unseen-00", "train"))
+    psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
+    made = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        state = torch.get_rng_state()
+        adapter = fedp2eft.personalize(
+            psg, finished.folder / "base", rows, 2, seed=seed, batch_size=4, lr=1e-2
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        made.append(torch.cat([layer.B.flatten() for layer in adapter.weights.layers]))
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
+def test_evaluate_and_export(finished, world: World, tmp_path: Path):
+    client = "de-unseen-00"
+    data = write_jsonl(tmp_path / "test.jsonl", world.client_rows(client, "test"))
+    base = finished.folder / "base"
+    adapter = finished.folder / "adapters" / client / "fedp2eft-r2"
+    scores = fedp2eft.evaluate(base, data, adapter, precision="fp32")
+    cell = json.loads((finished.folder / "cells" / "fedp2eft-r2" / f"{client}.json").read_text())
+    assert (scores.correct, scores.examples) == (cell["correct"], cell["examples"])
+    assert scores.loss == pytest.approx(cell["loss"], rel=1e-5)
+    plain = fedp2eft.evaluate(base, data, precision="fp32")
+    cell = json.loads((finished.folder / "cells" / "base-r0" / f"{client}.json").read_text())
+    assert plain.loss == pytest.approx(cell["loss"], rel=1e-5)
+    fedp2eft.export(adapter, tmp_path / "merged", "merged")
+    merged = fedp2eft.evaluate(tmp_path / "merged", data, max_length=12, precision="fp32")
+    assert merged.loss == pytest.approx(scores.loss, rel=1e-5)
+
+
+def test_a_pushed_psg_is_one_folder(finished, tmp_path: Path):
+    psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
+    psg.save_pretrained(tmp_path / "mine")
+    again = fedp2eft.PSG.from_pretrained(tmp_path / "mine")
+    assert again.config == psg.config
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in psg.state_dict().items())
