@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedp2eft.cli import main
-from tiny_run import LABELS, LENGTH, RANKS, World, all_rows, in_process, plain_python, write_jsonl
+from tiny_run import (
+    LABELS,
+    LENGTH,
+    RANKS,
+    World,
+    all_rows,
+    environment,
+    in_process,
+    plain_python,
+    write_jsonl,
+)
 
 # A client that took part in nothing: other rows than any client of the federation has.
 NEW = [{"text": row["text"], "label": row["label"]} for row in all_rows(train=30)[60:90]]
@@ -149,6 +161,29 @@ def test_other_columns(finished, tmp_path: Path, capsys):
     personalize(capsys, finished, data, tmp_path / "ids", *columns)
     personalize(capsys, finished, write_jsonl(tmp_path / "b.jsonl", NEW), tmp_path / "names")
     assert adapter_bits(tmp_path / "ids") == adapter_bits(tmp_path / "names")
+
+
+def test_libraries_say_nothing(finished, tmp_path: Path):
+    """Each command in one process of its own: a line or two on stdout, nothing on stderr."""
+    data, out = write_jsonl(tmp_path / "new.jsonl", NEW), str(tmp_path / "adapter")
+    base, psg = str(finished.folder / "base"), str(finished.folder / "psg")
+    commands = [
+        ["personalize", f"--psg={psg}", f"--model={base}", f"--data={data}", "--rank=1",
+         f"--out={out}"],
+        ["evaluate", f"--model={base}", f"--data={data}", f"--adapter={out}"],
+        ["export", f"--adapter={out}", f"--out={out}-merged", "--layout=merged"],
+    ]  # fmt: skip
+    code = (
+        "import json, sys; from fedp2eft.cli import main; "
+        "sys.exit(any(main(command) for command in json.loads(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 3
 
 
 def test_train_prints_progress_and_tables_and_nothing_else(world: World, tmp_path: Path):
