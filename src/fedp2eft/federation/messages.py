@@ -60,7 +60,7 @@ def from_arrays(record: ArrayRecord, like: Mapping[str, Tensor], whose: str) -> 
             )
         if not np.isfinite(value).all():
             raise UserError(f"{whose}: {name} holds NaN or infinity.")
-        numbers[name] = torch.from_numpy(value.copy())
+        numbers[name] = torch.from_numpy(value)
     return numbers
 
 
