@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedp2eft.errors import UserError
+from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.messages import (
     array_digest,
     from_arrays,
@@ -19,6 +21,12 @@ from fedp2eft.federation.messages import (
     the_config,
     to_arrays,
 )
+
+
+@pytest.fixture(autouse=True)
+def _an_engine_gives_messages_their_sender() -> None:
+    LocalGrid(ClientApp(), [], {})
+
 
 LIKE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5])}
 
