@@ -44,10 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # other libraries' advice to programmers; ours is logged
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait give their core away: beside other work, spinning ones make every step
-    # several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    # Threads that wait spin only briefly before they give their core away: beside other work long
+    # spinning makes every step several times slower, and none at all wastes the second core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except InterruptedRunError as error:
