@@ -84,3 +84,23 @@ def test_a_pushed_psg_is_one_folder(finished, tmp_path: Path):
     again = fedp2eft.PSG.from_pretrained(tmp_path / "mine")
     assert again.config == psg.config
     assert all(torch.equal(again.state_dict()[k], v) for k, v in psg.state_dict().items())
+
+
+def test_personalize_takes_the_psgs_own_recipe_where_none_is_given(
+    finished, world: World, tmp_path: Path
+):
+    """Learning rate, epochs and batch size travel with the PSG; a given one comes before it."""
+    psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
+    local = world.settings().local
+    recipe = {"lr": local.personalize_lr, "epochs": local.personalize_epochs}
+    assert (psg.config.personalize_lr, psg.config.batch_size) == (1e-2, local.batch_size)
+    rows = write_jsonl(tmp_path / "rows.jsonl", world.client_rows("fr-unseen-00", "train"))
+
+    def B(**options: float) -> torch.Tensor:
+        adapter = fedp2eft.personalize(
+            psg, finished.folder / "base", rows, 1, precision="fp32", **options
+        )
+        return torch.cat([layer.B.flatten() for layer in adapter.weights.layers])
+
+    assert torch.equal(B(), B(**recipe, batch_size=local.batch_size))
+    assert not torch.equal(B(), B(lr=1e-4))

@@ -94,9 +94,9 @@ def personalize(
     test_data: Rows | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
-    lr: float = 1e-4,
-    epochs: int = 2,
-    batch_size: int = 32,
+    lr: float | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
     seed: int = 0,
@@ -113,9 +113,9 @@ def personalize(
         test_data: Rows to score the adapter on.
         text_columns: Columns with the text; the PSG's where none are given.
         label_column: Column with the class; the PSG's where none is given.
-        lr: Learning rate of A and B.
-        epochs: Passes over the rows.
-        batch_size: Rows per mini-batch.
+        lr: Learning rate of A and B; the PSG's where none is given.
+        epochs: Passes over the rows; the PSG's where none are given.
+        batch_size: Rows per mini-batch; the PSG's where none is given.
         precision: Numbers of the frozen base.
         device: "auto", "cpu" or "cuda".
         seed: Seed of the mini-batch order.
@@ -126,7 +126,11 @@ def personalize(
     c = psg.config
     check_rank(rank, c.r_max)
     settings = LocalSettings(
-        personalize_lr=lr, personalize_epochs=epochs, batch_size=batch_size, max_length=c.max_length
+        personalize_lr=c.personalize_lr if lr is None else lr,
+        personalize_epochs=c.personalize_epochs if epochs is None else epochs,
+        batch_size=c.batch_size if batch_size is None else batch_size,
+        dropout=c.dropout,
+        max_length=c.max_length,
     )
     profile = PROFILES[c.profile]
     if profile.feature_kind != c.feature_kind:
@@ -165,7 +169,7 @@ def personalize(
         rows,
         lam,
         keep,
-        local_order(len(rows), epochs, batch_size, order_seed),
+        local_order(len(rows), settings.personalize_epochs, settings.batch_size, order_seed),
         settings,
         seed=order_seed,
         measure=measure,

@@ -55,6 +55,10 @@ class PSGConfig:
         labels: Class names in id order; empty where there are none.
         text_columns: Columns of a client's table that hold the text.
         label_column: Column that holds the label.
+        personalize_lr: Learning rate that personalization takes where none is given.
+        personalize_epochs: Likewise its passes over a client's rows.
+        batch_size: Likewise its rows per mini-batch.
+        dropout: Whether the base's own dropout is on in personalization.
     """
 
     base_model: str
@@ -78,6 +82,10 @@ class PSGConfig:
     labels: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ("text",)
     label_column: str = "label"
+    personalize_lr: float = 1e-4
+    personalize_epochs: int = 2
+    batch_size: int = 32
+    dropout: bool = True
 
     def __post_init__(self) -> None:
         for name in ("linear_names", "layer_names", "labels", "text_columns"):

@@ -18,9 +18,9 @@ def personalize(
     test_data: str | None = None,
     text_columns: list[str] | None = None,
     label_column: str | None = None,
-    lr: float = 1e-4,
-    epochs: int = 2,
-    batch_size: int = 32,
+    lr: float | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
     seed: int = 0,
@@ -37,9 +37,9 @@ def personalize(
         test_data: Another file to score the adapter on.
         text_columns: Columns with the text; the PSG's where none are given.
         label_column: Column with the class; the PSG's where none is given.
-        lr: Learning rate of A and B.
-        epochs: Passes over the rows.
-        batch_size: Rows per mini-batch.
+        lr: Learning rate of A and B; the PSG's where none is given.
+        epochs: Passes over the rows; the PSG's where none are given.
+        batch_size: Rows per mini-batch; the PSG's where none is given.
         precision: Numbers of the frozen base.
         device: "auto", "cpu" or "cuda".
         seed: Seed of the mini-batch order.

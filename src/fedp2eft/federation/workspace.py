@@ -179,6 +179,10 @@ class Workspace:
             labels=self.federation.labels,
             text_columns=self.federation.text_columns,
             label_column=self.federation.label_column or "label",
+            personalize_lr=self.settings.local.personalize_lr,
+            personalize_epochs=self.settings.local.personalize_epochs,
+            batch_size=self.settings.local.batch_size,
+            dropout=self.settings.local.dropout,
         )
 
     @cached_property
