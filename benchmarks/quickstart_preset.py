@@ -16,8 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fedp2eft.experiment.reading import read_yaml, settings_from
 from fedp2eft.experiment.train import train
+from fedp2eft.reading import read_yaml, settings_from
 
 HOLDOUT: dict[str, Any] = {"data": {"holdout": 0.25}, "evaluation": {"pools": ["seen"]}}
 BASES: dict[str, dict[str, Any]] = {

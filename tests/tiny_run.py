@@ -16,7 +16,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from fedp2eft.experiment.reading import settings_from
+from fedp2eft.reading import settings_from
 from fedp2eft.settings import Settings
 
 LABELS = ("animal", "plant", "stone")

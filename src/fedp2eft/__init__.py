@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from fedp2eft.adapters.btlora import BTLora
     from fedp2eft.api import Adapter, evaluate, export, personalize
     from fedp2eft.errors import UserError
-    from fedp2eft.experiment.results import Results
     from fedp2eft.experiment.train import train
+    from fedp2eft.federation.results import Results
     from fedp2eft.generator import PSG
     from fedp2eft.settings import Settings
 
@@ -26,7 +26,7 @@ _HOME = {
     "evaluate": "fedp2eft.api",
     "export": "fedp2eft.api",
     "train": "fedp2eft.experiment.train",
-    "Results": "fedp2eft.experiment.results",
+    "Results": "fedp2eft.federation.results",
     "Settings": "fedp2eft.settings",
     "UserError": "fedp2eft.errors",
 }

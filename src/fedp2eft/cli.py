@@ -91,7 +91,7 @@ def _call(module: str, name: str, options: list[str], prog: str = "") -> None:
     """Parse the options of a function and call it."""
     from importlib import import_module
 
-    from fedp2eft.experiment.reading import Parser
+    from fedp2eft.reading import Parser
 
     function = getattr(import_module(f"fedp2eft.commands.{module}"), name)
     parser = Parser(prog=prog or f"fedp2eft {name}", description=_summary(function))
@@ -121,7 +121,7 @@ def _split(
     usage: str, options: list[str], function: Callable[..., None]
 ) -> tuple[str | None, list[str]]:
     """Take --run out of the options; the rest are settings, which are put on top of a file's."""
-    from fedp2eft.experiment.reading import Parser, settings_parser
+    from fedp2eft.reading import Parser, settings_parser
 
     if "-h" in options or "--help" in options:
         parser = Parser(prog=f"fedp2eft {usage}", description=_summary(function))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedp2eft.errors import UserError
-from fedp2eft.experiment.results import collect
+from fedp2eft.federation.results import collect
 
 
 def cell(folder: Path, method: str, rank: int, client: str, correct: int, examples: int) -> None:

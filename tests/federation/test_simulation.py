@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 
 from conftest import FinishedRun
 from fedp2eft.errors import UserError
-from fedp2eft.experiment.reading import app_file
 from fedp2eft.federation.client_app import client_name
 from fedp2eft.federation.workspace import Workspace
+from fedp2eft.reading import app_file
 from tiny_run import CLIENTS, World, environment
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedp2eft.errors import InterruptedRunError
-from fedp2eft.experiment.reading import read_yaml, settings_from
+from fedp2eft.reading import read_yaml, settings_from
 
 
 def train(config: str, run: str | None = None, options: list[str] | None = None) -> None:

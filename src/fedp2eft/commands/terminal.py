@@ -22,7 +22,7 @@ from rich.table import Table
 from fedp2eft.federation.reporting import LogReporter, Reporter, report_to
 
 if TYPE_CHECKING:
-    from fedp2eft.experiment.results import Results
+    from fedp2eft.federation.results import Results
 
 PHASES = {"base": "base model", "psg": "PSG", "personalize": "clients"}
 

@@ -1,1 +1,1 @@
-"""Settings, runs and their tables."""
+"""Experiments as a whole, on the engine of this process."""

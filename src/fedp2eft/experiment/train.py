@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from flwr.app import Context, RecordDict
 
-from fedp2eft.experiment.reading import as_dict
-from fedp2eft.experiment.results import Results, collect
 from fedp2eft.federation.client_app import app as client_app
 from fedp2eft.federation.client_app import train_psg_ahead
 from fedp2eft.federation.cohort import cohort_size
 from fedp2eft.federation.local import SERVER_NODE_ID, Cohort, LocalGrid
 from fedp2eft.federation.messages import TRAIN_PSG
 from fedp2eft.federation.reporting import Reporter, report_to
+from fedp2eft.federation.results import Results, collect
 from fedp2eft.federation.server_app import app as server_app
 from fedp2eft.federation.workspace import shared_workspace
+from fedp2eft.reading import as_dict
 from fedp2eft.settings import Settings
 
 

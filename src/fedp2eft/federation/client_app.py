@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 def open_workspace(context: Context) -> Workspace:
     """The workspace of the process for the run that `context` belongs to."""
-    from fedp2eft.experiment.reading import settings_of_run
+    from fedp2eft.reading import settings_of_run
 
     config = context.run_config
     settings = settings_of_run(config)

@@ -11,14 +11,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedp2eft.errors import UserError
-from fedp2eft.experiment.reading import settings_from, settings_of_run
-from fedp2eft.experiment.results import collect
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.reporting import current
+from fedp2eft.federation.results import collect
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.federation.server import serve
 from fedp2eft.federation.workspace import shared_workspace
 from fedp2eft.methods import method_named
+from fedp2eft.reading import settings_from, settings_of_run
 
 CONNECT_SECONDS, SETTLE_SECONDS = 60.0, 1.0
 

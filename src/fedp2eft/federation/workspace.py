@@ -207,7 +207,7 @@ def shared_workspace(settings_json: str, run: str | None) -> Workspace:
         settings_json: The resolved settings as JSON.
         run: The run folder, or None where this process has none.
     """
-    from fedp2eft.experiment.reading import settings_from
+    from fedp2eft.reading import settings_from
 
     return Workspace(settings_from(json.loads(settings_json)), Path(run) if run else None)
 
