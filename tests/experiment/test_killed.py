@@ -29,8 +29,8 @@ def units(run: Path) -> int:
 
 def test_killed_at_random_moments(world: World, tmp_path: Path):
     """SIGKILL, again and again, until the run is complete: the same bits as without."""
-    train(world.settings(**SMALL), tmp_path / "whole")
-    config = world.yaml(tmp_path / "small.yaml", **SMALL)
+    train(world.settings(), tmp_path / "whole")
+    config = world.config
     run, draw = tmp_path / "run", random.Random(20)
     # A fork server imports everything once; each process is a real one of its own.
     context = mp.get_context("forkserver")
@@ -43,7 +43,7 @@ def test_killed_at_random_moments(world: World, tmp_path: Path):
             wanted = units(run) + draw.randint(0, 2)
             while units(run) < wanted and process.is_alive():
                 time.sleep(0.005)
-            time.sleep(draw.uniform(0.0, 0.3) if kills else draw.uniform(0.0, 1.0))
+            time.sleep(draw.uniform(0.0, 0.05))
             process.kill()
         process.join()
         status = process.exitcode
