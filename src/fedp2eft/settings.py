@@ -5,7 +5,7 @@ Nothing heavy is imported here: the command line builds its help from these type
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fedp2eft.data.settings import DataSettings
@@ -273,8 +273,3 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
-
-
-def field_names(kind: type) -> list[str]:
-    """Names of a settings dataclass, for naming the nearest known key."""
-    return [f.name for f in fields(kind)]

@@ -198,27 +198,11 @@ class BTLora:
         """The trained adapter cut to its r·L largest λ, without further training."""
         lam = self.rank_lambda()
         keep = keep_largest(lam, rank)
-        return self._weights(self.layers, lam, keep, self.A, self.B)
-
-    def _weights(
-        self,
-        layers: tuple[AdaptedLayer, ...],
-        lam: Tensor,
-        keep: Tensor,
-        A: list[nn.Parameter],
-        B: list[nn.Parameter],
-    ) -> AdapterWeights:
-        kept = [
-            LayerWeights(
-                name=layer.name,
-                A=A[row].detach()[keep[row]].cpu().clone(),
-                B=B[row].detach()[:, keep[row]].cpu().clone(),
-                lam=lam[row][keep[row]].cpu().clone(),
-                embedding=layer.is_embedding,
-            )
-            for row, layer in enumerate(layers)
+        layers = [
+            _layer_weights(layer, layer.A[keep[row]], layer.B[:, keep[row]], lam[row][keep[row]])
+            for row, layer in enumerate(self.layers)
         ]
-        return AdapterWeights(tuple(kept), self.settings.scaling)
+        return AdapterWeights(tuple(layers), self.settings.scaling)
 
 
 class TrimmedAdapter:
@@ -249,18 +233,16 @@ class TrimmedAdapter:
         """A copy of the adapter as it is now, with every adapted layer named (rank 0 included)."""
         layers = []
         for row, full in enumerate(self._owner.layers):
-            layer = self._layers.get(full.name)
-            keep = self._keep[row]
-            layers.append(
-                LayerWeights(
-                    name=full.name,
-                    A=(layer.A if layer else full.A[:0]).detach().cpu().clone(),
-                    B=(layer.B if layer else full.B[:, :0]).detach().cpu().clone(),
-                    lam=self._lam[row][keep].cpu().clone(),
-                    embedding=full.is_embedding,
-                )
-            )
+            layer, lam = self._layers.get(full.name), self._lam[row][self._keep[row]]
+            A, B = (layer.A, layer.B) if layer else (full.A[:0], full.B[:, :0])
+            layers.append(_layer_weights(full, A, B, lam))
         return AdapterWeights(tuple(layers), self._owner.settings.scaling)
+
+
+def _layer_weights(layer: AdaptedLayer, A: Tensor, B: Tensor, lam: Tensor) -> LayerWeights:
+    """Copies on the CPU of the kept ranks of one layer."""
+    A, B, lam = (value.detach().cpu().clone() for value in (A, B, lam))
+    return LayerWeights(layer.name, A, B, lam, layer.is_embedding)
 
 
 def penalties(
