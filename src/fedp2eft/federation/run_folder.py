@@ -114,15 +114,6 @@ class RunFolder:
         """Folder of the trained PSG."""
         return self.path / "psg"
 
-    @property
-    def results(self) -> Path:
-        """The tables as JSON."""
-        return self.path / "results.json"
-
-    def adapter(self, client: str, method: str, rank: int) -> Path:
-        """Folder of one client's adapter."""
-        return self.path / "adapters" / client / f"{method}-r{rank}"
-
     # ── rounds ──────────────────────────────────────────────────────────────────────────────────
 
     def finish_round(
@@ -159,13 +150,6 @@ class RunFolder:
         """Remove the checkpoints of a phase whose result is saved."""
         for path in (self.path / "checkpoints").glob(f"{phase}-*.safetensors"):
             path.unlink()
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def _size_before(self, phase: str) -> int:
         """Bytes of metrics.jsonl that come before the first line of a phase."""
