@@ -23,6 +23,7 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fedp2eft.adapters.export import save_adapter
 from fedp2eft.bases.standard_fl import fine_tune, set_parameters, trained_parameters
@@ -35,6 +36,8 @@ from fedp2eft.federation.messages import (
     ARRAYS,
     EXAMPLES,
     METRICS,
+    PREPARED,
+    alike_arrays,
     from_arrays,
     reply_with,
     the_arrays,
@@ -43,7 +46,7 @@ from fedp2eft.federation.messages import (
 )
 from fedp2eft.federation.reporting import current
 from fedp2eft.federation.workspace import Workspace, shared_workspace
-from fedp2eft.methods import ClientSide, method_named
+from fedp2eft.methods import METHODS, ClientSide, method_named
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import check_rank
@@ -168,21 +171,28 @@ def train_psg_ahead(messages: Sequence[Message], contexts: Sequence[Context]) ->
         return  # `train_psg` says it, of the client whose mistake it is
 
 
+@app.query("survey")
+def answer_survey(message: Message, context: Context) -> Message:
+    """Answer what a method asks the seen clients before it is used."""
+    workspace = open_workspace(context)
+    name = client_name(context, workspace)
+    method, rank = what_is_asked(message, workspace)
+    survey = METHODS[method].survey
+    if survey is None:
+        raise UserError(f"Method {method!r} asks its clients nothing.")
+    answer = survey.ask(client_side(workspace, message, name), rank)
+    return reply_with(message, RecordDict({ARRAYS: to_arrays(answer)}))
+
+
 @app.evaluate("personalize")
 def personalize_and_score(message: Message, context: Context) -> Message:
     """Fit this client's own adapter with the method and budget asked for; only scores leave."""
     workspace = open_workspace(context)
     name = client_name(context, workspace)
     s = workspace.settings
-    config = the_config(message)
-    method, rank = str(config["method"]), int(config["rank"])  # type: ignore[arg-type]
-    fit = method_named(method)
-    check_rank(max(1, rank), s.adapter.r_max)
-    psg = workspace.psg
-    if arrays := the_arrays(message):
-        psg.set_numbers(from_arrays(arrays, psg.state_dict(), "φ from the server"))
+    method, rank = what_is_asked(message, workspace)
     start = time.perf_counter()
-    outcome = fit(client_side(workspace, name), rank)
+    outcome = METHODS[method].fit(client_side(workspace, message, name), rank)
     metrics: dict[str, MetricRecordValues] = {
         EXAMPLES: outcome.scores.examples,
         "correct": outcome.scores.correct,
@@ -214,20 +224,36 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     return reply_with(message, RecordDict({ABOUT: about, METRICS: MetricRecord(metrics)}))
 
 
-def client_side(workspace: Workspace, name: str) -> ClientSide:
-    """What a method may look at, for one client."""
-    s = workspace.settings
+def what_is_asked(message: Message, workspace: Workspace) -> tuple[str, int]:
+    """Method and rank budget that a message names, checked."""
+    config = the_config(message)
+    method, rank = str(config["method"]), int(config["rank"])  # type: ignore[arg-type]
+    method_named(method)
+    check_rank(max(1, rank), workspace.settings.adapter.r_max)
+    return method, rank
+
+
+def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide:
+    """What the method that a message names may look at, for one client."""
+    s, psg = workspace.settings, workspace.psg
     reporter = current()
+    shared: dict[str, Tensor] = {}
+    if METHODS[str(the_config(message)["method"])].shared == "psg":
+        shared = from_arrays(the_arrays(message), psg.state_dict(), "φ from the server")
+        psg.set_numbers(shared)
+    prepared = alike_arrays([the_arrays(message, PREPARED)], "What the server prepared")[0]
     return ClientSide(
         bt=workspace.bt,
         task=workspace.task,
         train=workspace.encoded(name, "train"),
         test=workspace.encoded(name, "test"),
-        psg=workspace.psg,
+        psg=psg,
         features=lambda: workspace.features(name),
         settings=s.local,
         seed=derive_seed(s.seed, "personalize", name),
         progress=lambda share: reporter.part("personalize", share, name),
+        shared=shared,
+        prepared=prepared,
     )
 
 

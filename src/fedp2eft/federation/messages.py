@@ -5,7 +5,7 @@ Everything that arrives is checked before use: names, shapes, dtypes and that nu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 import numpy as np
@@ -16,12 +16,14 @@ from torch import Tensor
 from fedp2eft.errors import UserError
 
 ARRAYS, CONFIG, METRICS, ABOUT = "arrays", "config", "metrics", "about"
+PREPARED = "prepared"
 EXAMPLES = "num-examples"
 
 # Flower's message types: category, dot, action.
 DESCRIBE = "query.describe"
 TRAIN_BASE = "train.base"
 TRAIN_PSG = "train.psg"
+SURVEY = "query.survey"
 PERSONALIZE = "evaluate.personalize"
 
 
@@ -64,10 +66,28 @@ def from_arrays(record: ArrayRecord, like: Mapping[str, Tensor], whose: str) -> 
     return numbers
 
 
-def the_arrays(message: Message) -> ArrayRecord:
-    """The one array record of a message, empty where it has none."""
-    records = list(message.content.array_records.values())
-    return records[0] if records else ArrayRecord()
+def alike_arrays(records: Sequence[ArrayRecord], whose: str) -> list[dict[str, Tensor]]:
+    """Tensors of several records that must have the same names and shapes.
+
+    Raises:
+        UserError: As `from_arrays`, the first record deciding what is expected.
+    """
+    if not records:
+        return []
+    like = {name: torch.empty(tuple(array.shape)) for name, array in records[0].items()}
+    return [from_arrays(record, like, whose) for record in records]
+
+
+def the_arrays(message: Message, name: str = ARRAYS) -> ArrayRecord:
+    """The array record of that name, empty where there is none.
+
+    Aggregation strategies of Flower choose the name themselves, so a message with a single array
+    record gives that one.
+    """
+    records = message.content.array_records
+    if name in records:
+        return records[name]
+    return next(iter(records.values())) if name == ARRAYS and len(records) == 1 else ArrayRecord()
 
 
 def the_config(message: Message) -> ConfigRecord:

@@ -196,11 +196,11 @@ class RunFolder:
         """Keep a cell."""
         write_json(self.cell_path(method, rank, client), value)
 
-    def drop_cells_of_other_phi(self, digest: str) -> None:
-        """Remove cells, and their adapters, that came from φ before the present one."""
+    def drop_cells_of_other_phi(self, digests: set[str]) -> None:
+        """Remove cells, and their adapters, that came from numbers before the present ones."""
         for path in self.path.glob("cells/*/*.json"):
             cell = read_json(path)
-            if isinstance(cell, dict) and cell.get("phi", digest) != digest:
+            if isinstance(cell, dict) and cell.get("phi") not in {None, *digests}:
                 adapter = self.path / "adapters" / path.stem / path.parent.name
                 shutil.rmtree(adapter, ignore_errors=True)
                 path.unlink()

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import logging
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from fedp2eft.bases.standard_fl import set_parameters, trained_parameters
 from fedp2eft.data.federation import SEEN
-from fedp2eft.federation.messages import (
-    ARRAYS,
-    CONFIG,
-    EXAMPLES,
-    PERSONALIZE,
-    TRAIN_BASE,
-    TRAIN_PSG,
-    array_digest,
-    scalars,
-    to_arrays,
-)
+from fedp2eft.federation.messages import TRAIN_BASE, TRAIN_PSG
+from fedp2eft.federation.personalization import personalize_all
 from fedp2eft.federation.reporting import Reporter
-from fedp2eft.federation.rounds import Member, SeededFedAvg, exchange, roster, run_rounds
+from fedp2eft.federation.rounds import Member, SeededFedAvg, roster, run_rounds
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.federation.workspace import Workspace
 from fedp2eft.files import write_folder
 from fedp2eft.generator import PSG
-from fedp2eft.methods import WITH_PSG, WITHOUT_RANK
 from fedp2eft.models.loading import load_tokenizer, save_model
 
 logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO repeats what our reporter says
@@ -43,8 +33,8 @@ def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) 
     """
     members = roster(grid, run.settings.federation.timeout)
     train_base(grid, run, workspace, members, reporter)
-    psg = train_psg(grid, run, workspace, members, reporter)
-    personalize_all(grid, run, psg, members, reporter)
+    shared = train_shared(grid, run, workspace, members, reporter)
+    personalize_all(grid, run, shared, members, reporter)
 
 
 def train_base(
@@ -67,6 +57,13 @@ def train_base(
     run.drop_checkpoints("base")
 
 
+def train_shared(
+    grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
+) -> dict[str, dict[str, Tensor]]:
+    """Train what the chosen methods start from; the PSG always. Numbers by federation."""
+    return {"psg": train_psg(grid, run, workspace, members, reporter).numbers()}
+
+
 def train_psg(
     grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
 ) -> PSG:
@@ -83,52 +80,3 @@ def train_psg(
     psg.set_numbers(phi)
     write_folder(run.psg, psg.save_pretrained)
     return psg
-
-
-def personalize_all(
-    grid: Grid, run: RunFolder, psg: PSG, members: list[Member], reporter: Reporter
-) -> None:
-    """Every client of the chosen pools, with every method and budget; missing cells only."""
-    evaluation = run.settings.evaluation
-    phi = to_arrays(psg.numbers())
-    digest = array_digest(phi)
-    run.drop_cells_of_other_phi(digest)
-    chosen = [member for member in members if member.pool in evaluation.pools]
-    wanted = [
-        (member, method, rank)
-        for member in chosen
-        for method in evaluation.methods
-        for rank in ([0] if method in WITHOUT_RANK else evaluation.ranks)
-    ]
-    missing = [
-        (member, method, rank)
-        for member, method, rank in wanted
-        if run.cell(method, rank, member.client) is None
-    ]
-    reporter.start("personalize", len(wanted), len(wanted) - len(missing))
-    messages = [
-        Message(
-            RecordDict(
-                {
-                    ARRAYS: phi if method in WITH_PSG else ArrayRecord(),
-                    CONFIG: ConfigRecord({"method": method, "rank": rank}),
-                }
-            ),
-            member.node,
-            PERSONALIZE,
-            group_id=f"{method}-r{rank}",
-        )
-        for member, method, rank in missing
-    ]
-    by_node = {member.node: member for member in members}
-    timeout = run.settings.federation.timeout * max(1, len(missing))
-    for member, reply in exchange(grid, messages, by_node, timeout, "personalization"):
-        method, _, rank = reply.metadata.group_id.rpartition("-r")
-        metrics = scalars(reply)
-        metrics["examples"] = metrics.pop(EXAMPLES)
-        about = {"client": member.client, "language": member.language, "pool": member.pool}
-        if method in WITH_PSG:
-            about["phi"] = digest
-        run.write_cell(method, int(rank), member.client, {**about, **metrics})
-        score = f"{metrics['correct'] / metrics['examples']:.0%}" if metrics["examples"] else "–"
-        reporter.advance("personalize", f"{method} {member.client} {score}")

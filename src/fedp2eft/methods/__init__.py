@@ -6,27 +6,15 @@ from fedp2eft.errors import UserError, nearest
 from fedp2eft.methods.base import base
 from fedp2eft.methods.fedp2eft import fedp2eft
 from fedp2eft.methods.lora import lora
-from fedp2eft.methods.method import ClientSide, Method, Outcome
+from fedp2eft.methods.method import ClientSide, Method, Outcome, Survey
 
 METHODS: dict[str, Method] = {
-    "base": base,
-    "lora": lora,
-    "fedp2eft": fedp2eft,
+    "base": Method(base, ranked=False),
+    "lora": Method(lora),
+    "fedp2eft": Method(fedp2eft, shared="psg"),
 }
-WITHOUT_RANK = {"base"}
-"""Methods that no rank budget changes."""
-WITH_PSG = {"fedp2eft"}
-"""Methods that the server sends φ to."""
 
-__all__ = [
-    "METHODS",
-    "WITHOUT_RANK",
-    "WITH_PSG",
-    "ClientSide",
-    "Method",
-    "Outcome",
-    "method_named",
-]
+__all__ = ["METHODS", "ClientSide", "Method", "Outcome", "Survey", "method_named"]
 
 
 def method_named(name: str) -> Method:
