@@ -18,6 +18,7 @@ adapter.
 
   quickstart    run the whole main job on real text in a few minutes
   train         train base and PSG, then personalize and score every client
+  compare       compute a table of methods, bases, ranks and seeds; several processes may share it
   personalize   fit one client's own adapter with a trained PSG
   evaluate      score a base model, with or without an adapter
   export        change the layout of an adapter: portable, compact or merged
@@ -75,7 +76,8 @@ def _dispatch(arguments: list[str]) -> None:
     name, *rest = arguments
     commands: dict[str, Callable[[list[str]], None]] = {
         "quickstart": _quickstart,
-        "train": _train,
+        "train": lambda options: _experiment("train", options),
+        "compare": lambda options: _experiment("compare", options),
         "personalize": lambda options: _call("adapters", "personalize", options),
         "evaluate": lambda options: _call("adapters", "evaluate", options),
         "export": lambda options: _call("adapters", "export", options),
@@ -106,15 +108,16 @@ def _quickstart(options: list[str]) -> None:
     quickstart(run or "runs/quickstart", rest)
 
 
-def _train(options: list[str]) -> None:
-    from fedp2eft.commands.run import train
+def _experiment(name: str, options: list[str]) -> None:
+    from fedp2eft.commands import run as commands
 
+    function = getattr(commands, name)
     if options and not options[0].startswith("-"):
-        run, rest = _split("train CONFIG", options[1:], train)
-        train(options[0], run, rest)
+        run, rest = _split(f"{name} CONFIG", options[1:], function)
+        function(options[0], run, rest)
         return
-    _split("train CONFIG", options, train)
-    raise UserError("Name the experiment's YAML file: fedp2eft train CONFIG [--run DIR].")
+    _split(f"{name} CONFIG", options, function)
+    raise UserError(f"Name the experiment's YAML file: fedp2eft {name} CONFIG [--run DIR].")
 
 
 def _split(

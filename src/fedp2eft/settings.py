@@ -12,6 +12,7 @@ from fedp2eft.data.settings import DataSettings
 from fedp2eft.errors import UserError
 
 ProfileName = Literal["paper", "reference"]
+Prior = Literal["gamma", "normalized"]
 Wire = Literal["fp32", "bf16", "int8"]
 PoolName = Literal["seen", "unseen", "new-language"]
 
@@ -55,7 +56,8 @@ class GeneratorSettings:
 
     Args:
         hidden_multiplier: Width of the hidden layer as a multiple of the number of features.
-        init_lambda: λ̂ that an untrained PSG predicts for every rank (the bias of its last layer).
+        init_lambda: λ̂ that an untrained PSG predicts for every rank (the bias of its last layer, or
+            the exponential of it where the PSG predicts log λ).
         log_quantity: Give the PSG log N (N training examples) as one more feature.
         steps: Adam steps of stage 2 in each round.
         lr: Learning rate of stage 2.
@@ -85,12 +87,16 @@ class LocalSettings:
         batch_size: Rows per mini-batch.
         accumulate: Mini-batches per optimiser step.
         lr: Learning rate of A and B in stage 1.
-        lambda_lr: Learning rate of λ in stage 1.
+        prior: What draws B and λ together in stage 1. "gamma" is the paper's: significance and
+            sparsity, λ trained. "normalized" is the project's variant, whose resting point is λ =
+            mean |B| whatever the width of a layer: log λ is trained, and the PSG predicts log λ.
+        lambda_lr: Learning rate of λ in stage 1 (of log λ where the prior is normalized).
         personalize_lr: Learning rate of A and B in personalization and in the LoRA baseline.
         personalize_epochs: Passes over the client's training rows in personalization.
         alpha_task: Weight of the task loss in stage 1.
         alpha_s: Weight of the significance penalty, before division by N.
         alpha_p: Weight of the sparsity penalty, before division by N.
+        alpha: Weight of the normalized prior, before division by N.
         max_grad_norm: Gradient-norm clip over A and B (λ is not clipped).
         dropout: Keep the base model's own dropout on while training.
         max_length: Longest input in tokens; the rest of a row is cut.
@@ -101,12 +107,14 @@ class LocalSettings:
     batch_size: int = 32
     accumulate: int = 1
     lr: float = 1e-4
+    prior: Prior = "gamma"
     lambda_lr: float = 1e-2
     personalize_lr: float = 1e-4
     personalize_epochs: int = 2
     alpha_task: float = 1.0
     alpha_s: float = 100.0
     alpha_p: float = 0.01
+    alpha: float = 1e-2
     max_grad_norm: float = 1.0
     dropout: bool = True
     max_length: int = 128
@@ -119,7 +127,7 @@ class LocalSettings:
             require(getattr(self, name) >= 1, f"local.{name} must be 1 or more.")
         for name in ("lr", "lambda_lr", "personalize_lr", "max_grad_norm"):
             require(getattr(self, name) > 0, f"local.{name} must be above 0.")
-        for name in ("alpha_task", "alpha_s", "alpha_p"):
+        for name in ("alpha_task", "alpha_s", "alpha_p", "alpha"):
             require(getattr(self, name) >= 0, f"local.{name} must be 0 or more.")
 
 
@@ -212,6 +220,50 @@ class FederationSettings:
 
 
 @dataclass(frozen=True)
+class FedL2PSettings:
+    """The baseline FedL2P (NeurIPS 2023); its federation runs where `evaluation.methods` names it.
+
+    Args:
+        rounds: Most federated rounds of the meta-net; it samples as many clients as the PSG's.
+        patience: Rounds without a new lowest validation loss after which it stops.
+        rank: Rank of the LoRA that it is trained with; the meta-net serves every rank budget.
+        hidden: Width of the meta-net's two hidden layers.
+        steps: Outer steps of a client in each round, each after an inner fine-tuning of its own.
+        validation: Share of a client's training rows that the outer loss holds out.
+        hyper_lr: Step of the Neumann series.
+        terms: Terms of the Neumann series.
+        meta_lr: Learning rate of the meta-net.
+        lr_lr: Learning rate of its learnable learning rates.
+        init_lr: Where the learnable learning rates start.
+        seed: Seed of the meta-net's first weights.
+    """
+
+    rounds: int = 150
+    patience: int = 50
+    rank: int = 8
+    hidden: int = 100
+    steps: int = 3
+    validation: float = 0.2
+    hyper_lr: float = 0.1
+    terms: int = 3
+    meta_lr: float = 1e-4
+    lr_lr: float = 1e-6
+    init_lr: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, "fedl2p.rounds must be 0 or more.")
+        for name in ("patience", "rank", "hidden", "steps", "terms"):
+            require(getattr(self, name) >= 1, f"fedl2p.{name} must be 1 or more.")
+        for name in ("hyper_lr", "meta_lr", "lr_lr", "init_lr"):
+            require(getattr(self, name) > 0, f"fedl2p.{name} must be above 0.")
+        require(
+            0 < self.validation < 1,
+            f"fedl2p.validation is {self.validation}; give a share above 0 and below 1.",
+        )
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured after training, on every client of the named pools.
 
@@ -231,6 +283,78 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class AdaLoraSettings:
+    """The AdaLoRA baseline (paper section 5); epochs, batches and clip are those of `local`.
+
+    Args:
+        lr: Learning rate of P, E and Q.
+        orth: Weight of the orthogonality penalty.
+        tinit: Share of the steps before the first rank is dropped.
+        tfinal: Share of the steps after the last rank is dropped.
+        init_multiple: Ranks that every layer starts with, as a multiple of the budget.
+    """
+
+    lr: float = 1e-3
+    orth: float = 0.1
+    tinit: float = 0.1
+    tfinal: float = 0.3
+    init_multiple: float = 1.5
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"adalora.lr is {self.lr}; give a number above 0.")
+        require(self.orth >= 0, f"adalora.orth is {self.orth}; give 0 or more.")
+        require(
+            self.tinit >= 0 and self.tfinal >= 0 and self.tinit + self.tfinal < 1,
+            "adalora.tinit and adalora.tfinal are shares of the steps: together below 1.",
+        )
+        require(self.init_multiple >= 1, "adalora.init_multiple must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What the tuned controls choose from, on held-out training rows of the seen clients.
+
+    Args:
+        lrs: Learning rates in place of local.personalize_lr.
+        scales: Factors on λ.
+        taus: Strengths τ of the label-prior correction.
+        holdout: Share of a seen client's training rows that is held out.
+    """
+
+    lrs: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    taus: list[float] = field(default_factory=lambda: [0.25 * n for n in range(1, 9)])
+    holdout: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("lrs", "scales", "taus"):
+            values = getattr(self, name)
+            require(
+                bool(values) and min(values) > 0,
+                f"tuning.{name} is {values}; give at least one number, all above 0.",
+            )
+        require(0 < self.holdout < 1, "tuning.holdout is a share: above 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What `fedp2eft compare` varies beside the methods, ranks and pools of `evaluation`.
+
+    Args:
+        bases: How the base model is trained, each in place of base.kind; base.kind itself where
+            none are given.
+        seeds: Each seeds everything anew in place of the seeds elsewhere: partition, first weights
+            (head, common A, PSG), sampling and mini-batches.
+    """
+
+    bases: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [42, 52, 62])
+
+    def __post_init__(self) -> None:
+        require(bool(self.seeds), "compare.seeds is empty: give at least one.")
+
+
+@dataclass(frozen=True)
 class Settings:
     """One experiment: `fedp2eft train` reads it from YAML, with the command line on top.
 
@@ -243,7 +367,11 @@ class Settings:
         generator: The PSG.
         local: What a client does.
         federation: The PSG's federation.
+        fedl2p: The baseline FedL2P.
         evaluation: What is measured at the end.
+        adalora: The AdaLoRA baseline.
+        tuning: What the tuned controls choose from.
+        compare: What `fedp2eft compare` varies; nothing else looks at it.
     """
 
     seed: int = 42
@@ -254,11 +382,25 @@ class Settings:
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
+    fedl2p: FedL2PSettings = field(default_factory=FedL2PSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    adalora: AdaLoraSettings = field(default_factory=AdaLoraSettings)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    compare: CompareSettings = field(default_factory=CompareSettings)
 
     def __post_init__(self) -> None:
         for rank in self.evaluation.ranks:
             check_rank(rank, self.adapter.r_max)
+        require(
+            "fedl2p" not in self.evaluation.methods or self.fedl2p.rank <= self.adapter.r_max,
+            f"fedl2p.rank is {self.fedl2p.rank}; give at most adapter.r_max = "
+            f"{self.adapter.r_max}.",
+        )
+        require(
+            self.local.prior == "gamma" or self.federation.profile == "paper",
+            "federation.profile is reference, whose prior is the paper's: "
+            "set local.prior to gamma, or the profile to paper.",
+        )
 
 
 def check_rank(rank: int, r_max: int) -> None:

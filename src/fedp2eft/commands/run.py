@@ -1,4 +1,4 @@
-"""`fedp2eft train` and `fedp2eft quickstart`."""
+"""`fedp2eft train`, `fedp2eft compare` and `fedp2eft quickstart`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,37 @@ def train(config: str, run: str | None = None, options: list[str] | None = None)
     settings = settings_from(read_yaml(config), options)
     folder = Path(run) if run else Path("runs") / Path(config).stem
     _run(settings, folder)
+
+
+def compare(config: str, run: str | None = None, options: list[str] | None = None) -> None:
+    """Compute a table of methods, base models, ranks, seeds and pools.
+
+    Every cell is computed once and kept: start the same command again to go on, or in several
+    terminals at once to share the work.
+
+    Args:
+        config: The comparison's YAML file.
+        run: The comparison folder; runs/NAME where none is given, NAME being the file's.
+        options: Settings on top of the file.
+    """
+    settings = settings_from(read_yaml(config), options)
+    folder = Path(run) if run else Path("runs") / Path(config).stem
+
+    from fedp2eft.commands.terminal import progress
+    from fedp2eft.experiment.compare import compare as compute
+    from fedp2eft.experiment.tables import write_tables
+
+    try:
+        with progress() as reporter:
+            compute(settings, folder, reporter)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"Interrupted. Finished cells are kept in {folder}: start the same command again to "
+            "go on."
+        ) from None
+    write_tables(folder)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"Comparison folder: {folder}")
 
 
 def quickstart(run: str = "runs/quickstart", options: list[str] | None = None) -> None:

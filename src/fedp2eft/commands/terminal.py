@@ -24,7 +24,7 @@ from fedp2eft.federation.reporting import LogReporter, Reporter, report_to
 if TYPE_CHECKING:
     from fedp2eft.federation.results import Results
 
-PHASES = {"base": "base model", "psg": "PSG", "personalize": "clients"}
+PHASES = {"base": "base model", "psg": "PSG", "personalize": "clients", "compare": "cells"}
 
 
 class BarReporter:

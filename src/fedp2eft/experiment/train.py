@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-from flwr.app import Context, RecordDict
-
-from fedp2eft.federation.client_app import app as client_app
-from fedp2eft.federation.client_app import train_psg_ahead
-from fedp2eft.federation.cohort import cohort_size
-from fedp2eft.federation.local import SERVER_NODE_ID, Cohort, LocalGrid
-from fedp2eft.federation.messages import TRAIN_PSG
-from fedp2eft.federation.reporting import Reporter, report_to
-from fedp2eft.federation.results import Results, collect
+from fedp2eft.experiment.engine import local_engine
+from fedp2eft.federation.reporting import Reporter
+from fedp2eft.federation.results import Results, read_results
 from fedp2eft.federation.server_app import app as server_app
-from fedp2eft.federation.workspace import shared_workspace
-from fedp2eft.reading import as_dict
 from fedp2eft.settings import Settings
 
 
@@ -39,27 +28,7 @@ def train(settings: Settings, run: str | Path, reporter: Reporter | None = None)
     Raises:
         UserError: Bad settings or data, or a client that failed.
     """
-    text = json.dumps(as_dict(settings))
     run = Path(run).resolve()
-    config: dict[str, bool | float | int | str] = {"settings": text, "run": str(run)}
-    # Federated runs must not depend on what the caller drew before.
-    with torch.random.fork_rng():
-        try:
-            workspace = shared_workspace(text, str(run))
-            grid = LocalGrid(
-                client_app,
-                [{"client": name} for name in sorted(workspace.clients)],
-                config,
-                Cohort(
-                    TRAIN_PSG,
-                    cohort_size(settings.federation.cohort, workspace.device),
-                    train_psg_ahead,
-                ),
-            )
-            context = Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), config)
-            with report_to(reporter) if reporter else nullcontext():
-                server_app(grid, context)
-        finally:
-            # A run that goes on after a stop must begin from the folder, not from this memory.
-            shared_workspace.cache_clear()
-    return collect(run)
+    with local_engine(settings, run, reporter) as engine:
+        server_app(engine.grid, engine.context)
+    return read_results(run)

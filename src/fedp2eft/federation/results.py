@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,14 @@ class Results:
         raise UserError(f"{self.run} has no result for {method}, rank {rank}, pool {pool}.")
 
 
+def read_results(run: str | Path) -> Results:
+    """The tables that `collect` wrote."""
+    rows = read_json(Path(run) / "results.json")
+    if not isinstance(rows, list):
+        raise UserError(f"{run} has no results yet: finish the run first.")
+    return Results(Path(run), tuple(Row(**row) for row in rows))
+
+
 def collect(run: str | Path) -> Results:
     """Read a run's cells, write results.json and return the tables."""
     run = Path(run)
@@ -79,16 +88,29 @@ def collect(run: str | Path) -> Results:
         for cell in cells
     }
     rows = tuple(
-        _row(*key, groups[key], base) for key in sorted(groups, key=lambda k: (k[2], k[1], k[0]))
+        row_of(*key, groups[key], base) for key in sorted(groups, key=lambda k: (k[2], k[1], k[0]))
     )
     results = Results(run, rows)
     write_json(run / "results.json", [asdict(row) for row in rows])
     return results
 
 
-def _row(
-    method: str, rank: int, pool: str, cells: list[dict[str, Any]], base: dict[str, float]
+def row_of(
+    method: str,
+    rank: int,
+    pool: str,
+    cells: Sequence[Mapping[str, Any]],
+    base: Mapping[str, float],
 ) -> Row:
+    """The scores of one method, budget and pool.
+
+    Args:
+        method: Its name.
+        rank: Budget r; 0 for a method without one.
+        pool: Whose clients.
+        cells: For each client `client`, `language`, `examples` (above 0), `correct`, `parameters`.
+        base: The base model's own accuracy by client, for those it is known for.
+    """
     correct: dict[str, int] = defaultdict(int)
     total: dict[str, int] = defaultdict(int)
     for cell in cells:

@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +27,7 @@ from torch import Tensor
 from fedp2eft.errors import UserError
 from fedp2eft.federation.checkpoints import Progress, load_checkpoint, save_checkpoint
 from fedp2eft.files import read_json, sweep, write_json, write_text
+from fedp2eft.reading import as_dict, settings_from
 from fedp2eft.settings import Settings
 
 # Settings that may change between two starts of one run: they add to it, and change nothing done.
@@ -38,6 +38,7 @@ FREE = {
     ("evaluation", "methods"),
     ("evaluation", "ranks"),
     ("evaluation", "pools"),
+    ("compare",),
 }
 
 
@@ -78,9 +79,9 @@ class RunFolder:
             ) from error
         except OSError as error:
             raise UserError(f"Cannot use {self.path} for the run: {error.strerror}.") from error
-        wanted = json.loads(json.dumps(asdict(self.settings)))
+        wanted = as_dict(self.settings)
         if settings_file.exists():
-            _check_same(self.path, _read_settings(settings_file), wanted)
+            check_same(self.path, read_settings(settings_file), wanted, FREE)
             self._check_rounds()
         for part in ("checkpoints", "cells/*", "adapters/*"):
             for folder in self.path.glob(part):
@@ -219,22 +220,27 @@ def _ends_line(file: IO[bytes]) -> bool:
     return file.read(1) == b"\n"
 
 
-def _read_settings(path: Path) -> Any:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a folder was made for, those that came later at their defaults.
+
+    Raises:
+        UserError: Damaged, or no settings.
+    """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is damaged or not a run's: name another run folder.")
-    return settings
+        return as_dict(settings_from(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, UserError) as error:
+        raise UserError(f"{path} is damaged or not a run's: name another run folder.") from error
 
 
-def _check_same(folder: Path, old: Any, new: Any, where: tuple[str, ...] = ()) -> None:
-    if where in FREE or old == new:
+def check_same(
+    folder: Path, old: Any, new: Any, free: set[tuple[str, ...]], where: tuple[str, ...] = ()
+) -> None:
+    """Raise `UserError` for the first setting outside `free` that is another in the folder."""
+    if where in free or old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict) and where != ("data", "files"):
         for key in new:
-            _check_same(folder, old.get(key), new[key], (*where, key))
+            check_same(folder, old.get(key), new[key], free, (*where, key))
         return
     raise UserError(
         f"{folder} holds another experiment: {'.'.join(where)} is {old!r} there and {new!r} here. "

@@ -1,0 +1,245 @@
+"""A comparison: methods × bases × ranks × seeds × pools, missing cells only.
+
+Several processes may work on one comparison folder. Each takes a training or a cell that nobody
+else holds, and waits only for what others are at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import time
+from collections import defaultdict
+from contextlib import ExitStack, closing
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from fedp2eft.errors import UserError
+from fedp2eft.experiment.cells import Cell, Training, claim, plan, settings_of
+from fedp2eft.experiment.engine import LocalEngine, local_engine
+from fedp2eft.federation.personalization import Shared, personalize, prepare
+from fedp2eft.federation.reporting import Reporter, current
+from fedp2eft.federation.rounds import Member, roster
+from fedp2eft.federation.run_folder import RunFolder, check_same, read_settings
+from fedp2eft.federation.server import train_base, train_shared
+from fedp2eft.files import write_json, write_text, write_whole
+from fedp2eft.methods import METHODS
+from fedp2eft.reading import as_dict
+from fedp2eft.settings import Settings
+
+FREE = {
+    ("evaluation", "methods"),
+    ("evaluation", "ranks"),
+    ("evaluation", "pools"),
+    ("compare",),
+    ("federation", "timeout"),
+    ("federation", "keep_checkpoints"),
+}
+"""Settings that may change between two starts: they add cells and change none."""
+LENT = ("base",)
+"""What a training takes from the run folder of its base."""
+WAIT_SECONDS = 1.0
+PACKAGES = ("fedp2eft", "torch", "transformers", "peft", "flwr")
+
+
+def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = None) -> Path:
+    """Compute the missing cells of a comparison.
+
+    Args:
+        settings: The experiment; `settings.compare` names bases and seeds, `settings.evaluation`
+            methods, ranks and pools.
+        folder: The comparison folder, made where there is none.
+        reporter: Hears of progress; log lines where none is given.
+
+    Returns:
+        The folder, with every cell in it.
+
+    Raises:
+        UserError: Bad settings or data, another comparison's folder, or a client that failed.
+    """
+    folder, reporter = Path(folder).resolve(), reporter or current()
+    cells = plan(settings)
+    for training in {cell.training for cell in cells}:
+        settings_of(settings, training)  # an unknown base is said before anything is computed
+    _open(folder, settings)
+    groups: dict[Training, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.training].append(cell)
+    reporter.start("compare", len(cells), len(cells) - len(_left(folder, cells)))
+    waited = False
+    while missing := _left(folder, cells):
+        trainings = dict.fromkeys(cell.training for cell in missing)
+        worked = [_work(folder, settings, t, groups[t], reporter) for t in trainings]
+        if not any(worked):
+            if not waited:
+                reporter.note("Another process is at work on what is left; waiting for it.")
+            waited = True
+            time.sleep(WAIT_SECONDS)
+    return folder
+
+
+def _open(folder: Path, settings: Settings) -> None:
+    """Make the folder, or check that it was made for the same comparison."""
+    file = folder / "settings.yaml"
+    try:
+        if folder.is_dir() and not file.exists() and any(folder.glob("[!.]*")):
+            raise UserError(f"{folder} is not empty and holds no comparison: name another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot use {folder}: {error.strerror}.") from error
+    wanted = as_dict(settings)
+    if file.exists():
+        check_same(folder, read_settings(file), wanted, FREE)
+    write_text(file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+
+
+def _left(folder: Path, cells: list[Cell]) -> list[Cell]:
+    return [cell for cell in cells if not cell.done(folder)]
+
+
+def _work(
+    folder: Path, settings: Settings, training: Training, cells: list[Cell], reporter: Reporter
+) -> bool:
+    """Do what nobody else holds of one training and its cells; False where there is nothing."""
+    worked = False
+    with ExitStack() as stack:
+        site = _Site(stack, folder, settings, training, reporter)
+        if not site.trained:
+            with claim(folder, f"train-{training.base_name}") as mine:
+                if not mine:
+                    return False
+                if not site.trained:
+                    site.train()
+                    worked = True
+        for cell in _left(folder, cells):
+            with claim(folder, cell.name) as mine:
+                if mine and not cell.done(folder):
+                    write_json(cell.path(folder), site.compute(cell))
+                    reporter.advance("compare", cell.name)
+                    worked = True
+    return worked
+
+
+class _Site:
+    """One training's place of work in this process; nothing is loaded before it is needed."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        folder: Path,
+        comparison: Settings,
+        training: Training,
+        reporter: Reporter,
+    ) -> None:
+        self.folder, self.comparison, self.training = folder, comparison, training
+        self.settings = settings_of(comparison, training)
+        self.run = folder / "runs" / training.name
+        self.reporter = reporter
+        self._stack = stack
+
+    @cached_property
+    def engine(self) -> LocalEngine:
+        return self._stack.enter_context(local_engine(self.settings, self.run, self.reporter))
+
+    @cached_property
+    def members(self) -> list[Member]:
+        return roster(self.engine.grid, self.settings.federation.timeout)
+
+    @cached_property
+    def shared(self) -> Shared:
+        """The numbers that the methods start from, as they were written when training ended."""
+        return {name: load_file(self._numbers(name)) for name in self._federations}
+
+    @property
+    def _federations(self) -> list[str]:
+        kinds = (METHODS[name].shared for name in self.settings.evaluation.methods)
+        return sorted({kind for kind in kinds if kind})
+
+    def _numbers(self, federation: str) -> Path:
+        return self.run / "shared" / f"{federation}.safetensors"
+
+    @property
+    def trained(self) -> bool:
+        """Whether base and numbers are there."""
+        ready = (self.run / "base" / "config.json").exists()
+        return ready and all(self._numbers(name).exists() for name in self._federations)
+
+    def train(self) -> None:
+        """Train the base, where no other variant has, and what the methods start from."""
+        base = self.folder / "bases" / self.training.base_name
+        if not (base / "base" / "config.json").exists():
+            settings = settings_of(self.comparison, self.training, base_only=True)
+            with local_engine(settings, base, self.reporter) as engine:
+                members = roster(engine.grid, settings.federation.timeout)
+                with closing(RunFolder(base, settings)) as run:
+                    train_base(engine.grid, run, engine.workspace, members, self.reporter)
+        with closing(RunFolder(self.run, self.settings)) as run:
+            for part in LENT:
+                _lend(base / part, self.run / part)
+            if not self._federations:
+                return
+            engine = self.engine
+            numbers = train_shared(engine.grid, run, engine.workspace, self.members, self.reporter)
+        for name in self._federations:
+            tensors = {key: value.contiguous() for key, value in numbers[name].items()}
+            write_whole(self._numbers(name), partial(save_file, tensors))
+
+    def compute(self, cell: Cell) -> dict[str, Any]:
+        """The scores of every client of the cell's pool, and what they cost."""
+        start, timeout = time.perf_counter(), self.settings.federation.timeout
+        grid = self.engine.grid
+        members = [member for member in self.members if member.pool == cell.pool]
+        if not members:
+            raise UserError(
+                f"No client is in pool {cell.pool!r}: change evaluation.pools or the data."
+            )
+        told = prepare(grid, self.shared, cell.method, cell.rank, self.members, timeout)
+        clients = []
+        for done, (member, scores) in enumerate(personalize(grid, told, members, timeout), 1):
+            clients.append({"client": member.client, "language": member.language, **scores})
+            self.reporter.part("compare", done / len(members), cell.name)
+        shared = METHODS[cell.method].shared
+        up, down = self._bytes(shared) if shared else (0, 0)
+        return {
+            "method": cell.method,
+            "base": self.training.base,
+            "rank": cell.rank,
+            "seed": self.training.seed,
+            "pool": cell.pool,
+            "clients": sorted(clients, key=lambda scores: str(scores["client"])),
+            "seconds": round(time.perf_counter() - start, 3),
+            "bytes_up": up,
+            "bytes_down": down,
+            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "versions": {name: version(name) for name in PACKAGES},
+            "machine": machine(self.engine.workspace.device),
+        }
+
+    def _bytes(self, phase: str) -> tuple[int, int]:
+        """Bytes that a client sent and got in a round of a federation, on average."""
+        lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rounds = [line for line in map(json.loads, lines) if line["phase"] == phase]
+        clients = max(1, sum(line["clients"] for line in rounds))
+        up, down = (sum(line[f"bytes-{way}"] for line in rounds) for way in ("up", "down"))
+        return round(up / clients), round(down / clients)
+
+
+def _lend(there: Path, here: Path) -> None:
+    """Let a run folder use what another one has."""
+    if there.exists() and not here.exists():
+        here.symlink_to(os.path.relpath(there, here.parent))
+
+
+def machine(device: torch.device) -> str:
+    """The processor or GPU that the model runs on, and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,73 @@
+"""The local engine for an experiment: one process, one base model for all clients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import Context, RecordDict
+
+from fedp2eft.federation.client_app import app as client_app
+from fedp2eft.federation.client_app import train_psg_ahead
+from fedp2eft.federation.cohort import cohort_size
+from fedp2eft.federation.local import SERVER_NODE_ID, Cohort, LocalGrid
+from fedp2eft.federation.messages import TRAIN_PSG
+from fedp2eft.federation.reporting import Reporter, report_to
+from fedp2eft.federation.workspace import Workspace, shared_workspace
+from fedp2eft.reading import as_dict
+from fedp2eft.settings import Settings
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """What the ServerApp needs to run in this process.
+
+    Args:
+        grid: Serves every client of the experiment.
+        workspace: The clients' and the server's, which share one base model.
+        context: For a ServerApp.
+    """
+
+    grid: LocalGrid
+    workspace: Workspace
+    context: Context
+
+
+@contextmanager
+def local_engine(
+    settings: Settings, run: Path, reporter: Reporter | None = None
+) -> Iterator[LocalEngine]:
+    """The engine for one experiment and run folder; its memory is let go at the end.
+
+    The global random state is as it was afterwards: federated runs must not depend on what the
+    caller drew before.
+
+    Args:
+        settings: The experiment.
+        run: The run folder.
+        reporter: Hears of progress; the present one where none is given.
+    """
+    text, run = json.dumps(as_dict(settings)), run.resolve()
+    config: dict[str, bool | float | int | str] = {"settings": text, "run": str(run)}
+    with torch.random.fork_rng(), report_to(reporter) if reporter else nullcontext():
+        try:
+            workspace = shared_workspace(text, str(run))
+            grid = LocalGrid(
+                client_app,
+                [{"client": name} for name in sorted(workspace.clients)],
+                config,
+                Cohort(
+                    TRAIN_PSG,
+                    cohort_size(settings.federation.cohort, workspace.device),
+                    train_psg_ahead,
+                ),
+            )
+            context = Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), config)
+            yield LocalEngine(grid, workspace, context)
+        finally:
+            # A run that goes on after a stop must begin from the folder, not from this memory.
+            shared_workspace.cache_clear()
