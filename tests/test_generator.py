@@ -218,8 +218,9 @@ def folder(tmp_path):
         {"layerwise": True, "log_quantity": True, "profile": "reference"},
         {"target_modules": ["q", "v"], "labels": ("no", "yes"), "text_columns": ("x", "y")},
         {"lambda_max": 7, "init_lambda": 0.25, "adapter_seed": 3, "scaling": 1.5},
+        {"target": "log-lambda", "init_lambda": 0.25},
     ],
-    ids=["plain", "flags", "lists", "numbers"],
+    ids=["plain", "flags", "lists", "numbers", "log λ"],
 )
 def test_save_and_load_keep_every_bit_and_every_fact(tmp_path, changes) -> None:
     psg = trained(replace(CONFIG, **changes))
@@ -365,6 +366,8 @@ TUPLES = {"linear_names", "layer_names", "labels", "text_columns"}
         {"lambda_min": 2000.0},
         {"lambda_min": float("nan")},
         {"init_lambda": "1"},
+        {"target": "log-lambda", "init_lambda": 0.0},
+        {"target": "log"},
         {"scaling": None},
         {"base_model": 5},
     ],
@@ -401,6 +404,7 @@ def test_unknown_facts_of_a_later_version_are_left_out(folder) -> None:
         ({"layer_names": ("b", "a")}, r"another adapted layers: .*their order"),
         ({"adapter_seed": 7}, "another seed of the common A: it has 0, here it is 7"),
         ({"scaling": 1.0}, "another scaling"),
+        ({"target": "log-lambda"}, "another target: it has lambda, here it is log-lambda"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

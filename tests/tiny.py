@@ -18,7 +18,7 @@ from transformers import (
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.settings import AdapterSettings, GeneratorSettings
+from fedp2eft.settings import AdapterSettings, GeneratorSettings, Prior
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 
@@ -87,8 +87,11 @@ def random_lambda(bt: BTLora, seed: int = 0, low: float = 0.2, high: float = 2.0
     return low + (high - low) * torch.rand(len(bt.names), bt.settings.r_max, generator=generator)
 
 
-def double_adapter(kind: str = "bert", settings: AdapterSettings | None = None) -> BTLora:
+def double_adapter(
+    kind: str = "bert", settings: AdapterSettings | None = None, prior: Prior = "gamma"
+) -> BTLora:
     """An adapted model in float64 without dropout: rounding cannot blur a comparison of steps."""
-    bt = BTLora(tiny(kind, dropout=0.0).double(), settings or AdapterSettings(r_max=4))
+    settings = settings or AdapterSettings(r_max=4)
+    bt = BTLora(tiny(kind, dropout=0.0).double(), settings, prior=prior)
     bt.lam.data = bt.lam.data.double()
     return bt

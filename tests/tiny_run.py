@@ -194,12 +194,15 @@ def save_encoder(folder: Path, seed: int = 5, width: int = 16) -> Path:
 # ── what a run leaves ───────────────────────────────────────────────────────────────────────────
 
 
+UNLIKE = ("timings.jsonl", "faults.jsonl", "faults.json")
+
+
 def outcome(run: Path) -> dict[str, Any]:
-    """All of a run folder that must be the same bits each time: no timings, no `seconds`."""
+    """All of a run folder that must be the same bits each time: no timings, no faults."""
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
-        if not path.is_file() or name in ("timings.jsonl", ".lock", "settings.yaml"):
+        if not path.is_file() or name in (*UNLIKE, ".lock", "settings.yaml"):
             continue
         if name.startswith("cells/"):
             cell = json.loads(path.read_text(encoding="utf-8"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,15 @@ from torch import nn
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import (
     CONFIG_FILE,
+    PEFT_TASKS,
     WEIGHTS_FILE,
     adapter_facts,
     load_adapter,
     save_adapter,
 )
 from fedp2eft.adapters.weights import AdapterWeights
+from fedp2eft.bases import BASES, LocalWork
+from fedp2eft.bases.parts import Overlay, Part
 from fedp2eft.client import features, local_order, structure
 from fedp2eft.client import personalize as fine_tune
 from fedp2eft.data.federation import Federation
@@ -39,9 +43,10 @@ from fedp2eft.models.loading import (
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.profiles import PROFILES
+from fedp2eft.reading import settings_from
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings import LocalSettings, check_rank
-from fedp2eft.tasks.classification import Classification, Scores
+from fedp2eft.settings import EvaluationSettings, LocalSettings, Settings, TaskName, check_rank
+from fedp2eft.tasks import Scores, Task, make_task
 from fedp2eft.tasks.encoded import Encoded
 
 Rows = str | Path
@@ -81,6 +86,7 @@ class Adapter:
             base=self.base,
             revision=self.revision,
             layout=layout,
+            task_type=PEFT_TASKS[str(self.facts.get("task", "classification"))],
             facts={"method": "fedp2eft", "rank": self.rank, **self.facts},
         )
 
@@ -94,6 +100,7 @@ def personalize(
     test_data: Rows | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
+    target_column: str | None = None,
     lr: float | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -113,6 +120,7 @@ def personalize(
         test_data: Rows to score the adapter on.
         text_columns: Columns with the text; the PSG's where none are given.
         label_column: Column with the class; the PSG's where none is given.
+        target_column: Column with the response, for a causal LM; the PSG's where none is given.
         lr: Learning rate of A and B; the PSG's where none is given.
         epochs: Passes over the rows; the PSG's where none are given.
         batch_size: Rows per mini-batch; the PSG's where none is given.
@@ -129,6 +137,7 @@ def personalize(
         personalize_lr=c.personalize_lr if lr is None else lr,
         personalize_epochs=c.personalize_epochs if epochs is None else epochs,
         batch_size=c.batch_size if batch_size is None else batch_size,
+        accumulate=c.accumulate,
         dropout=c.dropout,
         max_length=c.max_length,
     )
@@ -138,10 +147,11 @@ def personalize(
             f"This PSG was made for another feature kind: it has {c.feature_kind!r}, and profile "
             f"{c.profile} gives {profile.feature_kind!r}."
         )
+    kind: TaskName = "causal_lm" if c.task == "causal_lm" else "classification"
     columns = tuple(text_columns or c.text_columns)
-    label = label_column or c.label_column
-    train = _rows(data, columns, label, c.labels)
-    test = None if test_data is None else _rows(test_data, columns, label, c.labels)
+    answers = _Answers(kind, label_column or c.label_column, target_column or c.target_column)
+    train = _rows(data, columns, answers, c.labels)
+    test = None if test_data is None else _rows(test_data, columns, answers, c.labels)
     source = resolve_model(str(model))
     revision = hash_weights(Path(source.path))
     if revision != c.base_revision:
@@ -149,10 +159,20 @@ def personalize(
             f"This PSG was made for another revision of the base model ({c.base_model}): its "
             f"weights hash to {c.base_revision}, those of {model} to {revision}."
         )
-    base, task, tokenizer = _load(source, len(c.labels), c.max_length, precision, device)
+    base, task, tokenizer = _load(source, kind, len(c.labels), c.max_length, precision, device)
+    frozen = dict(base.named_parameters())
     bt = BTLora(base, c.adapter_settings(), clamp_forward=profile.clamp_forward)
     _check_layers(psg, bt)
     rows = _encode(task, tokenizer, train)
+    s = Settings(
+        base=settings_from({"base": c.base}).base,
+        adapter=c.adapter_settings(),
+        local=settings,
+        evaluation=EvaluationSettings(ranks=[rank]),
+    )
+    dtype, base_seed = resolve_precision(precision, task.device), derive_seed(seed, "local base")
+    work = LocalWork(f"seed {seed}", task, rows, s, dtype, base_seed)
+    part = _own_part(source, kind, work, frozen)
     xi = psg.features_of(features(bt, task, rows, settings, profile), len(rows))
     lam, keep = structure(psg, xi, rank)
     order_seed = derive_seed(seed, "personalize")
@@ -175,12 +195,12 @@ def personalize(
         measure=measure,
     )
     return Adapter(
-        fitted.weights,
+        BASES[s.base.kind].carried(fitted.weights, part),
         str(Path(source.name).resolve()) if Path(source.name).is_dir() else source.name,
         revision,
         rank,
         scores[0] if scores else None,
-        {"labels": list(c.labels), "max_length": c.max_length},
+        {"task": kind, "labels": list(c.labels), "max_length": c.max_length},
     )
 
 
@@ -191,6 +211,7 @@ def evaluate(
     *,
     text_columns: Sequence[str] | None = None,
     label_column: str = "label",
+    target_column: str | None = None,
     max_length: int | None = None,
     batch_size: int = 64,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
@@ -198,22 +219,27 @@ def evaluate(
 ) -> Scores:
     """Score a base model, with or without a PEFT adapter, on labelled rows.
 
-    Class names are those of the model's config. Inputs are cut at `max_length` tokens; where none
-    is given, at the length that the adapter was made with, or else at 128 or what the model reads.
+    Class names are those of the model's config. With a `target_column` the model is a causal LM,
+    scored on the responses in that column. Inputs are cut at `max_length` tokens; where none is
+    given, at the length that the adapter was made with, or else at 128 (a causal LM: 1024) or what
+    the model reads.
 
     Raises:
         UserError: Bad rows, a label that the model does not know, or an adapter that does not fit.
     """
     source = resolve_model(str(model))
     config = load_config(source)
-    labels = tuple(config.id2label[i] for i in sorted(config.id2label))
-    train = _rows(data, tuple(text_columns or ("text",)), label_column, labels)
+    kind: TaskName = "causal_lm" if target_column else "classification"
+    labels = () if target_column else tuple(config.id2label[i] for i in sorted(config.id2label))
+    answers = _Answers(kind, label_column, target_column or "")
+    train = _rows(data, tuple(text_columns or ("text",)), answers, labels)
     if adapter is not None:
         _check_same_base(adapter, source)
     if max_length is None:
+        usual = 1024 if target_column else 128
         known = adapter_facts(adapter).get("max_length") if adapter is not None else None
-        max_length = known if isinstance(known, int) else min(128, longest_input(config) or 128)
-    base, task, tokenizer = _load(source, len(labels), max_length, precision, device)
+        max_length = known if isinstance(known, int) else min(usual, longest_input(config) or usual)
+    base, task, tokenizer = _load(source, kind, len(labels), max_length, precision, device)
     if adapter is not None:
         base = _with_adapter(base, adapter)
     return task.score(base, _encode(task, tokenizer, train), batch_size)
@@ -247,6 +273,7 @@ def export(
             base=base,
             revision=str(revision) if revision else None,
             layout=layout,
+            task_type=config.task_type,
             facts={k: v for k, v in facts.items() if k not in ("layout", "base_revision", "ranks")},
         )
         return
@@ -262,34 +289,68 @@ def export(
     save_model(target, whole, load_tokenizer(source))
 
 
-def _rows(data: Rows, columns: tuple[str, ...], label: str, labels: tuple[str, ...]) -> Federation:
+@dataclass(frozen=True)
+class _Answers:
+    """What the rows of a file are answered with: a class, or a text."""
+
+    task: TaskName
+    label_column: str
+    target_column: str
+
+
+def _rows(
+    data: Rows, columns: tuple[str, ...], answers: _Answers, labels: tuple[str, ...]
+) -> Federation:
     """One client whose rows are all training rows."""
+    classes = answers.task == "classification"
     return client_from_file(
-        data, text_columns=columns, label_column=label, labels=labels, test_fraction=0.0
+        data,
+        text_columns=columns,
+        label_column=answers.label_column if classes else None,
+        target_column=None if classes else answers.target_column,
+        labels=labels,
+        test_fraction=0.0,
     )
 
 
 def _load(
-    source: ModelSource, labels: int, max_length: int, precision: Any, device: str
-) -> tuple[Any, Classification, Any]:
+    source: ModelSource, kind: TaskName, labels: int, max_length: int, precision: Any, device: str
+) -> tuple[Any, Task, Any]:
     where = choose_device(device)
     base = load_base(
         source,
-        "classification",
-        num_labels=labels,
+        kind,
+        num_labels=labels or None,
         dtype=resolve_precision(precision, where),
         device=where,
         max_length=max_length,
     )
     tokenizer = load_tokenizer(source)
-    return base, Classification(tokenizer.pad_token_id or 0, max_length, where), tokenizer
+    return base, make_task(kind, tokenizer, max_length, where), tokenizer
 
 
-def _encode(task: Classification, tokenizer: Any, federation: Federation) -> Encoded:
+def _encode(task: Task, tokenizer: Any, federation: Federation) -> Encoded:
     rows = np.concatenate([federation.clients[0].train, federation.clients[0].test])
     columns = federation.rows(rows)
     texts = [columns[name] for name in federation.text_columns]
-    return task.encode(tokenizer, texts, federation.label_ids(rows))
+    kind = "classification" if federation.labels else "causal_lm"
+    return task.encode(tokenizer, texts, federation.answers(rows, kind))
+
+
+def _own_part(
+    source: ModelSource, kind: TaskName, work: LocalWork, frozen: Mapping[str, nn.Parameter]
+) -> Part:
+    """Put the client's own part of the base into it, where clients have one, and return it."""
+    training, c = BASES[work.settings.base.kind], work.settings.local
+
+    @cache
+    def finished() -> nn.Module:
+        model = load_base(source, kind, device=work.task.device, max_length=c.max_length)
+        return training.wrap(model, work.settings)
+
+    part = training.own_part(finished, work)
+    Overlay(frozen).put(training.replacements(finished, part))
+    return part
 
 
 def _check_layers(psg: PSG, bt: BTLora) -> None:

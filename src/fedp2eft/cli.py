@@ -27,11 +27,13 @@ adapter.
 fedp2eft COMMAND --help tells more. Start with: fedp2eft quickstart
 """
 DATA_HELP = """\
-usage: fedp2eft data list | describe | partition [OPTIONS]
+usage: fedp2eft data list | describe | partition | build-libreoffice-help [OPTIONS]
 
   list          the data sets
   describe      clients, rows and labels of a data set as a federation would see them
   partition     write which rows are whose as readable JSON
+  build-libreoffice-help
+                make the whole of the data set libreoffice-help from Debian's packages
 """
 
 
@@ -146,7 +148,12 @@ def _split(
 
 
 def _data(options: list[str]) -> None:
-    names = {"list": "list_datasets", "describe": "describe", "partition": "partition"}
+    names = {
+        "list": "list_datasets",
+        "describe": "describe",
+        "partition": "partition",
+        "build-libreoffice-help": "build_libreoffice_help",
+    }
     if not options or options[0] in ("-h", "--help"):
         print(DATA_HELP, end="")
         return

@@ -19,16 +19,20 @@ from torch.nn.utils import parametrize
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.errors import UserError
+from fedp2eft.errors import DivergedError, UserError
 from fedp2eft.features import client_features
-from fedp2eft.generator import PSG
+from fedp2eft.generator import LOG_LAMBDA, PSG
 from fedp2eft.profiles import Profile
 from fedp2eft.settings import GeneratorSettings, LocalSettings
-from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded, epoch_batches
+from fedp2eft.tasks.task import Task
 
+Rows = NDArray  # type: ignore[type-arg]
+PartsOf = Callable[[Rows], Sequence[tuple[Rows, float]]]
 Order = Sequence[Sequence[int]] | Sequence[NDArray]  # type: ignore[type-arg]
 OnStep = Callable[[float], None]
+# What one more pass through the model costs on a CPU, in positions (benchmarks/split.py).
+PASS_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Fitted:
 
 
 def features(
-    bt: BTLora, task: Classification, data: Encoded, settings: LocalSettings, profile: Profile
+    bt: BTLora, task: Task, data: Encoded, settings: LocalSettings, profile: Profile
 ) -> Tensor:
     """ξ of a client's training rows (2M values), adapters off."""
     if not len(data):
@@ -93,6 +97,8 @@ def descend(
     zero: Sequence[nn.Parameter] | None = None,
     seed: int = 0,
     on_step: OnStep | None = None,
+    parts_of: PartsOf | None = None,
+    prior: Callable[[], Tensor] | None = None,
 ) -> list[float]:
     """Run an optimiser over mini-batches; the one training loop of the package.
 
@@ -107,12 +113,15 @@ def descend(
             none are given).
         seed: Seed of the base model's own dropout; the global random state is left as it was.
         on_step: Called with the loss of every step.
+        parts_of: Rows of a mini-batch that go through the model together, with their share of its
+            loss; the gradients add up to those of the whole mini-batch. All at once by default.
+        prior: What the rows have no part in, added to the loss of every mini-batch.
 
     Returns:
         The loss of every optimiser step (mean over its mini-batches).
 
     Raises:
-        UserError: The loss is not finite.
+        DivergedError: The loss is not finite.
     """
     losses: list[float] = []
     batches = iter(order)
@@ -125,10 +134,15 @@ def descend(
                     parameter.grad = None
             total = 0.0
             for rows in group:
-                with _gates_read_once(model):
-                    loss = loss_of(rows) / len(group)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.item()
+                rest = prior
+                for part, share in parts_of(rows) if parts_of else [(rows, 1.0)]:
+                    with _gates_read_once(model):
+                        loss = loss_of(part) * share
+                        if rest:
+                            loss, rest = loss + rest(), None
+                        loss = loss / len(group)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    total += loss.item()
             if not math.isfinite(total):
                 raise not_finite(total, len(losses) + 1)
             nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
@@ -139,22 +153,36 @@ def descend(
     return losses
 
 
-def not_finite(loss: float, step: int) -> UserError:
+def not_finite(loss: float, step: int) -> DivergedError:
     """The error of a local run whose loss is NaN or infinite at a step (counted from 1)."""
-    return UserError(
+    return DivergedError(
         f"The loss is {loss} at step {step}: lower the learning rates, or "
         "check the text and the base model."
     )
 
 
+def length_parts(task: Task, data: Encoded) -> PartsOf | None:
+    """How to cut a mini-batch: by length on a CPU, where a position of padding costs its full time.
+
+    A GPU takes a whole mini-batch in less time than its parts.
+    """
+    if torch.device(task.device).type != "cpu":
+        return None
+    return lambda rows: data.parts(rows, PASS_TOKENS)
+
+
 @contextmanager
 def _training(model: nn.Module, dropout: bool, seed: int) -> Iterator[None]:
-    """The model's own dropout on, drawn from `seed`; mode and global random state come back."""
+    """The model's own dropout on, drawn from `seed`; mode and global random state come back.
+
+    Gradient checkpointing works in training mode alone, so a model that has it is in it without
+    dropout too (`workspace` refuses one that would drop out all the same).
+    """
     before = model.training
     with torch.random.fork_rng(enabled=dropout):
         if dropout:
             torch.manual_seed(seed)
-        model.train(dropout)
+        model.train(dropout or getattr(model, "is_activation_checkpointing", False))
         try:
             yield
         finally:
@@ -163,7 +191,7 @@ def _training(model: nn.Module, dropout: bool, seed: int) -> Iterator[None]:
 
 def stage1(
     bt: BTLora,
-    task: Classification,
+    task: Task,
     data: Encoded,
     order: Iterable[NDArray],  # type: ignore[type-arg]
     settings: LocalSettings,
@@ -186,8 +214,10 @@ def stage1(
     )
 
     def loss_of(rows: NDArray) -> Tensor:  # type: ignore[type-arg]
-        fit = task.loss(bt.model, task.batch(data, rows))
-        return settings.alpha_task * fit + bt.penalty(len(data), settings.alpha_s, settings.alpha_p)
+        return settings.alpha_task * task.loss(bt.model, task.batch(data, rows))
+
+    def prior() -> Tensor:
+        return bt.penalty(len(data), settings.alpha_s, settings.alpha_p, settings.alpha)
 
     return descend(
         bt.model,
@@ -199,11 +229,15 @@ def stage1(
         zero=None if profile.zero_lambda_grad else weights,
         seed=seed,
         on_step=on_step,
+        parts_of=length_parts(task, data),
+        prior=prior,
     )
 
 
 def stage2(psg: PSG, xi: Tensor, target: Tensor, settings: GeneratorSettings) -> float:
     """Move φ towards predicting λ^s from ξ: Adam on Σ|PSG(ξ; φ) − λ^s|, a fresh optimiser.
+
+    A PSG that predicts log λ is regressed on log λ^s.
 
     Args:
         psg: Changed in place.
@@ -215,6 +249,7 @@ def stage2(psg: PSG, xi: Tensor, target: Tensor, settings: GeneratorSettings) ->
         The mean loss over the steps.
     """
     optimizer = torch.optim.Adam(psg.parameters(), lr=settings.lr)
+    target = psg.target_of(target)
     total = 0.0
     for _ in range(settings.steps):
         optimizer.zero_grad()
@@ -227,7 +262,7 @@ def stage2(psg: PSG, xi: Tensor, target: Tensor, settings: GeneratorSettings) ->
 
 def train_round(
     bt: BTLora,
-    task: Classification,
+    task: Task,
     data: Encoded,
     xi: Tensor,
     psg: PSG,
@@ -255,23 +290,24 @@ def train_round(
         on_step: Called with L of every step.
     """
     with torch.no_grad():
-        lam = psg(xi)
+        lam = psg.lambda_for(xi)
     bt.reset(lam.to(bt.lam.device))
     losses = stage1(bt, task, data, order, settings, profile, seed=seed, on_step=on_step)
-    target = (bt.clamped_lambda() if profile.clamp_target else bt.lam).detach().cpu().clone()
+    target = bt.lambda_of(bt.lam, profile.clamp_target).detach().cpu().clone()
     psg_loss = stage2(psg, xi, target, generator)
     return Round(psg.numbers(), len(data), psg_loss, losses, bt.rank_lambda().cpu())
 
 
 def personalize(
     bt: BTLora,
-    task: Classification,
+    task: Task,
     data: Encoded,
     lam: Tensor,
     keep: Tensor,
     order: Iterable[NDArray],  # type: ignore[type-arg]
     settings: LocalSettings,
     *,
+    rates: Tensor | None = None,
     seed: int = 0,
     on_step: OnStep | None = None,
     measure: Callable[[nn.Module], None] | None = None,
@@ -286,35 +322,67 @@ def personalize(
         keep: Kept ranks, boolean L × r_max.
         order: Mini-batches of row numbers.
         settings: Learning rate, clip, dropout.
+        rates: Learning rates of A and of B of each layer, L × 2, in place of the one of `settings`.
         seed: Seed of the base model's own dropout.
         on_step: Called with the task loss of every step.
         measure: Called with the personalized model before the adapter is taken away.
     """
     with bt.trimmed(lam.to(bt.lam.device), keep.to(bt.lam.device)) as trimmed:
         weights = trimmed.parameters()
+        groups: list[dict[str, object]] = [{"params": weights, "lr": settings.personalize_lr}]
+        if rates is not None:
+            groups = rate_groups(weights, rates[keep.any(dim=1)])
         losses = descend(
             bt.model,
             lambda rows: task.loss(bt.model, task.batch(data, rows)),
             order,
-            adamw([{"params": weights, "lr": settings.personalize_lr}]),
+            adamw(groups),
             weights,
             settings,
             seed=seed,
             on_step=on_step,
+            parts_of=length_parts(task, data),
         )
         fitted = Fitted(trimmed.weights(), trimmed.lam.cpu(), losses)
         if not fitted.weights.is_finite():
-            raise UserError("The personalized adapter holds NaN: lower local.personalize_lr.")
+            raise DivergedError("The personalized adapter holds NaN: lower local.personalize_lr.")
         if measure:
             measure(bt.model)
         return fitted
 
 
+def rate_groups(weights: Sequence[nn.Parameter], rates: Tensor) -> list[dict[str, object]]:
+    """Parameter groups of one matrix each, at learning rates in the order of the matrices."""
+    lrs = rates.flatten().tolist()
+    return [{"params": [w], "lr": lr} for w, lr in zip(weights, lrs, strict=True)]
+
+
 def structure(psg: PSG, xi: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """λ and kept ranks that the PSG predicts for a client: (λ, mask), both L × r_max."""
     with torch.no_grad():
-        lam = psg(xi).expand(-1, psg.config.r_max).contiguous()
-    return lam, keep_largest(lam, rank)
+        return cut_to(rank, psg.lambda_for(xi), psg)
+
+
+def cut_to(rank: int, lam: Tensor, psg: PSG) -> tuple[Tensor, Tensor]:
+    """λ as personalization takes it, and its kept ranks: (λ, mask), both L × r_max.
+
+    Under the normalized prior, which a PSG that predicts log λ learned, λ is the size of B: right
+    to compare ranks by, too small to train at. It is therefore rescaled to mean 1 over the kept
+    ranks.
+
+    Args:
+        rank: The budget.
+        lam: λ, L × r_max or L × 1.
+        psg: Says what λ was learned under.
+    """
+    lam = lam.expand(-1, psg.config.r_max).contiguous()
+    keep = keep_largest(lam, rank)
+    return (unit_mean(lam, keep) if psg.config.target == LOG_LAMBDA else lam), keep
+
+
+def unit_mean(lam: Tensor, keep: Tensor) -> Tensor:
+    """λ rescaled to mean 1 over the kept ranks."""
+    return lam / lam[keep].mean()
 
 
 def local_order(rows: int, epochs: int, batch_size: int, seed: int) -> Iterator[NDArray]:  # type: ignore[type-arg]

@@ -28,8 +28,8 @@ from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
 from fedp2eft.profiles import Profile
 from fedp2eft.settings import GeneratorSettings, LocalSettings
-from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.task import Task
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 Rows = NDArray  # type: ignore[type-arg]
@@ -54,7 +54,7 @@ def why_alone(bt: BTLora, settings: LocalSettings) -> str | None:
     """Why clients of this model must train one at a time; None where a cohort may."""
     if settings.dropout and has_dropout(bt.model):
         return "local.dropout is on, and every client draws its own dropout: set it to false"
-    if settings.dropout and getattr(bt.model, "is_activation_checkpointing", False):
+    if getattr(bt.model, "is_activation_checkpointing", False):
         return "gradient checkpointing is on"
     base = [layer.module.get_base_layer() for layer in bt.layers]
     for name, module in zip(bt.names, base, strict=True):
@@ -87,7 +87,7 @@ def _is_rate(key: object, value: object) -> bool:
 
 def train_cohort(
     bt: BTLora,
-    task: Classification,
+    task: Task,
     clients: Sequence[CohortClient],
     psg: PSG,
     settings: LocalSettings,
@@ -118,11 +118,10 @@ def train_cohort(
     ranked = sorted(range(len(clients)), key=lambda c: -len(clients[c].order))
     chosen = [clients[c] for c in ranked]
     with torch.no_grad():
-        lam = torch.stack([psg(client.xi) for client in chosen])
+        lam = torch.stack([psg.lambda_for(client.xi) for client in chosen])
     lora = CohortLora(bt, lam, clamp_forward=profile.clamp_forward)
     losses = cohort_stage1(lora, bt, task, chosen, settings, profile, on_step=on_step)
-    s = bt.settings
-    target = lora.lam.clamp(s.lambda_min, s.lambda_max) if profile.clamp_target else lora.lam
+    target = bt.lambda_of(lora.lam, profile.clamp_target)
     xi = torch.stack([client.xi for client in chosen])
     psg_losses, phis = cohort_stage2(psg, xi.to(target.device), target, generator)
     found: list[Round | UserError] = [UserError()] * len(clients)
@@ -145,7 +144,7 @@ def train_cohort(
 def cohort_stage1(
     lora: CohortLora,
     bt: BTLora,
-    task: Classification,
+    task: Task,
     clients: Sequence[CohortClient],
     settings: LocalSettings,
     profile: Profile,
@@ -187,7 +186,9 @@ def cohort_stage1(
                 count = len(rows)
                 data = [client.data for client in clients[:count]]
                 fit = _losses(lora, leaves, bt, task, data, rows)
-                prior = lora.penalty(leaves, examples[:count], settings.alpha_s, settings.alpha_p)
+                prior = lora.penalty(
+                    leaves, examples[:count], settings.alpha_s, settings.alpha_p, settings.alpha
+                )
                 share = torch.tensor([len(group) for group in now[:count]]).to(total.device)
                 loss = (settings.alpha_task * fit + prior) / share
                 # A layer that the model does not use has no gradient, as it has none alone.
@@ -219,7 +220,7 @@ def _losses(
     lora: CohortLora,
     leaves: Sequence[Tensor],
     bt: BTLora,
-    task: Classification,
+    task: Task,
     data: Sequence[Encoded],
     rows: Sequence[Rows],
 ) -> Tensor:
@@ -340,6 +341,7 @@ def cohort_stage2(
     }
     predict = vmap(lambda mine, features: functional_call(net, mine, (features,)))
     optimizer = torch.optim.Adam(phi.values(), lr=settings.lr)
+    target = psg.target_of(target)
     total = torch.zeros(len(xi), device=xi.device)
     for _ in range(settings.steps):
         optimizer.zero_grad()

@@ -9,8 +9,27 @@ class UserError(Exception):
     """
 
 
+class TellableError(UserError):
+    """A mistake whose text holds nothing of a client's data: it may travel to the server whole."""
+
+
+class DivergedError(UserError):
+    """Training left the finite numbers; a smaller learning rate may keep it there."""
+
+
 class InterruptedRunError(UserError):
     """The user stopped the command; the message says how to go on."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Text that may be anything, quoted so that it is one short line of plain characters."""
+    return repr(text if len(text) <= most else text[:most] + "…")
 
 
 def nearest(word: str, known: list[str]) -> str:

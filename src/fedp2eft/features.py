@@ -3,6 +3,9 @@
 For each linear layer, in module order, the mean and √(variance + 1e-5) of its input over the
 client's training rows, adapters off; the variance is unbiased and runs over all batches. The base
 is frozen, so ξ of a client never changes.
+
+A causal LM's output head is a linear layer like any other here, tied to the embeddings or not: ξ
+describes its input, not its weights. (It is not adapted unless asked.)
 """
 
 from __future__ import annotations
@@ -26,9 +29,12 @@ class _Moments:
     @classmethod
     def of(cls, values: Tensor) -> _Moments:
         # Two passes of vectorised sums; torch.var_mean takes over ten times as long on a CPU.
-        values = values.float()
-        mean = values.mean()
-        return cls(values.numel(), float(mean), float((values - mean).square_().sum()))
+        # Norms of single vectors keep the sum of squares exact, and need no tensor of squares.
+        numbers = values.float()
+        mean = numbers.mean()
+        apart = numbers.sub_(mean) if numbers is not values else numbers - mean
+        norms = torch.linalg.vector_norm(apart, dim=-1)
+        return cls(values.numel(), float(mean), float(norms.double().square_().sum()))
 
     def merge(self, part: _Moments) -> None:
         """Become the moments of both streams together (Chan's pairwise update)."""
@@ -48,27 +54,49 @@ class _Listener:
 
     Attributes:
         mask: Real positions of the present batch (rows × length), or None to count all.
+        places: The numbers of the real positions where there is padding, else None.
     """
 
-    def __init__(self, linears: Sequence[tuple[str, nn.Module]]) -> None:
+    def __init__(
+        self, linears: Sequence[tuple[str, nn.Module]], head: nn.Module | None = None
+    ) -> None:
         self.mask: Tensor | None = None
+        self.places: Tensor | None = None
         self.moments = [_Moments() for _ in linears]
         self._linears = linears
+        self._head = head
         # Query, key and value read one tensor: its moments are computed once.
         self._last: tuple[Tensor, _Moments] | None = None
+
+    def expect(self, mask: Tensor | None) -> None:
+        """Say which positions of the next batch are real; None counts all."""
+        self.mask = mask
+        padded = mask is not None and not bool(mask.all())
+        self.places = mask.flatten().nonzero().squeeze(1) if mask is not None and padded else None
 
     def _hear(self, row: int, x: Tensor) -> None:
         if not x.numel():  # an expert that no token was sent to
             return
         if self._last is None or self._last[0] is not x:
-            per_token = self.mask is not None and x.shape[:-1] == self.mask.shape
-            self._last = (x, _Moments.of(x[self.mask] if per_token else x))
+            self._last = (x, _Moments.of(self._real(x)))
         self.moments[row].merge(self._last[1])
+
+    def _real(self, x: Tensor) -> Tensor:
+        """The vectors of a layer's input that are no padding."""
+        if self.places is None or self.mask is None or x.shape[:-1] != self.mask.shape:
+            return x
+        # Whole vectors by their numbers: a tenth of the time that a mask takes.
+        return x.flatten(0, -2).index_select(0, self.places)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        def hook_for(row: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _module, inputs: self._hear(row, inputs[0])
+        def hook_for(row: int) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor | None]:
+            def hear(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+                self._hear(row, inputs[0])
+                # Nobody reads the logits, and those of all positions would be most of the work.
+                return inputs[0][:, -1:] if module is self._head else None
+
+            return hear
 
         handles = [
             module.register_forward_pre_hook(hook_for(row))
@@ -100,14 +128,15 @@ def client_features(
     Returns:
         Float32 tensor of 2M values on the CPU.
     """
-    listener = _Listener(linears)
+    # A classifier has no head over the vocabulary.
+    listener = _Listener(linears, getattr(model, "get_output_embeddings", lambda: None)())
     training = model.training
     model.eval()
     try:
         with torch.inference_mode(), listener.listening():
             for batch in batches:
                 inputs = {key: value for key, value in batch.items() if key != "labels"}
-                listener.mask = inputs["attention_mask"].bool() if masked else None
+                listener.expect(inputs["attention_mask"].bool() if masked else None)
                 model(**inputs)
     finally:
         model.train(training)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedp2eft.errors import UserError
 
@@ -118,6 +118,46 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Add a JSON value as a line to a file, flushed to disk; half a line before it stays alone.
+
+    Raises:
+        UserError: The disk is full or cannot be written.
+    """
+    line = json.dumps(value, ensure_ascii=False) + "\n"
+    try:
+        with path.open("ab+") as file:
+            if file.tell() and not _ends_line(file):
+                line = "\n" + line  # a killed process left half a line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"Could not write {path}: {error.strerror}. Free some space and start again; the "
+            "finished rounds are kept."
+        ) from error
+
+
+def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Every line of a file of JSON lines, and its value: None where half of one was left."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [(line, _value_of(line)) for line in lines]
+
+
+def _value_of(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _ends_line(file: IO[bytes]) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def _write_text(path: Path, text: str) -> None:

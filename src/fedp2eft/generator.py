@@ -4,12 +4,16 @@
 
 M linear layers of the base model, L adapted layers. Weights start Xavier-normal with gain 1e-6 and
 biases at 1e-4, so an untrained PSG predicts λ̂ near 1e-4 for every rank.
+
+Where λ was trained under the normalized prior (`fedp2eft.adapters.btlora`) the same network
+predicts θ̂ = log λ̂, clamped to the logarithms of the range, and is regressed on θ^s = log λ^s.
 """
 
 # No `from __future__ import annotations`: PyTorchModelHubMixin reads the annotation of `config`.
 import json
+import math
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -27,6 +31,7 @@ from fedp2eft.settings import AdapterSettings, GeneratorSettings, ProfileName
 
 GAIN = 1e-6
 HIDDEN_BIAS = 1e-4
+LAMBDA, LOG_LAMBDA = "lambda", "log-lambda"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class PSGConfig:
         log_quantity: Whether log N is the last feature.
         profile: "paper" or "reference".
         hidden_multiplier: Hidden width as a multiple of the number of features.
+        target: What it predicts, "lambda" or "log-lambda".
         init_lambda: λ̂ before training.
         lambda_min: Smallest λ̂.
         lambda_max: Largest λ̂.
@@ -55,10 +61,15 @@ class PSGConfig:
         labels: Class names in id order; empty where there are none.
         text_columns: Columns of a client's table that hold the text.
         label_column: Column that holds the label.
+        task: "classification" or "causal_lm".
+        target_column: Column that holds the response; empty for a classification.
         personalize_lr: Learning rate that personalization takes where none is given.
         personalize_epochs: Likewise its passes over a client's rows.
         batch_size: Likewise its rows per mini-batch.
+        accumulate: Likewise its mini-batches per optimiser step.
         dropout: Whether the base's own dropout is on in personalization.
+        base: How the base was trained (`settings.BaseSettings` as a mapping): a client that meets
+            this PSG gets its own part of the base likewise, where the PSG's clients have one.
     """
 
     base_model: str
@@ -71,6 +82,7 @@ class PSGConfig:
     log_quantity: bool = False
     profile: str = "paper"
     hidden_multiplier: int = 2
+    target: str = "lambda"
     init_lambda: float = 1e-4
     lambda_min: float = 1e-4
     lambda_max: float = 1000.0
@@ -82,10 +94,14 @@ class PSGConfig:
     labels: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ("text",)
     label_column: str = "label"
+    task: str = "classification"
+    target_column: str = ""
     personalize_lr: float = 1e-4
     personalize_epochs: int = 2
     batch_size: int = 32
+    accumulate: int = 1
     dropout: bool = True
+    base: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("linear_names", "layer_names", "labels", "text_columns"):
@@ -141,6 +157,7 @@ class PSGConfig:
             "feature_kind": "feature kind",
             "profile": "profile",
             "log_quantity": "log-quantity feature",
+            "target": "target",
             "linear_names": "linear layers of the base model",
             "layer_names": "adapted layers",
             "adapter_seed": "seed of the common A",
@@ -173,6 +190,7 @@ class PSG(
     def __init__(self, config: PSGConfig) -> None:
         super().__init__()
         self.config = config
+        self._log = config.target == LOG_LAMBDA
         columns = 1 if config.layerwise else config.r_max
         hidden = config.hidden_multiplier * config.n_features
         with torch.random.fork_rng(devices=[]):  # first draws that _reset_parameters() replaces
@@ -185,19 +203,20 @@ class PSG(
         first = self.first_layer[0]
         assert isinstance(first, nn.Linear)
         generator = torch.Generator(device="cpu").manual_seed(derive_seed("psg", self.config.seed))
-        for layer, bias in ((first, HIDDEN_BIAS), (self.last_layer, self.config.init_lambda)):
+        last = math.log(self.config.init_lambda) if self._log else self.config.init_lambda
+        for layer, bias in ((first, HIDDEN_BIAS), (self.last_layer, last)):
             nn.init.xavier_normal_(layer.weight, gain=GAIN, generator=generator)
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """λ̂ from ξ.
+        """λ̂ from ξ, or log λ̂ where that is the PSG's target; see `lambda_for`.
 
         Args:
             features: ξ, 2M (or 2M + 1) values.
 
         Returns:
-            λ̂ clamped to its range with straight-through gradients: L × r_max, or L × 1 where λ is
-            layer-wise.
+            The prediction clamped to its range with straight-through gradients: L × r_max, or L × 1
+            where λ is layer-wise.
 
         Raises:
             UserError: ξ has another length, or NaN or infinity in it.
@@ -214,8 +233,20 @@ class PSG(
     def predict(self, features: Tensor) -> Tensor:
         """`forward` without its checks, so that `torch.func` can map it over clients."""
         c = self.config
-        lam = self.last_layer(self.first_layer(features)).reshape(len(c.layer_names), -1)
-        return clamp_straight_through(lam, c.lambda_min, c.lambda_max)
+        found = self.last_layer(self.first_layer(features)).reshape(len(c.layer_names), -1)
+        low, high = c.lambda_min, c.lambda_max
+        if self._log:
+            low, high = math.log(low), math.log(high)
+        return clamp_straight_through(found, low, high)
+
+    def lambda_for(self, features: Tensor) -> Tensor:
+        """λ̂ from ξ, whatever the PSG's target is."""
+        found: Tensor = self(features)
+        return found.exp() if self._log else found
+
+    def target_of(self, lam: Tensor) -> Tensor:
+        """What the PSG should predict where λ is right: λ, or log λ."""
+        return lam.log() if self._log else lam
 
     def features_of(self, features: Tensor, examples: int) -> Tensor:
         """ξ as this PSG wants it: with log N behind it where `log_quantity` is set."""
@@ -307,8 +338,11 @@ def _read_config(path: Path) -> PSGConfig:
         raise UserError(f"{path} describes no PSG ({error}).") from error
     if config.profile not in get_args(ProfileName):
         raise UserError(f"{path} describes no PSG: profile is {reprlib.repr(config.profile)}.")
+    if config.target not in (LAMBDA, LOG_LAMBDA):
+        raise UserError(f"{path} describes no PSG: target is {reprlib.repr(config.target)}.")
     sizes = (config.r_max, config.hidden_multiplier, len(config.layer_names), config.n_features)
-    if not all(0 < n < 1_000_000 for n in sizes) or not 0 < config.lambda_min < config.lambda_max:
+    possible = 0 < config.lambda_min < config.lambda_max and config.init_lambda > 0
+    if not all(0 < n < 1_000_000 for n in sizes) or not possible:
         raise UserError(f"{path} describes no PSG: its sizes or its range of λ are impossible.")
     return config
 
@@ -319,6 +353,8 @@ def _is_a(kind: Any, value: object) -> bool:
         return type(value) in (int, float) and -1e30 < value < 1e30  # type: ignore[operator]
     if kind in (int, bool, str):
         return type(value) is kind
+    if kind == dict[str, Any]:
+        return isinstance(value, dict)
     names = isinstance(value, list) and all(isinstance(name, str) for name in value)
     return names or (kind == str | list[str] and isinstance(value, str))
 

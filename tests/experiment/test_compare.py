@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.cells import Training, claim, plan, settings_of
 from fedp2eft.experiment.compare import compare
 from fedp2eft.experiment.train import train
-from fedp2eft.methods import METHODS, Method
+from fedp2eft.methods import METHODS, ClientSide, Method, Outcome, Survey
+from fedp2eft.methods.base import base
 from fedp2eft.methods.fedp2eft import fedp2eft
 from tiny_run import World
 
@@ -234,3 +236,33 @@ def test_a_claim_goes_with_its_holder(tmp_path: Path):
             assert other
     with claim(tmp_path, "a/b") as mine:
         assert mine
+
+
+def test_structures_are_described_for_every_kept_round(whole: Path):
+    found = json.loads((whole / "runs" / "standard-fl-s3" / "structure.json").read_text())
+    assert [value["round"] for value in found] == [1]
+    assert found[0]["clients"] == 6
+    assert 0 < found[0]["overlap"]["1"] <= 1
+
+
+def test_a_survey_is_taken_once_for_all_pools(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+
+    def ask(client: ClientSide, rank: int) -> dict[str, torch.Tensor]:
+        asked.append(f"r{rank}")
+        return {"rows": torch.tensor([float(len(client.train))])}
+
+    def fit(client: ClientSide, rank: int) -> Outcome:
+        assert client.prepared["rows"].item() == 4 * 12  # four seen clients of twelve rows
+        return base(client, rank)
+
+    survey = Survey(ask, lambda answers: {"rows": torch.stack([a["rows"] for a in answers]).sum(0)})
+    monkeypatch.setitem(METHODS, "asking", Method(fit, surveys=(survey,)))
+    settings = world.settings(
+        **SMALL | {"compare__seeds": [3], "evaluation__ranks": [1, 2]},
+        evaluation__methods=["asking"],
+    )
+    compare(settings, tmp_path / "c", Journal())
+    assert sorted(asked) == ["r1"] * 4 + ["r2"] * 4  # the seen clients, not once more for "unseen"

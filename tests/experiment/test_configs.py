@@ -7,23 +7,85 @@ from pathlib import Path
 import pytest
 
 import fedp2eft
+from fedp2eft.bases import BASES
+from fedp2eft.data.registry import find
 from fedp2eft.data.settings import load_federation
-from fedp2eft.methods import method_named
+from fedp2eft.experiment.cells import plan, settings_of
+from fedp2eft.methods import METHODS, method_named
 from fedp2eft.reading import read_yaml, settings_from
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *Path(fedp2eft.__file__).parent.glob("presets/*")])
+COMPARISONS = [path for path in FILES if "compare:" in path.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_file_loads_and_its_clients_exist(path: Path) -> None:
     settings = settings_from(read_yaml(path))
+    assert find(settings.data)
+    assert all(method_named(method) for method in settings.evaluation.methods)
+    assert max(settings.evaluation.ranks) <= settings.adapter.r_max
+    if settings.data.dataset in ("xnli", "masakhanews"):
+        return  # their rows are on the hub
     federation = load_federation(settings.data)
     for pool in settings.evaluation.pools:
         assert federation.pool(pool)
     assert all(len(client.train) and len(client.test) for client in federation.clients)
-    assert all(method_named(name) for name in settings.evaluation.methods)
-    assert max(settings.evaluation.ranks) <= settings.adapter.r_max
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=name)
+def test_every_training_of_a_comparison_can_be_started(path: Path) -> None:
+    """A dry run: every cell is planned, and every training has settings of its own."""
+    settings = settings_from(read_yaml(path))
+    cells = plan(settings)
+    evaluation, varied = settings.evaluation, settings.compare
+    budgets = sum(len(evaluation.ranks) if METHODS[m].ranked else 1 for m in evaluation.methods)
+    places = len(varied.bases) * len(varied.seeds) * len(evaluation.pools)
+    assert len(cells) == len({cell.name for cell in cells}) == places * budgets
+    for training in {cell.training for cell in cells if cell.training.seed == varied.seeds[0]}:
+        made = settings_of(settings, training)
+        assert made.base.kind == training.base
+        assert training.base in BASES
+        assert made.data.seed == training.seed
+    assert varied.seeds == [42, 52, 62]
+    assert f"fedp2eft compare {path.relative_to(ROOT)} --run runs/" in path.read_text("utf-8")
+
+
+def test_the_papers_tables_have_the_papers_numbers() -> None:
+    """15 languages × 20 clients at 128 tokens, 16 × 10 at 256; a tenth of the seen a round."""
+    expected = {"xnli": (15, 20, 128, 30), "masakhanews": (16, 10, 256, 16)}
+    for dataset, (languages, clients, length, sampled) in expected.items():
+        paths = [path for path in COMPARISONS if path.parent.name == dataset]
+        bases: list[str] = []
+        for path in paths:
+            settings = settings_from(read_yaml(path))
+            assert settings.data.dataset == dataset
+            assert len(find(settings.data).languages) == languages
+            assert settings.data.languages == []
+            assert settings.data.clients_per_language == clients
+            assert settings.data.alpha == 0.5
+            assert settings.local.max_length == length
+            assert settings.base.clients_per_round == sampled == languages * clients // 10
+            assert settings.federation.clients_per_round == sampled
+            assert settings.model.name == "google-bert/bert-base-multilingual-cased"
+            assert settings.evaluation.ranks == [2, 4, 8, 16]
+            bases += settings.compare.bases
+        assert sorted(bases) == sorted(BASES)
+
+
+def test_the_debian_comparison_is_wide_enough() -> None:
+    """At least eight languages in four scripts, three further ones, every method and control."""
+    settings = settings_from(read_yaml(ROOT / "configs/debian-descriptions/comparison.yaml"))
+    scripts = {"ja": "Japanese", "ko": "Korean", "ru": "Cyrillic", "uk": "Cyrillic", "zh_CN": "Han"}
+    assert len(settings.data.languages) >= 8
+    assert len({scripts.get(language, "Latin") for language in settings.data.languages}) >= 4
+    assert len(settings.data.new_languages) >= 3
+    assert set(settings.evaluation.methods) == set(METHODS)
+    assert settings.evaluation.pools == ["seen", "unseen", "new-language"]
 
 
 def test_the_quickstart_is_what_it_says() -> None:

@@ -19,10 +19,12 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from fedp2eft.errors import UserError
+from fedp2eft.federation.aggregation import SeededFedAvg
+from fedp2eft.federation.exchange import Member, roster
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.messages import ABOUT, ARRAYS, EXAMPLES, METRICS, TRAIN_PSG
 from fedp2eft.federation.reporting import LogReporter
-from fedp2eft.federation.rounds import Member, SeededFedAvg, roster, run_rounds
+from fedp2eft.federation.rounds import run_rounds
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.settings import FederationSettings, Settings
 
@@ -82,7 +84,10 @@ def adding_app(spoil: str = "") -> ClientApp:
         if name == spoil and round_ == 2:
             arrays["v"][1] = np.nan
         record = ArrayRecord({key: Array(value) for key, value in arrays.items()})
-        metrics = MetricRecord({EXAMPLES: examples, "psg-loss": float(examples)})
+        metrics = MetricRecord(
+            {EXAMPLES: examples, "psg-loss": float(examples)}
+            | {"stage1-first": 0.0, "stage1-last": 0.0}
+        )
         about = ConfigRecord({"client": name})
         content = RecordDict({ARRAYS: record, METRICS: metrics, ABOUT: about})
         return Message(content, reply_to=message)

@@ -14,11 +14,13 @@ from transformers import AutoModelForSequenceClassification
 from fedp2eft.federation.messages import (
     DESCRIBE,
     PERSONALIZE,
+    SURVEY,
     TRAIN_BASE,
     TRAIN_PSG,
 )
 from fedp2eft.generator import PSG
-from tiny_run import CLIENTS, LABELS, SEEN, UNSEEN, vocabulary
+from fedp2eft.methods import METHODS
+from tiny_run import CLIENTS, LABELS, R_MAX, SEEN, UNSEEN, vocabulary
 
 SCALARS = {
     DESCRIBE: {"num-examples", "num-tests"},
@@ -27,6 +29,16 @@ SCALARS = {
     PERSONALIZE: {"num-examples", "correct", "loss", "parameters", "seconds"},
 }
 NAMES = {DESCRIBE: {"client", "language", "pool"}}
+
+LAYERS, RATES, TAUS, HELD_OUT = 14, 2, 2, 3
+# What a client answers to each question of a method. The last two lists are of controls that are
+# never to run in a deployment: they let out λ̂ and label counts.
+ANSWERS: dict[str, list[dict[str, tuple[int, ...]]]] = {
+    "lora-tuned": [{"good": (RATES,)}],
+    "fedp2eft-tuned": [{"good": (RATES,)}],
+    "fedp2eft-global": [{"lambda": (LAYERS, R_MAX)}],
+    "label-prior": [{"all": (3,), "kept": (3,)}, {"good": (TAUS,)}],
+}
 
 
 def of_type(finished: Any, kind: str) -> list[tuple[Any, Any]]:
@@ -58,20 +70,74 @@ def test_every_reply_holds_parameters_counts_and_names_only(finished) -> None:
     kinds = {message.metadata.message_type for message, _ in finished.messages}
     assert kinds == set(allowed)
     for message, reply in finished.messages:
-        kind = message.metadata.message_type
-        content = reply.content
+        check_reply(message.metadata.message_type, reply, allowed)
+
+
+def check_reply(kind: str, reply: Any, allowed: dict[str, dict[str, tuple[int, ...]]]) -> None:
+    content = reply.content
+    assert not reply.has_error()
+    assert arrays_of(content) == allowed[kind]
+    records = list(content.values())
+    assert all(isinstance(r, ArrayRecord | ConfigRecord | MetricRecord) for r in records)
+    scalars = {k: v for r in content.metric_records.values() for k, v in r.items()}
+    assert set(scalars) == SCALARS[kind]
+    assert all(type(value) in (int, float) for value in scalars.values())
+    names = {k: v for r in content.config_records.values() for k, v in r.items()}
+    assert set(names) == NAMES.get(kind, {"client"})
+    assert names["client"] in CLIENTS
+    assert names.get("language", "de") in ("de", "fr")
+    assert names.get("pool", "seen") in ("seen", "unseen")
+
+
+def asked(message: Any) -> tuple[str, int]:
+    """Method and number of the question of a survey."""
+    config = message.content.config_records["config"]
+    return config["method"], config["question"]
+
+
+def test_only_these_methods_ask_and_only_the_seen_clients(all_methods) -> None:
+    asking = {name for name, method in METHODS.items() if method.surveys}
+    assert asking == set(ANSWERS)
+    surveys = of_type(all_methods, SURVEY)
+    for method, questions in ANSWERS.items():
+        numbers = [asked(m)[1] for m, _ in surveys if asked(m)[0] == method]
+        assert numbers == [n for n in range(len(questions)) for _ in range(2)]
+    nodes = {m.metadata.dst_node_id for m, _ in surveys}
+    described = {
+        m.metadata.dst_node_id: r.content.config_records["about"]["pool"]
+        for m, r in of_type(all_methods, DESCRIBE)
+    }
+    assert [described[node] for node in nodes] == ["seen", "seen"]
+
+
+def test_answers_hold_what_their_method_says_and_no_more(all_methods) -> None:
+    for message, reply in of_type(all_methods, SURVEY):
+        method, number = asked(message)
         assert not reply.has_error()
-        assert arrays_of(content) == allowed[kind]
-        records = list(content.values())
-        assert all(isinstance(r, ArrayRecord | ConfigRecord | MetricRecord) for r in records)
-        scalars = {k: v for r in content.metric_records.values() for k, v in r.items()}
-        assert set(scalars) == SCALARS[kind]
-        assert all(type(value) in (int, float) for value in scalars.values())
-        names = {k: v for r in content.config_records.values() for k, v in r.items()}
-        assert set(names) == NAMES.get(kind, {"client"})
-        assert names["client"] in CLIENTS
-        assert names.get("language", "de") in ("de", "fr")
-        assert names.get("pool", "seen") in ("seen", "unseen")
+        assert arrays_of(reply.content) == ANSWERS[method][number]
+        assert len(reply.content) == 1  # one record of arrays; no metrics, no names
+
+
+def test_tuned_methods_let_out_counts_alone(all_methods) -> None:
+    seen = 0
+    for message, reply in of_type(all_methods, SURVEY):
+        if asked(message)[0] in ("lora-tuned", "fedp2eft-tuned"):
+            [record] = reply.content.array_records.values()
+            counts = record["good"].numpy()
+            assert all(count in range(HELD_OUT + 1) for count in counts.tolist())
+            seen += 1
+    assert seen == 4
+
+
+def test_with_every_method_nothing_but_phi_and_scalars_leaves_otherwise(all_methods) -> None:
+    allowed = allowed_arrays(all_methods)
+    others = [(m, r) for m, r in all_methods.messages if m.metadata.message_type != SURVEY]
+    methods = {
+        m.content.config_records["config"]["method"] for m, _ in of_type(all_methods, PERSONALIZE)
+    }
+    assert methods == {n for n, m in METHODS.items() if not m.variant and m.shared != "fedl2p"}
+    for message, reply in others:
+        check_reply(message.metadata.message_type, reply, allowed)
 
 
 def test_every_request_holds_parameters_and_settings_only(finished) -> None:

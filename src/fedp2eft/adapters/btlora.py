@@ -8,13 +8,20 @@ The local objective over (A, B, λ), with N training examples:
 
 The first penalty is a Laplace(0, λ) prior on B, the second λ's Gamma hyper-prior with shape 0.01
 and rate 100 (BayesTune, NeurIPS 2023).
+
+The normalized prior, the project's variant, takes the place of both, and trains θ = log λ:
+
+      (α / N) · Σ_{l,i} [ mean_j |B_l[j,i] − B0_l[j,i]| / λ_{l,i} + log λ_{l,i} ]
+
+It is least at λ = mean_j |B_l[j,i] − B0_l[j,i]|, whatever the number d_out of entries, so λ of
+layers of different widths can be compared.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,10 +34,9 @@ from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings import AdapterSettings
+from fedp2eft.settings import AdapterSettings, Prior
 
 FULL = "sparse-rank"
-TRIMMED = "personal"
 GAMMA_RATE = 100.0
 
 
@@ -44,12 +50,14 @@ class BTLora:
         base: A Hugging Face model; its weights are frozen from here on.
         settings: Shape, prior range and seed of the adapter.
         clamp_forward: Whether the forward pass sees λ clamped (profile `paper`) or raw.
+        prior: "gamma" trains λ under the paper's penalties, "normalized" θ = log λ under its own.
 
     Attributes:
         model: The PEFT model; call it in place of the base.
         names: The L adapted modules, in module order.
         linears: The M linear layers of the base, in module order, for the features ξ.
-        lam: λ, a parameter of shape L × r_max (L × 1 where λ is layer-wise).
+        lam: What is trained of λ, λ or θ = log λ: a parameter of shape L × r_max (L × 1 where λ is
+            layer-wise). `lambda_of` makes λ of it.
     """
 
     def __init__(
@@ -58,9 +66,14 @@ class BTLora:
         settings: AdapterSettings | None = None,
         *,
         clamp_forward: bool = True,
+        prior: Prior = "gamma",
     ) -> None:
         self.settings = settings or AdapterSettings()
         s = self.settings
+        self._log = prior == "normalized"
+        self._limits = (s.lambda_min, s.lambda_max)
+        if self._log:
+            self._limits = (math.log(s.lambda_min), math.log(s.lambda_max))
         self.linears = tuple(
             (name, module)
             for name, module in base.named_modules()
@@ -82,9 +95,10 @@ class BTLora:
         self.names = tuple(layer.name for layer in self.layers)
         self.lam = nn.Parameter(torch.empty(len(self.layers), 1 if s.layerwise else s.r_max))
         self.lam.data = self.lam.data.to(self.layers[0].A.device)
-        clamp = (s.lambda_min, s.lambda_max) if clamp_forward else None
+        self._widths = torch.tensor([[float(len(B))] for B in self.B], device=self.lam.device)
+        clamp = self._limits if clamp_forward else None
         for row, layer in enumerate(self.layers):
-            layer.gate(self.lam, row, clamp)
+            layer.gate(self.lam, row, clamp, log=self._log)
         self.model.train(training)  # PEFT's wrapper is in training mode whatever the base is in
         self._common_A = [common_A(layer.name, layer.A, s.seed) for layer in self.layers]
         self._B0: list[Tensor] | None = None
@@ -124,35 +138,78 @@ class BTLora:
     @torch.no_grad()
     def set_lambda(self, lam: Tensor | float) -> None:
         """Set λ in place, from a number, L × r_max or L × 1 values."""
-        self.lam.copy_(torch.as_tensor(lam).expand_as(self.lam))
+        self.lam.copy_(self.trained_of(torch.as_tensor(lam)).expand_as(self.lam))
         self.lam.grad = None
 
     def anchor(self) -> None:
         """Take the present B as B0: the significance penalty counts changes from here."""
         self._B0 = [B.detach().clone() for B in self.B]
 
+    def trained_of(self, lam: Tensor) -> Tensor:
+        """What is trained of λ, λ or log λ, from λ."""
+        return lam.log() if self._log else lam
+
+    def lambda_of(self, trained: Tensor, clamp: bool = True) -> Tensor:
+        """λ, clamped to its range with gradients straight through, from what is trained of it."""
+        if clamp:
+            trained = clamp_straight_through(trained, *self._limits)
+        return trained.exp() if self._log else trained
+
     def clamped_lambda(self) -> Tensor:
         """λ clamped to its range, gradients straight through."""
-        s = self.settings
-        return clamp_straight_through(self.lam, s.lambda_min, s.lambda_max)
+        return self.lambda_of(self.lam)
 
-    def penalty(self, examples: int, alpha_s: float = 100.0, alpha_p: float = 0.01) -> Tensor:
-        """Significance plus sparsity for N = `examples` training rows (both divided by N).
+    def penalty(
+        self,
+        examples: int,
+        alpha_s: float = 100.0,
+        alpha_p: float = 0.01,
+        alpha: float = 2e-3,
+    ) -> Tensor:
+        """The prior's part of L for N = `examples` training rows.
 
         A layer-wise λ stands for each of its layer's r_max ranks.
+
+        Args:
+            examples: N.
+            alpha_s: Weight of the significance penalty.
+            alpha_p: Weight of the sparsity penalty.
+            alpha: Weight of the normalized prior, which takes the place of both.
         """
-        lam = self.clamped_lambda()
         change = (
             self.B if self._B0 is None else [B - B0 for B, B0 in zip(self.B, self._B0, strict=True)]
         )
         columns = torch.stack([delta.abs().sum(dim=0) for delta in change])
+        return self.prior_of(columns, self.lam, examples, alpha_s, alpha_p, alpha)
+
+    def prior_of(
+        self,
+        columns: Tensor,
+        trained: Tensor,
+        examples: int | Tensor,
+        alpha_s: float,
+        alpha_p: float,
+        alpha: float,
+    ) -> Tensor:
+        """`penalty` of one client, or of each of several, from the changes of its B.
+
+        Args:
+            columns: ‖B_l[:,i] − B0_l[:,i]‖₁, (clients ×) L × r_max.
+            trained: What is trained of λ, (clients ×) L × r_max or L × 1.
+            examples: N, a number or one per client.
+            alpha_s: Weight of the significance penalty.
+            alpha_p: Weight of the sparsity penalty.
+            alpha: Weight of the normalized prior.
+        """
+        lam = self.lambda_of(trained)
+        if self._log:
+            return normalized_penalties(columns / self._widths, lam, examples, alpha)
         return penalties(columns, lam, examples, alpha_s, alpha_p)
 
-    def rank_lambda(self, lam: Tensor | None = None) -> Tensor:
+    def rank_lambda(self, trained: Tensor | None = None) -> Tensor:
         """λ (this adapter's where none is given) as L × r_max values, detached and clamped."""
-        s = self.settings
-        lam = (self.lam if lam is None else lam).detach().clamp(s.lambda_min, s.lambda_max)
-        return lam.expand(len(self.names), s.r_max)
+        lam = self.lambda_of((self.lam if trained is None else trained).detach())
+        return lam.expand(len(self.names), self.settings.r_max)
 
     @contextmanager
     def trimmed(self, lam: Tensor, keep: Tensor) -> Iterator[TrimmedAdapter]:
@@ -168,31 +225,38 @@ class BTLora:
         Raises:
             UserError: No rank at all is kept.
         """
-        ranks = [int(row.sum()) for row in keep]
-        kept = [(n, r) for n, r in zip(self.names, ranks, strict=True) if r]
-        if not kept:
+        if not bool(keep.any()):
             raise UserError("No rank is kept, so there is nothing to fine-tune: keep at least one.")
-        # PEFT takes the first pattern that ends a name; "^" tells `dense` from `output.dense`.
-        patterns = {"^" + re.escape(n): r for n, r in kept}
-        with torch.random.fork_rng(devices=[]):
-            self.model.add_adapter(
-                TRIMMED,
-                LoraConfig(
-                    r=kept[0][1],
-                    lora_alpha=self.settings.scaling * kept[0][1],
-                    target_modules="|".join(patterns),
-                    rank_pattern=patterns,
-                    alpha_pattern={n: self.settings.scaling * r for n, r in patterns.items()},
-                ),
-            )
+        # Other numbers in the layers that are there: PEFT takes a tenth of a second to add a second
+        # adapter to 74 layers and to delete it.
+        lent = TrimmedAdapter(self, lam, keep)
+        with ExitStack() as stack:
+            for row, layer in enumerate(self.layers):
+                if row in lent.kept:
+                    stack.enter_context(layer.lent(*lent.kept[row], lam[row][keep[row]]))
+                else:
+                    stack.enter_context(layer.idle())
+            yield lent
+
+    @contextmanager
+    def bare(self) -> Iterator[nn.Module]:
+        """Lend the base model without this adapter, which is put back untouched at the end.
+
+        For adapters of another kind, which PEFT keeps out of a model that has LoRA layers. Layers
+        are only swapped in their parents: no weight is copied, and what the borrower put in place
+        of the adapted layers is dropped.
+        """
+        base = self.model.get_base_model()
+        config = base.peft_config
+        for layer in self.layers:
+            base.set_submodule(layer.name, layer.module.get_base_layer())
+        del base.peft_config  # PEFT would take the borrower's adapter for one more of these
         try:
-            self.model.set_adapter(TRIMMED)
-            yield TrimmedAdapter(self, lam, keep)
+            yield base
         finally:
-            for layer in adapted_layers(self.model, TRIMMED):
-                layer.ungate()
-            self.model.set_adapter(FULL)
-            self.model.delete_adapter(TRIMMED)
+            for layer in self.layers:
+                base.set_submodule(layer.name, layer.module)
+            base.peft_config = config
 
     def trim(self, rank: int) -> AdapterWeights:
         """The trained adapter cut to its r·L largest λ, without further training."""
@@ -210,31 +274,30 @@ class TrimmedAdapter:
 
     Attributes:
         lam: λ with zeros where a rank was dropped, L × r_max.
+        kept: A (k × d_in) and B (d_out × k) of every layer that keeps ranks, by its number.
     """
 
     def __init__(self, owner: BTLora, lam: Tensor, keep: Tensor) -> None:
         self._owner = owner
         self.lam = torch.where(keep, lam, torch.zeros_like(lam))
         self._lam, self._keep = lam, keep
-        self._layers = {layer.name: layer for layer in adapted_layers(owner.model, TRIMMED)}
-        with torch.no_grad():
-            for row, name in enumerate(owner.names):
-                if (layer := self._layers.get(name)) is None:
-                    continue
-                layer.A.copy_(owner._common_A[row][keep[row]])
-                layer.B.zero_()
-                layer.gate(lam[row][keep[row]].unsqueeze(0), 0)
+        self.kept: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        for row, ranks in enumerate(keep.sum(dim=1).tolist()):
+            if ranks:
+                own = owner.layers[row]
+                A, B = owner._common_A[row][keep[row]].to(own.A.dtype), own.B
+                self.kept[row] = nn.Parameter(A), nn.Parameter(B.new_zeros(len(B), ranks))
 
     def parameters(self) -> list[nn.Parameter]:
         """The kept rows of A and columns of B: all that personalization trains."""
-        return [weight for layer in self._layers.values() for weight in (layer.A, layer.B)]
+        return [weight for pair in self.kept.values() for weight in pair]
 
     def weights(self) -> AdapterWeights:
         """A copy of the adapter as it is now, with every adapted layer named (rank 0 included)."""
         layers = []
         for row, full in enumerate(self._owner.layers):
-            layer, lam = self._layers.get(full.name), self._lam[row][self._keep[row]]
-            A, B = (layer.A, layer.B) if layer else (full.A[:0], full.B[:, :0])
+            A, B = self.kept.get(row) or (full.A[:0], full.B[:, :0])
+            lam = self._lam[row][self._keep[row]]
             layers.append(_layer_weights(full, A, B, lam))
         return AdapterWeights(tuple(layers), self._owner.settings.scaling)
 
@@ -260,6 +323,20 @@ def penalties(
     significance = (columns / lam).sum(dim=(-2, -1))
     sparsity = (GAMMA_RATE * lam + lam.log()).expand_as(columns).sum(dim=(-2, -1))
     return (alpha_s * significance + alpha_p * sparsity) / examples
+
+
+def normalized_penalties(
+    means: Tensor, lam: Tensor, examples: int | Tensor, alpha: float
+) -> Tensor:
+    """The normalized prior of one client, or of each of several clients.
+
+    Args:
+        means: mean_j |B_l[j,i] − B0_l[j,i]|, (clients ×) L × r_max.
+        lam: λ inside its range, (clients ×) L × r_max or L × 1.
+        examples: N, a number or one per client.
+        alpha: Its weight.
+    """
+    return alpha * (means / lam + lam.log()).sum(dim=(-2, -1)) / examples
 
 
 def common_A(name: str, like: Tensor, seed: int) -> Tensor:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedp2eft.adapters.btlora import BTLora, penalties
-from fedp2eft.adapters.clamp import clamp_straight_through
+from fedp2eft.adapters.btlora import BTLora
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
@@ -54,14 +53,14 @@ class CohortLora:
     Attributes:
         A: One tensor per width of input, C × layers × r_max × d_in.
         B: One tensor per width of output, C × layers × d_out × r_max.
-        lam: λ, as given.
+        lam: What is trained of λ: λ, or log λ where the prior of `bt` is normalized.
     """
 
     def __init__(self, bt: BTLora, lam: Tensor, *, clamp_forward: bool = True) -> None:
         self._bt = bt
         self._clamp = clamp_forward
         bt.reset()  # the common A, B = 0
-        self.lam = lam.detach().to(bt.lam.device, bt.lam.dtype).clone()
+        self.lam = bt.trained_of(lam.detach()).to(bt.lam.device, bt.lam.dtype).clone()
         self._in, self.A = _stacked(bt.A, len(lam))
         self._out, self.B = _stacked(bt.B, len(lam))
         self._order = torch.cat([shape.index for shape in self._out]).argsort()
@@ -80,7 +79,7 @@ class CohortLora:
         return [value[:clients].detach().requires_grad_() for value in self.tensors()]
 
     def of_client(self, client: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """(A, B, λ) of one client: L tensors r_max × d_in, L tensors d_out × r_max, L × r_max."""
+        """(A, B, `lam`) of one client: L of r_max × d_in, L of d_out × r_max, L × r_max."""
         A, B = (
             [by_layer[row][client] for row in range(len(self._bt.names))]
             for by_layer in (_by_layer(self._in, self.A), _by_layer(self._out, self.B))
@@ -104,9 +103,7 @@ class CohortLora:
 
     def load(self, leaves: Sequence[Tensor], clients: int, rows: int) -> None:
         """Make the next forward pass read `leaves`: `clients` blocks of `rows` rows each."""
-        lam = leaves[-1][:clients]
-        if self._clamp:
-            lam = self._clamped(lam)
+        lam = self._bt.lambda_of(leaves[-1][:clients], self._clamp)
         lam = lam * self._bt.settings.scaling
         A = [
             (value[:clients] * lam.index_select(1, shape.index).unsqueeze(-1)).to(self._dtype)
@@ -119,10 +116,6 @@ class CohortLora:
         A, B = _by_layer(self._in, A), _by_layer(self._out, B)
         self._products = list(zip(A, B, strict=True))
         self._rows = rows
-
-    def _clamped(self, lam: Tensor) -> Tensor:
-        s = self._bt.settings
-        return clamp_straight_through(lam, s.lambda_min, s.lambda_max)
 
     def _hook(self, row: int) -> Hook:
         def add_low_rank(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -137,20 +130,27 @@ class CohortLora:
         return add_low_rank
 
     def penalty(
-        self, leaves: Sequence[Tensor], examples: Tensor, alpha_s: float, alpha_p: float
+        self,
+        leaves: Sequence[Tensor],
+        examples: Tensor,
+        alpha_s: float,
+        alpha_p: float,
+        alpha: float,
     ) -> Tensor:
-        """Significance plus sparsity of the first `len(examples)` clients, one value each.
+        """The prior's part of L of the first `len(examples)` clients, one value each.
 
         Args:
             leaves: From `leaves()`.
             examples: N of each client.
             alpha_s: Weight of the significance penalty.
             alpha_p: Weight of the sparsity penalty.
+            alpha: Weight of the normalized prior.
         """
         clients = len(examples)
         sums = [value[:clients].abs().sum(dim=-2) for value in leaves[len(self.A) : -1]]
         columns = torch.cat(sums, dim=1).index_select(1, self._order)
-        return penalties(columns, self._clamped(leaves[-1][:clients]), examples, alpha_s, alpha_p)
+        trained = leaves[-1][:clients]
+        return self._bt.prior_of(columns, trained, examples, alpha_s, alpha_p, alpha)
 
 
 def _stacked(weights: Sequence[Tensor], clients: int) -> tuple[list[_Shape], list[Tensor]]:

@@ -6,6 +6,9 @@
   patterns. Servers that apply one rank and one scale to the whole adapter (vLLM, SGLang), PEFT
   hot-swapping and mixed batches load it as it is.
 * `compact`: the true ranks, by `rank_pattern` and `alpha_pattern`; modules without ranks left out.
+
+A client's own embedding rows go with its adapter as PEFT's `trainable_token_indices`, in both
+layouts. PEFT loads and merges them; a server that knows LoRA alone needs the merged model.
 """
 
 from __future__ import annotations
@@ -23,13 +26,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedp2eft.adapters.gates import PEFT_PREFIX
-from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
+from fedp2eft.adapters.weights import AdapterWeights, EmbeddingRows, LayerWeights
 from fedp2eft.errors import UserError
 from fedp2eft.files import write_folder
 
 Layout = Literal["portable", "compact"]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FACTS_FILE = "fedp2eft.json"
+PEFT_TASKS = {"classification": None, "causal_lm": "CAUSAL_LM"}
+"""PEFT's task type by task; None for classification, whose head is adapted, not saved."""
 
 
 def save_adapter(
@@ -50,8 +55,7 @@ def save_adapter(
         base: Name or folder of the base model, for `base_model_name_or_path`.
         revision: Revision of the base model.
         layout: "portable" or "compact".
-        task_type: PEFT's task type; None for sequence classification, whose head is adapted, not
-            saved.
+        task_type: PEFT's task type, from `PEFT_TASKS`.
         facts: Anything JSON to keep beside it in fedp2eft.json.
 
     Returns:
@@ -71,6 +75,8 @@ def save_adapter(
         a, b = _keys(layer)
         tensors[a] = pad(layer.A, (0, 0, 0, width)).contiguous()
         tensors[b] = pad(layer.B, (0, width)).contiguous()
+    for each in weights.rows:
+        tensors[_rows_key(each.name)] = each.values.contiguous()
     # PEFT takes the first pattern that ends a name; "^" tells `dense` from `output.dense`.
     ranks = {"^" + re.escape(layer.name): layer.rank for layer in kept if layer.rank != R}
     compact = layout == "compact"
@@ -82,6 +88,7 @@ def save_adapter(
         target_modules=[layer.name for layer in kept],
         lora_dropout=0.0,
         bias="none",
+        trainable_token_indices={each.name: each.rows.tolist() for each in weights.rows} or None,
         task_type=task_type,
         inference_mode=True,
     )
@@ -120,6 +127,8 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
         raise UserError(f"No PEFT adapter in {folder}: a file of it is missing.") from error
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS_FILE} is damaged ({error}).") from error
+    except Exception as error:  # whatever a config by anybody can make PEFT raise
+        raise UserError(f"{folder / CONFIG_FILE} is damaged: fetch it again.") from error
     if not isinstance(config, LoraConfig) or not config.target_modules:
         raise UserError(f"{folder / CONFIG_FILE} describes no LoRA adapter: fetch it again.")
     if config.lora_alpha != config.r or config.alpha_pattern != config.rank_pattern:
@@ -130,11 +139,20 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
         a, b = _keys(LayerWeights(name, torch.empty(0), torch.empty(0), torch.empty(0), embedding))
         if a not in tensors:
             continue
-        A, B = tensors[a], tensors[b]
+        A, B = tensors[a], tensors.get(b)
+        if B is None or not _fit(A, B):
+            raise UserError(f"{folder / WEIGHTS_FILE} is damaged at {name!r}: fetch it again.")
         used = A.abs().sum(dim=1) > 0
         ones = torch.ones(int(used.sum()))
         layers.append(LayerWeights(name, A[used], B[:, used], ones, embedding))
-    return AdapterWeights(tuple(layers), 1.0)
+    try:
+        rows = tuple(
+            EmbeddingRows(name, torch.tensor(numbers), tensors[_rows_key(name)])
+            for name, numbers in (config.trainable_token_indices or {}).items()
+        )
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its embedding rows are incomplete: fetch it again.") from error
+    return AdapterWeights(tuple(layers), 1.0, rows)
 
 
 def adapter_facts(folder: str | Path) -> dict[str, object]:
@@ -151,6 +169,17 @@ def _keys(layer: LayerWeights) -> tuple[str, str]:
     if layer.embedding:
         return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def _fit(A: Tensor, B: Tensor) -> bool:
+    """Whether A (r × d_in) and B (d_out × r) are matrices of finite numbers that go together."""
+    floats = A.is_floating_point() and B.is_floating_point()
+    matrices = floats and A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
+    return matrices and all(bool(torch.isfinite(value.float()).all()) for value in (A, B))
+
+
+def _rows_key(name: str) -> str:
+    return f"{PEFT_PREFIX}{name}.token_adapter.trainable_tokens_delta"
 
 
 def _module_names(folder: Path, tensors: dict[str, Tensor]) -> list[str]:

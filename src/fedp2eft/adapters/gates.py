@@ -10,6 +10,7 @@ pass is replaced (paper section 3).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,8 @@ class RankGate(nn.Module):
     Args:
         lam: The shared λ, a parameter where it is trained.
         row: This layer's row.
-        clamp: (low, high) to clamp to, or None to see λ as it is.
+        clamp: (low, high) to clamp to, or None to see it as it is.
+        log: Whether `lam` holds log λ.
         dtype: Numbers of the scaled A; those of A where none are given.
     """
 
@@ -41,9 +43,11 @@ class RankGate(nn.Module):
         row: int,
         clamp: tuple[float, float] | None,
         dtype: torch.dtype | None = None,
+        log: bool = False,
     ) -> None:
         super().__init__()
         self.dtype = dtype
+        self.log = log
         if isinstance(lam, nn.Parameter):
             self.lam = lam
         else:
@@ -56,6 +60,8 @@ class RankGate(nn.Module):
         lam = self.lam[self.row]
         if self.clamp is not None:
             lam = clamp_straight_through(lam, *self.clamp)
+        if self.log:
+            lam = lam.exp()
         return (A * lam.unsqueeze(1)).to(self.dtype or A.dtype)
 
 
@@ -106,8 +112,15 @@ class AdaptedLayer:
         """B, d_out × r."""
         return _trained(*self._places()[1])
 
-    def gate(self, lam: Tensor, row: int, clamp: tuple[float, float] | None = None) -> None:
-        """Gate this layer's A by row `row` of λ.
+    def gate(
+        self,
+        lam: Tensor,
+        row: int,
+        clamp: tuple[float, float] | None = None,
+        *,
+        log: bool = False,
+    ) -> None:
+        """Gate this layer's A by row `row` of λ (of log λ with `log`).
 
         A base in bf16 or fp16 gets its low-rank products in the same numbers; A, B and λ
         themselves stay fp32.
@@ -116,10 +129,45 @@ class AdaptedLayer:
         half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
         place_A, place_B = self._places()
         # `unsafe` skips a trial run at registration, which would refuse a change of dtype.
-        gate = RankGate(lam, row, clamp, half)
+        gate = RankGate(lam, row, clamp, half, log)
         parametrize.register_parametrization(*place_A, gate, unsafe=True)
         if half is not None:
             parametrize.register_parametrization(*place_B, _Rounded(half), unsafe=True)
+
+    @contextmanager
+    def lent(self, A: nn.Parameter, B: nn.Parameter, lam: Tensor) -> Iterator[None]:
+        """Put another A (k × d_in), B (d_out × k) and frozen λ (k) in place of this gated layer's.
+
+        PEFT's forward pass multiplies by what it finds, whatever its rank.
+        """
+        own = self.A, self.B
+        holder, attribute = self._places()[0]
+        gates: Any = holder.parametrizations
+        gate = gates[attribute][0]
+        gates[attribute][0] = RankGate(lam.unsqueeze(0), 0, None, gate.dtype)
+        self._put(A, B)
+        try:
+            yield
+        finally:
+            self._put(*own)
+            gates[attribute][0] = gate
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Leave the adapter out of this layer alone."""
+        self.module.set_adapter([])
+        try:
+            yield
+        finally:
+            self.module.set_adapter([self.adapter])
+
+    def _put(self, A: nn.Parameter, B: nn.Parameter) -> None:
+        for (holder, attribute), value in zip(self._places(), (A, B), strict=True):
+            if parametrize.is_parametrized(holder, attribute):
+                gated: Any = holder.parametrizations
+                gated[attribute].original = value
+            else:
+                setattr(holder, attribute, value)
 
     def ungate(self) -> None:
         """Take the gate off again; PEFT cannot delete an embedding's A while it is gated."""

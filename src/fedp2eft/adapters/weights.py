@@ -33,16 +33,33 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class EmbeddingRows:
+    """Rows that take the place of some rows of an embedding.
+
+    Args:
+        name: Module path of the embedding inside the base model.
+        rows: Row numbers, k, int64.
+        values: k × width.
+    """
+
+    name: str
+    rows: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class AdapterWeights:
     """W + s·B·diag(λ)·A for every adapted layer, in module order.
 
     Args:
         layers: All L adapted layers, those without ranks included.
         scaling: The factor s.
+        rows: Embeddings that the client has rows of its own in.
     """
 
     layers: tuple[LayerWeights, ...]
     scaling: float
+    rows: tuple[EmbeddingRows, ...] = ()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -72,12 +89,15 @@ class AdapterWeights:
                 for layer in self.layers
             ),
             scaling=1.0,
+            rows=self.rows,
         )
 
     def is_finite(self) -> bool:
         """Whether every number of the adapter is finite."""
         return all(
             bool(torch.isfinite(t).all())
-            for layer in self.layers
-            for t in (layer.A, layer.B, layer.lam)
+            for t in (
+                *(t for layer in self.layers for t in (layer.A, layer.B, layer.lam)),
+                *(each.values for each in self.rows),
+            )
         )

@@ -1,1 +1,21 @@
-"""How the federation trains the base model itself."""
+"""How the federation trains the base model itself: one small file each, registered by one line."""
+
+from __future__ import annotations
+
+from fedp2eft.bases.base import Base, LocalWork, copy_numbers, rate
+from fedp2eft.bases.dept_spec import DeptSpec
+from fedp2eft.bases.feddpa_t import FedDPAT
+from fedp2eft.bases.fedit import FedIT
+from fedp2eft.bases.ffa_lora import FFALora
+from fedp2eft.bases.standard_fl import StandardFL
+
+BASES: dict[str, Base] = {
+    "standard-fl": StandardFL(),
+    "fedit": FedIT(),
+    "ffa-lora": FFALora(),
+    "feddpa-t": FedDPAT(),
+    "dept-spec": DeptSpec(),
+    "none": Base(),
+}
+
+__all__ = ["BASES", "Base", "LocalWork", "copy_numbers", "rate"]

@@ -18,6 +18,7 @@ def personalize(
     test_data: str | None = None,
     text_columns: list[str] | None = None,
     label_column: str | None = None,
+    target_column: str | None = None,
     lr: float | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -37,6 +38,7 @@ def personalize(
         test_data: Another file to score the adapter on.
         text_columns: Columns with the text; the PSG's where none are given.
         label_column: Column with the class; the PSG's where none is given.
+        target_column: Column with the response, for a causal LM; the PSG's where none is given.
         lr: Learning rate of A and B; the PSG's where none is given.
         epochs: Passes over the rows; the PSG's where none are given.
         batch_size: Rows per mini-batch; the PSG's where none is given.
@@ -57,6 +59,7 @@ def personalize(
         test_data=test_data,
         text_columns=text_columns,
         label_column=label_column,
+        target_column=target_column,
         lr=lr,
         epochs=epochs,
         batch_size=batch_size,
@@ -71,7 +74,7 @@ def personalize(
         f"{out}"
     )
     if adapter.scores:
-        print(f"Accuracy on {adapter.scores.examples} rows: {adapter.scores.accuracy:.1%}")
+        print(adapter.scores)
 
 
 def evaluate(
@@ -80,20 +83,24 @@ def evaluate(
     adapter: str | None = None,
     text_columns: list[str] | None = None,
     label_column: str = "label",
+    target_column: str | None = None,
     max_length: int | None = None,
     batch_size: int = 64,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
 ) -> None:
-    """Score a base model, with or without an adapter, on a file of labelled rows.
+    """Score a base model, with or without an adapter, on rows with a class or a response each.
 
     Args:
         model: Folder or hub id of the base model.
-        data: Labelled rows: JSON lines, CSV or Parquet.
+        data: Rows with labels or responses: JSON lines, CSV or Parquet.
         adapter: Folder of an adapter; the base model alone where none is given.
         text_columns: Columns with the text; "text" where none are given.
         label_column: Column with the class.
-        max_length: Longest input in tokens; the adapter's where none is given, or else 128.
+        target_column: Column with the response: the model is a causal LM then, and no class is
+            looked at.
+        max_length: Longest input in tokens; the adapter's where none is given, or else 128 (a
+            causal LM: 1024).
         batch_size: Rows per batch.
         precision: Numbers of the base.
         device: "auto", "cpu" or "cuda".
@@ -106,15 +113,13 @@ def evaluate(
         adapter,
         text_columns=text_columns,
         label_column=label_column,
+        target_column=target_column,
         max_length=max_length,
         batch_size=batch_size,
         precision=precision,
         device=device,
     )
-    print(
-        f"Accuracy {scores.accuracy:.1%} ({scores.correct} of {scores.examples}), "
-        f"loss {scores.loss:.4f}"
-    )
+    print(scores)
 
 
 def export(

@@ -29,9 +29,11 @@ def describe(data: DataSettings) -> None:
 
     from fedp2eft.data.describe import describe as rows_of
     from fedp2eft.data.settings import load_federation
+    from fedp2eft.errors import require
 
     federation = load_federation(data)
     rows = rows_of(federation)
+    require(bool(rows), "The rows of data.dataset nodes are on the SuperNodes: ask their owners.")
     table = Table(*[str(name).replace("_", " ") for name in rows[0]])
     for row in rows:
         table.add_row(*[_cell(value) for value in row.values()])
@@ -53,6 +55,25 @@ def partition(data: DataSettings, out: str) -> None:
     federation = load_federation(data)
     save_partition(federation, Path(out))
     print(f"{len(federation.clients)} clients: {out}")
+
+
+def build_libreoffice_help(packages: list[str], out: str, pages: int | None = None) -> None:
+    """Make the data set libreoffice-help from Debian's packages libreoffice-help-<lang>.
+
+    Fetch them first, with `apt-get download libreoffice-help-fr libreoffice-help-en-us …` on Debian
+    or from https://packages.debian.org. Then set data.path to the file that is written here.
+
+    Args:
+        packages: The .deb files, or folders that such a file was unpacked into; libreoffice-help-
+            en-us among them, by which untranslated text is told.
+        out: The file, ending in .jsonl.gz.
+        pages: Keep the so many pages that most languages have; all where none is given.
+    """
+    from fedp2eft.data.libreoffice_build import build
+
+    rows = build(packages, out, pages)
+    print(", ".join(f"{language} {count}" for language, count in sorted(rows.items())))
+    print(f"{sum(rows.values())} rows: {out}")
 
 
 def _cell(value: object) -> str:

@@ -24,7 +24,13 @@ from fedp2eft.federation.reporting import LogReporter, Reporter, report_to
 if TYPE_CHECKING:
     from fedp2eft.federation.results import Results
 
-PHASES = {"base": "base model", "psg": "PSG", "personalize": "clients", "compare": "cells"}
+PHASES = {
+    "base": "base model",
+    "psg": "PSG",
+    "fedl2p": "FedL2P",
+    "personalize": "clients",
+    "compare": "cells",
+}
 
 
 class BarReporter:
@@ -55,7 +61,7 @@ class BarReporter:
 
     def note(self, text: str) -> None:
         """A line above the bars."""
-        self._progress.console.print(text)
+        self._progress.console.print(text, markup=False)  # it may quote a peer
 
 
 class LineReporter(LogReporter):
@@ -103,12 +109,15 @@ def progress() -> Iterator[Reporter]:
 
 def show_results(results: Results) -> None:
     """The table of a run: language by method, worst language, mean."""
+    from fedp2eft.federation.metrics import METRICS
+
     console = Console(width=None if sys.stdout.isatty() else 120)
     for pool in dict.fromkeys(row.pool for row in results.rows):
         rows = [row for row in results.rows if row.pool == pool]
-        table = Table(
-            title=f"Accuracy (%), {pool} clients ({rows[0].clients})", title_justify="left"
-        )
+        metric = METRICS[rows[0].metric]
+        unit = "%" if metric.higher else "nats per token"
+        title = f"{metric.name.capitalize()} ({unit}), {pool} clients ({rows[0].clients})"
+        table = Table(title=title, title_justify="left")
         table.add_column("method")
         table.add_column("rank", justify="right")
         for language in rows[0].languages:
@@ -118,7 +127,7 @@ def show_results(results: Results) -> None:
         for row in rows:
             cells = [*row.languages.values(), row.worst_language, row.mean]
             rank = str(row.rank) if row.rank else "–"
-            table.add_row(row.method, rank, *(f"{100 * value:.1f}" for value in cells))
+            table.add_row(row.method, rank, *map(metric.shown, cells))
         console.print(table)
 
 
@@ -127,7 +136,8 @@ from peft import PeftModel
 model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{adapter}")"""
 
 
-def show_loading(base: str, adapter: str) -> None:
+def show_loading(base: str, adapter: str, task: str = "classification") -> None:
     """The three lines of Python that load an adapter with plain PEFT."""
-    text = LOAD.format(auto="AutoModelForSequenceClassification", base=base, adapter=adapter)
+    auto = {"causal_lm": "AutoModelForCausalLM"}.get(task, "AutoModelForSequenceClassification")
+    text = LOAD.format(auto=auto, base=base, adapter=adapter)
     print(f"\nOne client's adapter, with plain PEFT:\n\n{text}\n")

@@ -9,12 +9,8 @@ from functools import cache
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fedp2eft.data.federation import NEW_LANGUAGE, POOLS, SEEN, UNSEEN, Federation, Rows
-from fedp2eft.data.languages import choose_languages
-from fedp2eft.data.partition import partition_pools
-from fedp2eft.errors import UserError
+from fedp2eft.data.federation import SEEN, UNSEEN, Federation
+from fedp2eft.data.pools import federation_of_pools
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,25 +68,19 @@ def load_debian(
     Raises:
         UserError: an unknown language or pool, a language in both lists, or too many clients.
     """
-    spoken, new = choose_languages(NAME, LANGUAGES, languages, new_languages)
-    if wrong := [pool for pool in pools if pool not in (SEEN, UNSEEN)]:
-        raise UserError(f"Pool {wrong[0]!r} is not one of {list(POOLS[:2])}.")
-    table = read_descriptions()
-    language, pool, split = (np.asarray(table[c][:]) for c in ("language", "pool", "split"))
-
-    def rows(name: str, source: str) -> tuple[Rows, Rows]:
-        mine = (language == name) & (pool == source)
-        return np.flatnonzero(mine & (split == "train")), np.flatnonzero(mine & (split == "test"))
-
-    parts = {(name, source): rows(name, source) for name in spoken for source in pools}
-    parts |= {(name, NEW_LANGUAGE): rows(name, UNSEEN) for name in new}
-    clients = partition_pools(
-        parts,
-        np.asarray(table["label"][:]),
-        clients=clients_per_language,
+    return federation_of_pools(
+        NAME,
+        read_descriptions(),
+        LANGUAGES,
+        languages,
+        new_languages,
+        text_columns=("text",),
+        labels=LABELS,
+        target_column="summary",
+        clients_per_language=clients_per_language,
         alpha=alpha,
-        seed=seed,
         max_train=max_train,
         max_test=max_test,
+        seed=seed,
+        pools=pools,
     )
-    return Federation(NAME, table, ("text",), "label", LABELS, clients, target_column="summary")

@@ -19,7 +19,7 @@ def describe(federation: Federation) -> list[dict[str, Any]]:
     length of a row's text columns together, in characters).
     """
     columns = [federation.table[name][:] for name in federation.text_columns]
-    lengths = np.sum([[len(text) for text in column] for column in columns], axis=0)
+    lengths = np.sum([[_characters(text) for text in column] for column in columns], axis=0)
     names = federation.table[federation.label_column][:] if federation.label_column else None
     rows = []
     for language, pool in sorted({(c.language, c.pool) for c in federation.clients}):
@@ -38,6 +38,11 @@ def describe(federation: Federation) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _characters(text: Any) -> int:
+    """Length of a text, or of the turns of a conversation together."""
+    return len(text) if isinstance(text, str) else sum(len(turn["content"]) for turn in text)
 
 
 def save_partition(federation: Federation, path: str | Path) -> None:

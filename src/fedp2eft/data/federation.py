@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,13 +22,22 @@ POOLS = (SEEN, UNSEEN, NEW_LANGUAGE)
 """Clients that train; clients that never train; those of a language that no seen client speaks."""
 
 
+def check_client_name(name: str) -> None:
+    """Raise `UserError` unless the name can be a folder's: it may come from a peer."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+        raise UserError(
+            f"{shortened(name)} cannot be a client's name: use at most 100 letters, digits, - and "
+            "_ only."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Client:
     """One client: a name, and which rows of the federation's table are its own.
 
     Attributes:
         name: for example `fr-seen-00`. It becomes a folder name, so letters, digits, dash and
-            underscore only.
+            underscore only, at most 100.
         language: the language its text is in; metrics are pooled by it.
         pool: one of `POOLS`.
         train: row numbers into `Federation.table`, ascending.
@@ -45,10 +54,7 @@ class Client:
     test: Rows
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise UserError(
-                f"{self.name!r} cannot be a client's name: use letters, digits, - and _ only."
-            )
+        check_client_name(self.name)
         if self.pool not in POOLS:
             raise UserError(f"Client {self.name}: pool {self.pool!r} is not one of {list(POOLS)}.")
 
@@ -97,6 +103,22 @@ class Federation:
         ids = {label: position for position, label in enumerate(self.labels)}
         values = self.table[self.label_column][[int(index) for index in indices]]
         return np.array([ids[value] for value in values], dtype=np.int64)
+
+    def answers(self, indices: Sequence[int] | Rows, task: str) -> Sequence[Any]:
+        """What a model of that task shall answer to those rows: class ids, or texts.
+
+        Raises:
+            UserError: the federation has no classes, or no column of answers.
+        """
+        if task == "classification":
+            return self.label_ids(indices)  # type: ignore[return-value]
+        if self.target_column is None:
+            raise UserError(
+                f"Data set {self.name!r} has no column to answer with: set data.target_column, or "
+                "choose another task."
+            )
+        values: list[Any] = self.table[self.target_column][[int(index) for index in indices]]
+        return values
 
     def pool(self, name: str) -> tuple[Client, ...]:
         """The clients of one pool, sorted by name; empty where the federation has none.

@@ -100,12 +100,18 @@ def federation_from_files(
     from datasets import Dataset
 
     texts = list(dict.fromkeys([*text_columns, *([target_column] if target_column else [])]))
+    chat = target_column if target_column in text_columns else None
+    if chat and list(text_columns) != [chat]:
+        raise UserError(
+            f"Column {chat!r} is text column and target column, so it holds conversations: name no "
+            "other text column."
+        )
     if isinstance(source, (str, Path)):
-        parts = [_read(source, texts, label_column, None, None)]
+        parts = [_read(source, texts, label_column, None, None, chat)]
         name = _stem(source)
     else:
         parts = [
-            _read(path, texts, label_column, (client, file.language, file.pool), split)
+            _read(path, texts, label_column, (client, file.language, file.pool), split, chat)
             for client, file in source.items()
             for path, split in ((file.path, None), (file.test_path, "test"))
             if path is not None
@@ -120,7 +126,9 @@ def federation_from_files(
     else:
         classes = ()
     data = {key: [value for _, part in parts for value in part[key]] for key in parts[0][1]}
-    table = Dataset(pa.table({key: pa.array(values, pa.string()) for key, values in data.items()}))
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    kinds = {key: turns if key == chat else pa.string() for key in data}
+    table = Dataset(pa.table({key: pa.array(data[key], kinds[key]) for key in data}))
     clients = _clients(data, data.get(label_column or ""), test_fraction, seed)
     return Federation(
         name, table, tuple(text_columns), label_column, classes, clients, target_column
@@ -133,16 +141,19 @@ def _read(
     label_column: str | None,
     who: tuple[str, str, str] | None,
     split: str | None,
+    chat: str | None,
 ) -> tuple[str, dict[str, list[Any]]]:
     """One file's columns: the texts, the label, and client, language, pool and split."""
     read = read_table(
         path,
-        text_columns=texts,
-        columns=[label_column] if label_column else [],
+        text_columns=[column for column in texts if column != chat],
+        columns=[column for column in (label_column, chat) if column],
         optional=["split"] if who else [*_WHO, "split"],
     )
     data = {name: read[name][:] for name in read.column_names}
     rows = len(read)
+    if chat:
+        data[chat] = [_turns(f"{path}, row {n}", talk) for n, talk in enumerate(data[chat], 1)]
     if who is None:
         who = (_stem(path), "und", SEEN if "client" in data else UNSEEN)
     for column, value in zip(_WHO, who, strict=True):
@@ -156,6 +167,21 @@ def _read(
             raise UserError(f"{path}, row {row}: split {value!r} is neither 'train' nor 'test'.")
     data.setdefault("split", [None] * rows)
     return str(path), data
+
+
+def _turns(where: str, talk: Any) -> list[dict[str, str]]:
+    """A conversation that ends with the assistant's turn, checked."""
+    turns = talk if isinstance(talk, list) else []
+    for turn in turns:
+        facts = turn if isinstance(turn, Mapping) else {}
+        if not all(isinstance(facts.get(key), str) for key in ("role", "content")):
+            raise UserError(f"{where}: a turn of a conversation has no role or no content.")
+    if len(turns) < 2 or turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+        raise UserError(
+            f"{where} holds no conversation that ends with the assistant's turn: write "
+            '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
+        )
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def _stem(path: str | Path) -> str:

@@ -9,11 +9,15 @@ import numpy as np
 from fedp2eft.data.federation import NEW_LANGUAGE, SEEN, UNSEEN, Federation, Rows
 from fedp2eft.data.languages import choose_languages
 from fedp2eft.data.partition import partition_pools, rng_for
+from fedp2eft.data.settings import PartitionKind
 from fedp2eft.data.table import first_line
 from fedp2eft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+CONVERTED = "refs/convert/parquet"
+"""The hub's own conversion of a data set to Parquet: its configurations are folders."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ MASAKHANEWS = HubSource(
     ),
     train_split="train+validation",
     # The repository itself is a loading script, which `datasets` no longer runs.
-    revision="refs/convert/parquet",
+    revision=CONVERTED,
 )
 
 
@@ -86,7 +90,7 @@ def load_hub_dataset(
 
     Args:
         path: repository, `owner/name`.
-        config: configuration, often a language.
+        config: configuration, often a language; on the branch `CONVERTED` a folder.
         split: split, or several joined by "+".
         columns: keep these, in this order; None: all.
         revision: branch, tag or commit.
@@ -98,8 +102,9 @@ def load_hub_dataset(
     import datasets
 
     what = f"{path} ({config})" if config else path
+    part = {"data_dir" if revision == CONVERTED else "name": config}
     try:
-        table = datasets.load_dataset(path, config, split=split, revision=revision)
+        table = datasets.load_dataset(path, split=split, revision=revision, **part)
     except ConnectionError as error:
         raise UserError(
             f"The hub is not reachable for {what} ({first_line(error)}): check the network, or use "
@@ -107,8 +112,7 @@ def load_hub_dataset(
         ) from None
     except RuntimeError as error:
         raise UserError(
-            f"{what} cannot be loaded ({first_line(error)}): "
-            "revision refs/convert/parquet may help."
+            f"{what} cannot be loaded ({first_line(error)}): revision {CONVERTED} may help."
         ) from None
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise UserError(f"{what}, split {split}, cannot be loaded ({first_line(error)}).") from None
@@ -132,6 +136,7 @@ def load_hub(
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
+    kind: PartitionKind = "per-pool",
 ) -> Federation:
     """A data set of the hub as a federation, after the paper (arXiv 2502.04387, data protocol).
 
@@ -150,6 +155,7 @@ def load_hub(
         max_train: at most this many train rows a client.
         max_test: at most this many test rows a client.
         seed: decides the halves and the split.
+        kind: see `partition_pools`.
 
     Raises:
         UserError: as `load_hub_dataset` and `partition_pools`; languages with other classes; a
@@ -203,6 +209,7 @@ def load_hub(
         seed=seed,
         max_train=max_train,
         max_test=max_test,
+        kind=kind,
     )
     return Federation(
         name,

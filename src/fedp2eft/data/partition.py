@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedp2eft.data.allocation import allocate
-from fedp2eft.data.federation import Client, Rows
+from fedp2eft.data.federation import SEEN, Client, Rows
+from fedp2eft.data.settings import PartitionKind
 from fedp2eft.errors import UserError
 
 
@@ -83,8 +84,16 @@ def partition_pools(
     seed: int,
     max_train: int | None = None,
     max_test: int | None = None,
+    kind: PartitionKind = "per-pool",
 ) -> tuple[Client, ...]:
-    """Split several pools, each from a generator of its own: adding one changes no other.
+    """Split several pools over their clients.
+
+    Kind "per-pool" draws each pool's split from its own labels and a generator of its own: adding
+    a pool changes no other. Kind "reference" does as the public implementation of the paper
+    (arXiv 2502.04387) does for XNLI: one split is drawn from the labels of the first seen pool,
+    and every pool is split at the same positions. Where row n has the same label in all languages
+    the seen clients are as skewed as they are with "per-pool"; the unseen pool's rows have other
+    labels at these positions, so the unseen clients' label proportions come out nearly alike.
 
     Args:
         pools: (language, pool) -> (train rows, test rows) of the table.
@@ -94,30 +103,54 @@ def partition_pools(
         seed: with the language and the pool's name it seeds the pool's generator.
         max_train: see `dirichlet_partition`.
         max_test: see `dirichlet_partition`.
+        kind: one split for each pool, or one for all.
 
     Raises:
-        UserError: as `dirichlet_partition`, naming the language and the pool.
+        UserError: as `dirichlet_partition`, naming the language and the pool; for "reference" no
+            seen pool, or pools of different sizes.
     """
-    width = max(2, len(str(clients - 1)))
-    made = []
-    for (language, pool), (train, test) in pools.items():
+
+    def split(language: str, pool: str, *key: str) -> list[tuple[Rows, Rows]]:
+        train, test = pools[language, pool]
         try:
-            parts = dirichlet_partition(
+            return dirichlet_partition(
                 labels[train],
                 labels[test],
                 clients,
                 alpha,
-                rng_for(seed, language, pool),
+                rng_for(seed, *key),
                 max_train=max_train,
                 max_test=max_test,
             )
         except UserError as error:
             raise UserError(f"{language}, {pool} pool: {error}") from None
+
+    common = split(*_common_pool(pools), kind) if kind == "reference" else None
+    width = max(2, len(str(clients - 1)))
+    made = []
+    for (language, pool), (train, test) in pools.items():
+        parts = common or split(language, pool, language, pool)
         made += [
             Client(f"{language}-{pool}-{n:0{width}d}", language, pool, train[mine], test[held])
             for n, (mine, held) in enumerate(parts)
         ]
     return tuple(sorted(made, key=lambda client: client.name))
+
+
+def _common_pool(pools: Mapping[tuple[str, str], tuple[Rows, Rows]]) -> tuple[str, str]:
+    """The first seen pool, at whose positions all others can be split too."""
+    sizes = {pool: (len(train), len(test)) for pool, (train, test) in pools.items()}
+    first = next((pool for pool in pools if pool[1] == SEEN), None)
+    if first is None:
+        raise UserError("A reference partition is drawn from a seen pool: name its languages.")
+    for pool, size in sizes.items():
+        if size != sizes[first]:
+            raise UserError(
+                f"A reference partition needs pools of one size: {', '.join(pool)} has "
+                f"{size[0]} train and {size[1]} test rows, {', '.join(first)} has "
+                f"{sizes[first][0]} and {sizes[first][1]}. Set data.partition to per-pool."
+            )
+    return first
 
 
 def local_validation_split(

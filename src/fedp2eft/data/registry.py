@@ -5,10 +5,11 @@ from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from typing import Any
 
-from fedp2eft.data import debian
+from fedp2eft.data import debian, fed_aya, libreoffice
 from fedp2eft.data.federation import Federation
 from fedp2eft.data.files import federation_from_files
 from fedp2eft.data.hub import MASAKHANEWS, XNLI, HubSource, load_hub
+from fedp2eft.data.nodes import NODES, federation_without_clients
 from fedp2eft.data.settings import DataSettings
 from fedp2eft.errors import UserError, nearest
 
@@ -48,8 +49,16 @@ def _load_debian(settings: DataSettings) -> Federation:
     return debian.load_debian(**_partition(settings))
 
 
+def _load_libreoffice(settings: DataSettings) -> Federation:
+    return libreoffice.load_libreoffice(settings.path, **_partition(settings))
+
+
+def _load_fed_aya(settings: DataSettings) -> Federation:
+    return fed_aya.load_fed_aya(settings.path, settings.languages, seed=settings.seed)
+
+
 def _load_preset(name: str, source: HubSource, settings: DataSettings) -> Federation:
-    return load_hub(name, source, **_partition(settings))
+    return load_hub(name, source, kind=settings.partition, **_partition(settings))
 
 
 def _load_hub(settings: DataSettings) -> Federation:
@@ -95,21 +104,44 @@ DATASETS: dict[str, DatasetEntry] = {
         debian.LANGUAGES,
         "free licence of each package; name Debian and the Debian Description Translation Project",
         _load_debian,
-        (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY),
+        (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY, "partition"),
+    ),
+    libreoffice.NAME: DatasetEntry(
+        "LibreOffice help, title to first paragraphs, for causal LMs; a sample ships with the "
+        "package, the whole is built by: fedp2eft data build-libreoffice-help",
+        libreoffice.LANGUAGES,
+        "MPL-2.0; name LibreOffice and its translators",
+        _load_libreoffice,
+        (*_COLUMNS[1:], *_FILES_ONLY, *_HUB_ONLY, "partition"),
+    ),
+    fed_aya.NAME: DatasetEntry(
+        "Fed-Aya, instructions and responses of 38 annotators, for causal LMs; data.path is the "
+        "JSON file that FedLLM-Bench publishes",
+        fed_aya.LANGUAGES,
+        "Apache-2.0",
+        _load_fed_aya,
+        (*_COLUMNS[1:], *_FILES_ONLY, *_HUB_ONLY, *_SPLIT[1:], "partition"),
     ),
     "files": DatasetEntry(
         "your own JSON lines, CSV or Parquet: one file a client, or one with a column client",
         (),
         "yours",
         _load_files,
-        (*_SPLIT, *_HUB_ONLY),
+        (*_SPLIT, *_HUB_ONLY, "partition"),
+    ),
+    NODES: DatasetEntry(
+        "each SuperNode's own file, named in its node config; nobody holds more than one",
+        (),
+        "theirs",
+        federation_without_clients,
+        (*_SPLIT, *_HUB_ONLY, "partition", "path", "files"),
     ),
     "hub": DatasetEntry(
         "any data set of the Hugging Face Hub that has one configuration a language",
         (),
         "see its page on the hub",
         _load_hub,
-        _FILES_ONLY,
+        (*_FILES_ONLY, "partition"),
     ),
     "xnli": DatasetEntry(
         "natural language inference (3 classes), 2,000 train and 500 test rows a language and "
@@ -124,7 +156,7 @@ DATASETS: dict[str, DatasetEntry] = {
         MASAKHANEWS.languages,
         "AFL-3.0",
         partial(_load_preset, "masakhanews", MASAKHANEWS),
-        (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY),
+        (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY, "partition"),
     ),
 }
 

@@ -1,10 +1,12 @@
 """The data part of an experiment's settings."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from fedp2eft.data.federation import Federation
+
+PartitionKind = Literal["per-pool", "reference"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,10 @@ class DataSettings:
     """Which rows the clients have.
 
     Args:
-        dataset: debian-descriptions (ships with the package), files (your own), hub (any data set
-            of the Hugging Face Hub), xnli or masakhanews (the paper's, from the hub).
+        dataset: debian-descriptions (ships with the package), libreoffice-help (a sample of it
+            does), files (your own), hub (any data set of the Hugging Face Hub), xnli or masakhanews
+            (the paper's, from the hub), fed-aya (the paper's, from a file), or nodes (each
+            SuperNode's own file; docs/deployment.md).
         languages: languages of the seen and unseen clients; empty: all that the data set has.
         new_languages: languages that no seen client speaks; their clients never train.
         clients_per_language: clients per language and pool.
@@ -38,13 +42,19 @@ class DataSettings:
         max_train: at most this many train rows a client.
         max_test: at most this many test rows a client.
         seed: seed of the partition.
-        path: files: one file, with a column "client" or else one client's; hub: owner/name.
+        partition: xnli: per-pool draws one for each language and pool; reference draws one from
+            the seen labels and repeats it in all, as the paper's public implementation does.
+        path: files: one file, with a column "client" or else one client's; hub: owner/name;
+            fed-aya, libreoffice-help: the data set's file.
         files: files: client name to its file, in place of path.
-        text_columns: files and hub: columns of the model's input.
-        label_column: files and hub: column of the class; null for a task without classes.
-        target_column: files and hub: column a generating model shall answer with.
-        labels: files: class names in the order of their ids; empty: the values found, sorted.
-        test_fraction: files: share of a client's rows to test on where the file does not say.
+        text_columns: files, hub, nodes: columns of the model's input.
+        label_column: files, hub, nodes: column of the class; null for a task without classes.
+        target_column: files, hub, nodes: column a generating model shall answer with. A column of
+            conversations (lists of role and content) is text column and target column in one.
+        labels: files, nodes: class names in the order of their ids; files, where empty: the values
+            found, sorted.
+        test_fraction: files, nodes: share of a client's rows to test on where the file does not
+            say.
         train_split: hub: split that train rows are taken from, several joined by "+".
         test_split: hub: split that test rows are taken from.
         pool_train: hub: train rows per language and pool; null: half of the split.
@@ -62,6 +72,7 @@ class DataSettings:
     max_train: int | None = None
     max_test: int | None = None
     seed: int = 0
+    partition: PartitionKind = "per-pool"
     path: str | None = None
     files: dict[str, ClientFile] = field(default_factory=dict)
     text_columns: list[str] = field(default_factory=lambda: ["text"])
@@ -104,7 +115,7 @@ def hold_out(federation: "Federation", settings: DataSettings) -> "Federation":
 
     clients = []
     for client in federation.clients:
-        labels = federation.label_ids(client.train)
+        labels = federation.label_ids(client.train) if federation.labels else client.train * 0
         rng = rng_for(settings.seed, "holdout", client.name)
         kept, held = local_validation_split(labels, settings.holdout, rng)
         clients.append(replace(client, train=client.train[kept], test=client.train[held]))

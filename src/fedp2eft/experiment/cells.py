@@ -24,7 +24,7 @@ from fedp2eft.methods import METHODS, method_named
 from fedp2eft.reading import as_dict, settings_from
 from fedp2eft.settings import Settings
 
-SEEDED = ("adapter", "data", "generator", "model")
+SEEDED = ("adapter", "data", "fedl2p", "generator", "model")
 """Sections whose `seed` a comparison's seed replaces, beside the experiment's own."""
 
 

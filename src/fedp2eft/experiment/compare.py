@@ -20,16 +20,19 @@ from typing import Any
 
 import torch
 import yaml
+from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.cells import Cell, Training, claim, plan, settings_of
 from fedp2eft.experiment.engine import LocalEngine, local_engine
-from fedp2eft.federation.personalization import Shared, personalize, prepare
+from fedp2eft.experiment.structure import structures
+from fedp2eft.federation.exchange import Member, roster
+from fedp2eft.federation.messages import alike_arrays, to_arrays
+from fedp2eft.federation.personalization import Shared, Told, personalize, prepare
 from fedp2eft.federation.reporting import Reporter, current
-from fedp2eft.federation.rounds import Member, roster
 from fedp2eft.federation.run_folder import RunFolder, check_same, read_settings
-from fedp2eft.federation.server import train_base, train_shared
+from fedp2eft.federation.server import FEDERATIONS, train_base
 from fedp2eft.files import write_json, write_text, write_whole
 from fedp2eft.methods import METHODS
 from fedp2eft.reading import as_dict
@@ -44,7 +47,7 @@ FREE = {
     ("federation", "keep_checkpoints"),
 }
 """Settings that may change between two starts: they add cells and change none."""
-LENT = ("base",)
+LENT = ("base", "clients/*/base-*.safetensors")
 """What a training takes from the run folder of its base."""
 WAIT_SECONDS = 1.0
 PACKAGES = ("fedp2eft", "torch", "transformers", "peft", "flwr")
@@ -182,15 +185,35 @@ class _Site:
                 with closing(RunFolder(base, settings)) as run:
                     train_base(engine.grid, run, engine.workspace, members, self.reporter)
         with closing(RunFolder(self.run, self.settings)) as run:
-            for part in LENT:
-                _lend(base / part, self.run / part)
-            if not self._federations:
-                return
-            engine = self.engine
-            numbers = train_shared(engine.grid, run, engine.workspace, self.members, self.reporter)
-        for name in self._federations:
-            tensors = {key: value.contiguous() for key, value in numbers[name].items()}
-            write_whole(self._numbers(name), partial(save_file, tensors))
+            for there in (path for part in LENT for path in sorted(base.glob(part))):
+                _lend(there, self.run / there.relative_to(base))
+            for name in self._federations:
+                if not self._numbers(name).exists():
+                    self._train_federation(name, run)
+
+    def _train_federation(self, name: str, run: RunFolder) -> None:
+        engine, s = self.engine, self.settings
+        numbers = FEDERATIONS[name](engine.grid, run, engine.workspace, self.members, self.reporter)
+        if name == "psg":
+            clients = [member.client for member in self.members]
+            found = structures(engine.workspace, self.run, clients, s.evaluation.ranks)
+            write_json(self.run / "structure.json", found)
+        tensors = {key: value.contiguous() for key, value in numbers.items()}
+        write_whole(self._numbers(name), partial(save_file, tensors))
+
+    def told(self, cell: Cell) -> Told:
+        """What clients are told; surveys are taken once for all pools and kept."""
+        path = self.run / "surveys" / f"{cell.method}-r{cell.rank}.safetensors"
+        if path.exists():
+            kind = METHODS[cell.method].shared
+            numbers = to_arrays(self.shared[kind]) if kind else ArrayRecord()
+            return Told(cell.method, cell.rank, numbers, to_arrays(load_file(path)))
+        timeout = self.settings.federation.timeout
+        told = prepare(self.engine.grid, self.shared, cell.method, cell.rank, self.members, timeout)
+        if told.prepared:
+            answers = alike_arrays([told.prepared], f"The survey of {cell.method}")[0]
+            write_whole(path, partial(save_file, answers))
+        return told
 
     def compute(self, cell: Cell) -> dict[str, Any]:
         """The scores of every client of the cell's pool, and what they cost."""
@@ -201,7 +224,7 @@ class _Site:
             raise UserError(
                 f"No client is in pool {cell.pool!r}: change evaluation.pools or the data."
             )
-        told = prepare(grid, self.shared, cell.method, cell.rank, self.members, timeout)
+        told = self.told(cell)
         clients = []
         for done, (member, scores) in enumerate(personalize(grid, told, members, timeout), 1):
             clients.append({"client": member.client, "language": member.language, **scores})
@@ -234,7 +257,8 @@ class _Site:
 
 def _lend(there: Path, here: Path) -> None:
     """Let a run folder use what another one has."""
-    if there.exists() and not here.exists():
+    if not here.exists():
+        here.parent.mkdir(parents=True, exist_ok=True)
         here.symlink_to(os.path.relpath(there, here.parent))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context, RecordDict
 
+from fedp2eft.errors import require
 from fedp2eft.federation.client_app import app as client_app
 from fedp2eft.federation.client_app import train_psg_ahead
 from fedp2eft.federation.cohort import cohort_size
@@ -56,6 +57,11 @@ def local_engine(
     with torch.random.fork_rng(), report_to(reporter) if reporter else nullcontext():
         try:
             workspace = shared_workspace(text, str(run))
+            require(
+                bool(workspace.clients),
+                "data.dataset is nodes, whose rows are on the SuperNodes: start it with flwr run "
+                "(docs/deployment.md).",
+            )
             grid = LocalGrid(
                 client_app,
                 [{"client": name} for name in sorted(workspace.clients)],

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedp2eft.experiment.statistics import Estimate
 from fedp2eft.experiment.summary import REFERENCES, Comparison, Difference, Line
+from fedp2eft.federation.metrics import ACCURACY, METRICS, Metric
 
 MISSING = "–"
+COLUMNS = (
+    *("mean", "worst language", "worst client", "worse than base"),
+    *(f"to {name}" for name in REFERENCES),
+    *("seeds", "seconds", "parameters", "kB up", "kB down", "memory GB"),
+)
 NOTES = (
-    "Accuracy in %: within a language pooled over its clients' test rows, then the plain mean of "
-    "the languages. Worst language and worst client: the lowest of each seed. Worse than base: "
-    "share of the clients that score below the base model itself.",
+    "Within a language pooled over its clients' test rows, then the plain mean of the languages. "
+    "Worst language and worst client: the worst of each seed. Worse than base: share (%) of the "
+    "clients that score worse than the base model itself. To lora, to fedp2eft: difference to it "
+    "at the same rank.",
     "± is half the 95 % confidence interval over seeds (Student's t). [ ] is the 95 % interval of "
     "a paired bootstrap over clients, within languages.",
     "Seconds, parameters and kB (up and down, a client and round of the method's own federation) "
@@ -55,21 +62,21 @@ def compact_table(comparison: Comparison, base: str) -> Table:
         if line is None:
             return MISSING
         few = "*" if len(line.mean.seeds) < len(comparison.seeds) else ""
-        return percent(line.mean) + few
+        return score(line.mean, comparison.metric) + few
 
     rows = [[method, *(cell(method, *place) for place in at)] for method in comparison.methods]
     head = ["method", *(f"{pool} r={rank}" for pool, rank in at)]
-    return Table(f"Accuracy on the base {base}", head, rows)
+    return Table(f"{_title(comparison)} on the base {base}", head, rows)
 
 
 def long_table(comparison: Comparison, base: str, pool: str) -> Table:
     """(Rank, method) × all metrics, differences and costs of one pool."""
-    names = list(columns(0))
     rows = []
     for rank, method, line in budgets(comparison, base, pool):
-        cells = [show(line) if line else MISSING for show in columns(rank).values()]
+        cells = numbers(line, rank) if line else [MISSING] * len(COLUMNS)
         rows.append([str(rank), method, *cells])
-    return Table(f"Base {base}, pool {pool}", ["rank", "method", *names], rows)
+    title = f"{_title(comparison)}, base {base}, pool {pool}"
+    return Table(title, ["rank", "method", *COLUMNS], rows)
 
 
 def language_table(comparison: Comparison, base: str, pool: str) -> Table:
@@ -78,45 +85,56 @@ def language_table(comparison: Comparison, base: str, pool: str) -> Table:
     rows = []
     for rank, method, line in budgets(comparison, base, pool):
         made = [line.languages.get(name) if line else None for name in languages]
-        cells = [f"{100 * one.mean:.1f}" if one else MISSING for one in made]
+        cells = [comparison.metric.shown(one.mean) if one else MISSING for one in made]
         rows.append([str(rank), method, *cells])
-    return Table(
-        f"Accuracy by language, base {base}, pool {pool}", ["rank", "method", *languages], rows
+    title = f"{_title(comparison)} by language, base {base}, pool {pool}"
+    return Table(title, ["rank", "method", *languages], rows)
+
+
+def unit(metric: Metric) -> str:
+    """What the tables and figures show the metric in."""
+    return "%" if metric.higher else "nats per token"
+
+
+def _title(comparison: Comparison) -> str:
+    return f"{comparison.metric.name.capitalize()} ({unit(comparison.metric)})"
+
+
+def numbers(line: Line, rank: int) -> list[str]:
+    """What a line shows at a budget under `COLUMNS`."""
+    cost, metric = line.cost, METRICS[line.metric]
+    return [
+        score(line.mean, metric),
+        score(line.worst_language, metric),
+        score(line.worst_client, metric),
+        score(line.worse_than_base, ACCURACY),  # a share too
+        *(difference(line.difference(to, rank), metric) for to in REFERENCES),
+        str(len(line.mean.seeds)),
+        f"{cost.seconds:.1f}",
+        f"{cost.parameters:,.0f}",
+        f"{cost.bytes_up / 1e3:,.0f}",
+        f"{cost.bytes_down / 1e3:,.0f}",
+        f"{cost.peak_memory / 1e9:.1f}",
+    ]
+
+
+def score(made: Estimate | None, metric: Metric) -> str:
+    """A value of the metric, with half its interval where it has one."""
+    if made is None:
+        return MISSING
+    half = "" if made.half_width is None else f" ± {metric.shown(made.half_width)}"
+    return metric.shown(made.mean) + half
+
+
+def difference(made: Difference | None, metric: Metric) -> str:
+    """A difference with its sign, and with its interval where it has one."""
+    if made is None:
+        return MISSING
+    value, low, high = (
+        None if x is None else ("+" if x >= 0 else "") + metric.shown(x)
+        for x in (made.value, made.low, made.high)
     )
-
-
-def columns(rank: int) -> dict[str, Callable[[Line], str]]:
-    """The long table's columns at a budget: name → what a line shows there."""
-    return {
-        "accuracy": lambda line: percent(line.mean),
-        "worst language": lambda line: percent(line.worst_language),
-        "worst client": lambda line: percent(line.worst_client),
-        "worse than base": lambda line: percent(line.worse_than_base),
-        **{f"to {to}": lambda line, to=to: points(line.difference(to, rank)) for to in REFERENCES},
-        "seeds": lambda line: str(len(line.mean.seeds)),
-        "seconds": lambda line: f"{line.cost.seconds:.1f}",
-        "parameters": lambda line: f"{line.cost.parameters:,.0f}",
-        "kB up": lambda line: f"{line.cost.bytes_up / 1e3:,.0f}",
-        "kB down": lambda line: f"{line.cost.bytes_down / 1e3:,.0f}",
-        "memory GB": lambda line: f"{line.cost.peak_memory / 1e9:.1f}",
-    }
-
-
-def percent(made: Estimate | None) -> str:
-    """A share in %, with half its interval where it has one."""
-    if made is None:
-        return MISSING
-    half = "" if made.half_width is None else f" ± {100 * made.half_width:.1f}"
-    return f"{100 * made.mean:.1f}{half}"
-
-
-def points(made: Difference | None) -> str:
-    """A difference in percentage points, with its interval where it has one."""
-    if made is None:
-        return MISSING
-    if made.low is None or made.high is None:
-        return f"{100 * made.value:+.1f}"
-    return f"{100 * made.value:+.1f} [{100 * made.low:+.1f}, {100 * made.high:+.1f}]"
+    return f"{value}" if low is None else f"{value} [{low}, {high}]"
 
 
 def tables(comparison: Comparison) -> list[Table]:

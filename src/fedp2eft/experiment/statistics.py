@@ -34,7 +34,7 @@ def t_quantile(freedom: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return sum(term / float(freedom) ** power for power, term in enumerate(terms))
 
 
 @dataclass(frozen=True)
@@ -72,45 +72,49 @@ class Interval:
 
 
 def paired_difference(
-    mine: NDArray[np.int64],
-    theirs: NDArray[np.int64],
-    examples: NDArray[np.int64],
+    mine: NDArray[np.float64],
+    theirs: NDArray[np.float64],
+    units: NDArray[np.float64],
     languages: Sequence[str],
     seed: int,
 ) -> Interval:
-    """How much better one method is than another on the same clients and test rows.
+    """How far one method's metric is from another's on the same clients and test rows.
 
     The value is the mean over seeds of the plain mean over languages of the difference between the
-    two accuracies, each pooled over the language's test rows.
+    two, each pooled over the language's test rows.
 
     The interval is the 2.5 % to 97.5 % range of that value over 10,000 resamples. What is resampled
-    are clients by name, within each language: of a language with n clients, n - 1 are drawn with
-    replacement (n - 1 and not n, so that the spread of the resamples is that of the mean of n
-    clients also where n is small: Rao and Wu, JASA 1988). A client that is drawn k times brings
-    all its test rows k times, under both methods and all seeds alike: the comparison is paired.
-    Languages, seeds and the rows of a client are not resampled, so the interval is about other
-    clients of these languages. There is none where a language has a single client.
+    are clients, within each language. A client is one of one seed: every seed draws the partition
+    anew, so the same name under two seeds is two clients. Of a language with n of them, n - 1 are
+    drawn with replacement and their sum is taken n / (n - 1) times (so that the spread of the
+    resamples is that of the mean of n clients also where n is small: Rao and Wu, JASA 1988). A
+    client that is drawn brings the difference between both methods on its own test rows: the
+    comparison is paired. Languages, the rows of a client and what was trained on a seed are not
+    resampled, so the interval is about other clients of these languages. There is none where a
+    language has a single client in all.
 
     Args:
-        mine: Correct answers of the method, shape (seeds, clients).
-        theirs: Correct answers of the other method, same shape.
-        examples: Test rows, same shape, each above 0.
+        mine: What the method sums up: rows classified right, or nats; shape (seeds, clients).
+        theirs: The same for the other method.
+        units: Of what it is a mean: test rows, or response tokens; same shape, each above 0.
         languages: Language of every client, length clients.
         seed: Seed of the resampling.
     """
     names = np.asarray(languages)
     groups = [np.flatnonzero(names == name) for name in sorted(set(languages))]
-    gain = (mine - theirs).T.astype(np.float64)  # rows gained: clients × seeds
-    rows = examples.T.astype(np.float64)
-    value = float(np.mean([gain[g].sum(axis=0) / rows[g].sum(axis=0) for g in groups]))
-    sizes = tuple(len(group) for group in groups)
+    # each client's part of its language's difference; they sum up to the value of one seed
+    parts = [
+        ((mine - theirs)[:, g] / units[:, g].sum(axis=1, keepdims=True)).ravel() for g in groups
+    ]
+    value = float(np.mean([part.sum() for part in parts])) / len(mine)
+    sizes = tuple(len(part) for part in parts)
     if min(sizes) < 2:
         return Interval(value, None, None)
-    per_language = [
-        (times @ gain[group]) / (times @ rows[group])  # resamples × seeds
-        for group, times in zip(groups, _draws(sizes, seed), strict=True)
+    drawn = [
+        times @ part * (len(part) / (len(part) - 1))
+        for part, times in zip(parts, _draws(sizes, seed), strict=True)
     ]
-    values = np.mean(per_language, axis=(0, 2))
+    values = np.mean(drawn, axis=0) / len(mine)
     low, high = np.quantile(values, [0.025, 0.975])
     return Interval(value, float(low), float(high))
 

@@ -2,62 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
 from fedp2eft.experiment.cells import plan
+from fedp2eft.experiment.facts import Facts, name_of, scored, values
 from fedp2eft.experiment.statistics import Estimate, estimate, paired_difference
+from fedp2eft.federation.metrics import ACCURACY, METRICS, Metric, metric_of
 from fedp2eft.federation.results import Row, row_of
-from fedp2eft.files import read_json
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import Settings
 
-Facts = Mapping[str, Any]
-"""The content of a cell's file."""
 Key = tuple[str, str, str, int]
 """Base, pool, method, rank."""
 
 REFERENCES = ("lora", "fedp2eft")
-_CELL = {
-    "method": str,
-    "base": str,
-    "rank": int,
-    "seed": int,
-    "pool": str,
-    "clients": list,
-    "seconds": (int, float),
-    "bytes_up": int,
-    "bytes_down": int,
-    "peak_memory": int,
-    "versions": dict,
-    "machine": str,
-}
-_CLIENT = {
-    "client": str,
-    "language": str,
-    "examples": int,
-    "correct": int,
-    "parameters": (int, float),
-    "seconds": (int, float),
-}
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better a method is than a reference on the same base, pool, seeds and clients.
+    """The metric of a method minus a reference's, on the same base, pool, seeds and clients.
 
     Args:
         to: The reference.
         rank: The reference's budget; the method's own too, where it has one.
-        value: Difference of the accuracies' mean over languages, mean over seeds.
+        value: Difference of the means over languages, mean over seeds.
         low: Lower end of the bootstrap interval over clients (see `paired_difference`).
         high: Its upper end; both None where there can be none.
     """
@@ -98,13 +71,14 @@ class Line:
         method: Its name.
         rank: Budget r; 0 for a method without one.
         clients: Clients scored per seed, on average.
-        languages: Accuracy by language, 0 to 1, pooled over its clients' test rows.
+        languages: The metric by language, pooled over its clients' test rows.
         mean: Plain mean over languages.
-        worst_language: Lowest accuracy of a language.
-        worst_client: Lowest accuracy of a client.
-        worse_than_base: Share of clients below the base model's own accuracy; None without it.
+        worst_language: The worst of a language.
+        worst_client: The worst of a client.
+        worse_than_base: Share of clients that score worse than the base model; None without it.
         differences: To the references, at every budget that both have.
         cost: What it costs.
+        metric: Name of the metric; a key of `fedp2eft.federation.metrics.METRICS`.
     """
 
     base: str
@@ -119,6 +93,7 @@ class Line:
     worse_than_base: Estimate | None
     differences: tuple[Difference, ...]
     cost: Cost
+    metric: str
 
     def difference(self, to: str, rank: int) -> Difference | None:
         """The difference to a reference at its budget `rank`."""
@@ -151,30 +126,23 @@ class Comparison:
     machines: list[str]
     versions: list[dict[str, str]]
 
+    @property
+    def metric(self) -> Metric:
+        """What its task is judged by."""
+        return METRICS[self.lines[0].metric] if self.lines else ACCURACY
+
     def line(self, base: str, pool: str, method: str, rank: int) -> Line | None:
         """A method at a budget; one without a budget is the same at all. None: not computed."""
         for line in self.lines:
-            if (line.base, line.pool, line.method) == (base, pool, method):
-                if line.rank in (rank, 0):
-                    return line
+            same = (line.base, line.pool, line.method) == (base, pool, method)
+            if same and line.rank in (rank, 0):
+                return line
         return None
 
     def languages(self, base: str, pool: str) -> list[str]:
         """The languages of a pool, sorted."""
         lines = [line for line in self.lines if (line.base, line.pool) == (base, pool)]
         return sorted({language for line in lines for language in line.languages})
-
-
-def read_cells(folder: Path) -> list[Facts]:
-    """All cells of a comparison folder; a file that is none is named in a warning and left out."""
-    cells = []
-    for path in sorted((folder / "cells").glob("**/*.json")):
-        facts = read_json(path)
-        if not _is_cell(facts) or path != folder / "cells" / f"{_name(facts)}.json":
-            _log.warning("%s is not a cell of this comparison: it is left out.", path)
-            continue
-        cells.append(facts)
-    return cells
 
 
 def summarize(settings: Settings, cells: Iterable[Facts]) -> Comparison:
@@ -185,10 +153,10 @@ def summarize(settings: Settings, cells: Iterable[Facts]) -> Comparison:
         cells: In any order; those that the settings do not ask for are left out.
     """
     planned = {cell.name: cell for cell in plan(settings)}
-    found = {_name(facts): facts for facts in cells if _name(facts) in planned}
+    found = {name_of(facts): facts for facts in cells if name_of(facts) in planned}
     groups: dict[Key, dict[int, Facts]] = defaultdict(dict)
     for name, cell in planned.items():  # the order of the settings
-        if name in found and _scored(found[name]):
+        if name in found and scored(found[name]):
             key = (cell.training.base, cell.pool, cell.method, cell.rank)
             groups[key][cell.training.seed] = found[name]
     evaluation = settings.evaluation
@@ -220,7 +188,7 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, Facts]]) -> Line:
     mine = groups[key]
     own = groups.get((base, pool, "base", 0), {})
     rows: dict[int, Row] = {
-        seed: row_of(method, rank, pool, _scored(facts), _accuracies(own.get(seed)))
+        seed: row_of(method, rank, pool, scored(facts), values(own.get(seed)))
         for seed, facts in mine.items()
     }
 
@@ -231,8 +199,8 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, Facts]]) -> Line:
 
     by_language: dict[str, dict[int, float]] = defaultdict(dict)
     for seed, row in rows.items():
-        for language, accuracy in row.languages.items():
-            by_language[language][seed] = accuracy
+        for language, value in row.languages.items():
+            by_language[language][seed] = value
     languages = {name: estimate(seeds) for name, seeds in sorted(by_language.items())}
     worse = {s: r.worse_than_base for s, r in rows.items() if r.worse_than_base is not None}
     return Line(
@@ -260,6 +228,7 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, Facts]]) -> Line:
             bytes_down=fmean(facts["bytes_down"] for facts in mine.values()),
             peak_memory=max(facts["peak_memory"] for facts in mine.values()),
         ),
+        metric=next(iter(rows.values())).metric,
     )
 
 
@@ -271,45 +240,20 @@ def _difference(
     if not seeds:
         return None
     scores = [
-        tuple({c["client"]: c for c in _scored(cells[seed])} for cells in (mine, theirs))
+        tuple({c["client"]: c for c in scored(cells[seed])} for cells in (mine, theirs))
         for seed in seeds
     ]
-    common = sorted(
-        name
-        for name in set.intersection(*(a.keys() & b.keys() for a, b in scores))
-        if all(a[name]["examples"] == b[name]["examples"] for a, b in scores)
-    )
+    metric = metric_of(next(iter(scores[0][0].values())))
+    unit = metric.unit
+    both = set.intersection(*(a.keys() & b.keys() for a, b in scores))
+    common = sorted(name for name in both if all(a[name][unit] == b[name][unit] for a, b in scores))
     if not common:
         return None
     interval = paired_difference(
-        np.array([[a[name]["correct"] for name in common] for a, _ in scores]),
-        np.array([[b[name]["correct"] for name in common] for _, b in scores]),
-        np.array([[a[name]["examples"] for name in common] for a, _ in scores]),
+        np.array([[metric.total(a[name]) for name in common] for a, _ in scores]),
+        np.array([[metric.total(b[name]) for name in common] for _, b in scores]),
+        np.array([[float(a[name][unit]) for name in common] for a, _ in scores]),
         [scores[0][0][name]["language"] for name in common],
         derive_seed("bootstrap", *key[:2]),
     )
     return Difference(other[2], other[3], interval.value, interval.low, interval.high)
-
-
-def _scored(facts: Facts) -> Sequence[Facts]:
-    """The clients that have test rows; the others have no accuracy."""
-    return [client for client in facts["clients"] if client["examples"]]
-
-
-def _accuracies(facts: Facts | None) -> dict[str, float]:
-    return {c["client"]: c["correct"] / c["examples"] for c in _scored(facts)} if facts else {}
-
-
-def _name(facts: Facts) -> str:
-    """The name that `fedp2eft.experiment.cells.Cell` gives to a cell of this content."""
-    return "{base}/s{seed}/{pool}/{method}-r{rank}".format(**facts)
-
-
-def _is_cell(facts: object) -> bool:
-    return _has(facts, _CELL) and all(_has(client, _CLIENT) for client in facts["clients"])  # type: ignore[index]
-
-
-def _has(facts: object, kinds: Mapping[str, Any]) -> bool:
-    return isinstance(facts, dict) and all(
-        isinstance(facts.get(name), kind) for name, kind in kinds.items()
-    )

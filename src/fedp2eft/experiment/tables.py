@@ -10,9 +10,10 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
+from fedp2eft.experiment.facts import read_cells
 from fedp2eft.experiment.layout import budgets, notes, tables
 from fedp2eft.experiment.statistics import Estimate
-from fedp2eft.experiment.summary import REFERENCES, Comparison, Line, read_cells, summarize
+from fedp2eft.experiment.summary import REFERENCES, Comparison, Line, summarize
 from fedp2eft.federation.run_folder import read_settings
 from fedp2eft.files import write_json, write_text
 from fedp2eft.reading import settings_from
@@ -104,15 +105,17 @@ def escape(text: str) -> str:
 def as_csv(comparison: Comparison) -> str:
     """One row for every (base, pool, rank, method) that the tables show; empty where missing.
 
-    Shares and differences are numbers from 0 to 1, costs are in seconds and bytes.
+    Shares, accuracies among them, are numbers from 0 to 1, losses are in nats per token, costs in
+    seconds and bytes.
     """
+    metric = comparison.metric.name.replace(" ", "_")
     places = list(product(comparison.bases, comparison.pools))
     languages = sorted({name for place in places for name in comparison.languages(*place)})
     head = (
         ["base", "pool", "rank", "method", "seeds", "clients"]
         + [f"{name}{end}" for name in _SHARES for end in ("", "_half_width")]
         + [f"to_{to}{end}" for to in REFERENCES for end in ("", "_low", "_high")]
-        + [*_COSTS, *(f"accuracy_{name}" for name in languages)]
+        + [*_COSTS, *(f"{metric}_{name}" for name in languages)]
     )
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedp2eft.files import write_whole
 logger = logging.getLogger(__name__)
 
 HEADER = "checkpoint"
+STATE = "#state/"  # no parameter's name has a "#" in it
 
 
 @dataclass(frozen=True)
@@ -31,25 +33,35 @@ class Progress:
     """How far a phase has come.
 
     Args:
-        phase: "base" or "psg".
+        phase: "base", "psg" or "fedl2p".
         round: Last finished round; 0 before the first.
-        metrics_bytes: Length of metrics.jsonl when that round was finished.
     """
 
     phase: str
     round: int
-    metrics_bytes: int
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, numbers: dict[str, Tensor], keep: int
+    folder: Path,
+    progress: Progress,
+    numbers: Mapping[str, Tensor],
+    keep: int,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the checkpoint of a finished round, then remove all but the `keep` newest.
+
+    Args:
+        folder: Of the checkpoints.
+        progress: The round.
+        numbers: The trained numbers by name.
+        keep: How many rounds are kept.
+        state: What the server remembers beside them (moments, privacy spent), by name.
 
     Raises:
         UserError: The disk is full; older checkpoints are untouched.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in numbers.items()}
+    both = {**numbers, **{STATE + name: value for name, value in (state or {}).items()}}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in both.items()}
     # One key: safetensors writes several in random order, and a file is the same bits each time
     header = {HEADER: json.dumps({"progress": asdict(progress), "sha256": _digest(tensors)})}
     path = folder / f"{progress.phase}-{progress.round:06d}.safetensors"
@@ -60,7 +72,27 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, phase: str) -> tuple[Progress, dict[str, Tensor]] | None:
     """The newest whole checkpoint of a phase, or None. A damaged one is named in a warning."""
-    for path in _newest_first(folder, phase):
+    return next(_numbers(_newest_first(folder, phase)), None)
+
+
+def load_state(folder: Path, phase: str) -> dict[str, Tensor]:
+    """What the server remembered beside the numbers in the newest whole checkpoint."""
+    _, tensors = next(_whole(_newest_first(folder, phase)), (None, {}))
+    return {n.removeprefix(STATE): value for n, value in tensors.items() if n.startswith(STATE)}
+
+
+def all_checkpoints(folder: Path, phase: str) -> Iterator[tuple[Progress, dict[str, Tensor]]]:
+    """Every whole checkpoint of a phase, oldest first."""
+    return _numbers(reversed(_newest_first(folder, phase)))
+
+
+def _numbers(paths: Iterable[Path]) -> Iterator[tuple[Progress, dict[str, Tensor]]]:
+    for progress, tensors in _whole(paths):
+        yield progress, {n: value for n, value in tensors.items() if not n.startswith(STATE)}
+
+
+def _whole(paths: Iterable[Path]) -> Iterator[tuple[Progress, dict[str, Tensor]]]:
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[HEADER])
@@ -73,8 +105,7 @@ def load_checkpoint(folder: Path, phase: str) -> tuple[Progress, dict[str, Tenso
                 "Checkpoint %s is damaged (%s); falling back to the one before.", path, error
             )
             continue
-        return progress, tensors
-    return None
+        yield progress, tensors
 
 
 def _newest_first(folder: Path, phase: str) -> list[Path]:

@@ -1,7 +1,8 @@
 """The ClientApp: what a node does with a message. The same on every engine.
 
 A node's config names its client: `client` (a name), or Flower's own `partition-id` (a number, in
-the order of the sorted names of all clients).
+the order of the sorted names of all clients). With `data.dataset: nodes` it names the client's file
+and a folder of its own, too (`fedp2eft.data.nodes`, `fedp2eft.federation.node`).
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Context,
-    Error,
     Message,
     MetricRecord,
     MetricRecordValues,
@@ -25,18 +26,21 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedp2eft.adapters.export import save_adapter
-from fedp2eft.bases.standard_fl import fine_tune, set_parameters, trained_parameters
-from fedp2eft.client import OnStep, local_order, train_round
-from fedp2eft.errors import UserError
+from fedp2eft.adapters.export import PEFT_TASKS, save_adapter
+from fedp2eft.bases import LocalWork, copy_numbers, rate
+from fedp2eft.bases.parts import own_rows
+from fedp2eft.client import OnStep, train_round
+from fedp2eft.data.nodes import NODES
+from fedp2eft.errors import TellableError, UserError
+from fedp2eft.federation.client_mods import keep_private, tell_errors
 from fedp2eft.federation.cohort import local_run, set_phi
-from fedp2eft.federation.local import CLIENT_APP_RAISED
 from fedp2eft.federation.messages import (
     ABOUT,
     ARRAYS,
     EXAMPLES,
     METRICS,
     PREPARED,
+    VALIDATION_LOSS,
     alike_arrays,
     from_arrays,
     reply_with,
@@ -44,25 +48,16 @@ from fedp2eft.federation.messages import (
     the_config,
     to_arrays,
 )
+from fedp2eft.federation.node import keep_base, kept_base, own_folder
 from fedp2eft.federation.reporting import current
 from fedp2eft.federation.workspace import Workspace, shared_workspace
 from fedp2eft.methods import METHODS, ClientSide, method_named
+from fedp2eft.methods.fedl2p.method import train_round as train_meta_net
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import check_rank
 
-
-def tell_user_errors(
-    message: Message, context: Context, handle: Callable[[Message, Context], Message]
-) -> Message:
-    """Flower mod: a user's mistake reaches the server as its one line, on every engine."""
-    try:
-        return handle(message, context)
-    except UserError as error:
-        return Message(Error(CLIENT_APP_RAISED, str(error)), reply_to=message)
-
-
-app = ClientApp(mods=[tell_user_errors])
+app = ClientApp(mods=[tell_errors])
 logger = logging.getLogger(__name__)
 
 
@@ -71,9 +66,12 @@ def open_workspace(context: Context) -> Workspace:
     from fedp2eft.reading import settings_of_run
 
     config = context.run_config
-    settings = settings_of_run(config)
-    run = config.get("run")
-    return shared_workspace(json.dumps(settings), str(run) if run else None)
+    settings, run = settings_of_run(config), str(config.get("run") or "")
+    if settings["data"]["dataset"] == NODES:
+        folder = own_folder(context.node_config, settings, run)
+        node = json.dumps(dict(context.node_config))
+        return shared_workspace(json.dumps(settings), str(folder), node)
+    return shared_workspace(json.dumps(settings), run or None)
 
 
 def client_name(context: Context, workspace: Workspace) -> str:
@@ -83,10 +81,10 @@ def client_name(context: Context, workspace: Workspace) -> str:
         return workspace.client(str(node["client"])).name
     names = sorted(workspace.clients)
     if "partition-id" not in node:
-        raise UserError("The node config names no client: add client='NAME'.")
+        raise TellableError("The node config names no client: add client='NAME'.")
     number, nodes = int(node["partition-id"]), int(node.get("num-partitions", len(names)))
     if nodes != len(names) or not 0 <= number < len(names):
-        raise UserError(
+        raise TellableError(
             f"The experiment has {len(names)} clients and the federation {nodes} SuperNodes: "
             f"start it with --federation-config 'num-supernodes={len(names)}'."
         )
@@ -103,40 +101,54 @@ def describe(message: Message, context: Context) -> Message:
             "Client %s has no test rows: its adapter is made and not scored.", client.name
         )
     about = ConfigRecord({"client": client.name, "language": client.language, "pool": client.pool})
+    if workspace.node is not None:
+        about["base"] = kept_base(workspace)
     counts = MetricRecord({EXAMPLES: len(client.train), "num-tests": len(client.test)})
     return reply_with(message, RecordDict({ABOUT: about, METRICS: counts}))
 
 
-@app.train("base")
-def train_base(message: Message, context: Context) -> Message:
-    """One round of Standard FL: base weights in, fine-tuned base weights out."""
+@app.query("base")
+def take_base(message: Message, context: Context) -> Message:
+    """Keep the run's finished base in this client's own folder."""
     workspace = open_workspace(context)
     name = client_name(context, workspace)
-    s = workspace.settings
+    about = ConfigRecord({"client": name, "base": keep_base(workspace, message)})
+    shared_workspace.cache_clear()  # what was made of another base before
+    return reply_with(message, RecordDict({ABOUT: about}))
+
+
+@app.train("base")
+def train_base(message: Message, context: Context) -> Message:
+    """One round of the base's training: what travels of it in, and out again trained."""
+    workspace = open_workspace(context)
+    name = client_name(context, workspace)
+    s, base, model = workspace.settings, workspace.base, workspace.trainable_base
     round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
-    model = workspace.trainable_base
-    mine = trained_parameters(model, s.base)
-    set_parameters(
-        model, from_arrays(the_arrays(message), mine, "The base from the server"), s.base
-    )
-    data = workspace.encoded(name, "train")
-    seed = derive_seed(s.seed, "base", round_, name)
-    order = list(local_order(len(data), s.base.epochs, s.base.batch_size, seed))
-    dtype = resolve_precision(s.model.precision, workspace.device)
-    losses = fine_tune(
-        model, workspace.task, data, order, s.base, s.local, dtype, seed,
-        on_step=steps("base", len(order), name),
+    mine, staying = base.travelling(model, s.base), base.staying(model)
+    copy_numbers(mine, from_arrays(the_arrays(message), mine, "The base from the server"))
+    work = LocalWork(
+        name, workspace.task, workspace.encoded(name, "train"), s,
+        resolve_precision(s.model.precision, workspace.device),
+        derive_seed(s.seed, "base", round_, name),
     )  # fmt: skip
-    metrics = {"loss": sum(losses) / max(1, len(losses))}
-    return _trained(message, to_arrays(mine), metrics, len(data), name)
+    total = -(-len(work.order()) // s.local.accumulate)
+    work = replace(work, on_step=steps("base", total, name))
+    files = workspace.private.files
+    with own_rows(staying, files.before(name, round_) or {} if staying else {}) as rows:
+        trained = base.trained(model, s.base).values()
+        loss = work.fine_tune(model, trained, rate(s.base, round_))
+    if staying:
+        files.write(name, round_, rows)
+    return _trained(message, to_arrays(mine), {"loss": loss}, len(work.data), name)
 
 
-@app.train("psg")
+@app.train("psg", mods=[keep_private])
 def train_psg(message: Message, context: Context) -> Message:
     """One round of FedP²EFT: φ in, φ out. Neither text, ξ, λ nor an adapter leaves."""
     workspace = open_workspace(context)
     name = client_name(context, workspace)
     s = workspace.settings
+    workspace.for_client(name)
     received = set_phi(workspace, message)
     run = local_run(workspace, message, name)
     result = workspace.ahead.take(message) or train_round(
@@ -155,6 +167,30 @@ def train_psg(message: Message, context: Context) -> Message:
         change = {key: value - received[key] for key, value in result.phi.items()}
         arrays = workspace.feedback.send(name, round_, change, wire)
     return _trained(message, arrays, metrics, result.examples, name)
+
+
+@app.train("fedl2p")
+def train_fedl2p(message: Message, context: Context) -> Message:
+    """One round of FedL2P: the meta-net's numbers in, and out."""
+    workspace = open_workspace(context)
+    name = client_name(context, workspace)
+    s, net = workspace.settings, workspace.meta_net
+    net.load_state_dict(the_meta_net(workspace, message))
+    round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
+    reporter = current()
+    client = replace(
+        client_side(workspace, message, name),
+        progress=lambda share: reporter.part("fedl2p", share, name),
+    )
+    result = train_meta_net(client, net, s.fedl2p, derive_seed(s.seed, "fedl2p", round_, name))
+    metrics = {"loss": result.loss, VALIDATION_LOSS: result.validation_loss}
+    return _trained(message, to_arrays(net.numbers()), metrics, len(client.train), name)
+
+
+def the_meta_net(workspace: Workspace, message: Message) -> dict[str, Tensor]:
+    """FedL2P's numbers that a message brings, checked."""
+    like = workspace.meta_net.state_dict()
+    return from_arrays(the_arrays(message), like, "The meta-net from the server")
 
 
 def train_psg_ahead(messages: Sequence[Message], contexts: Sequence[Context]) -> None:
@@ -177,10 +213,11 @@ def answer_survey(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     name = client_name(context, workspace)
     method, rank = what_is_asked(message, workspace)
-    survey = METHODS[method].survey
-    if survey is None:
-        raise UserError(f"Method {method!r} asks its clients nothing.")
-    answer = survey.ask(client_side(workspace, message, name), rank)
+    surveys = METHODS[method].surveys
+    number = int(the_config(message).get("question", 0))  # type: ignore[arg-type]
+    if not 0 <= number < len(surveys):
+        raise UserError(f"Method {method!r} does not ask its clients question {number}.")
+    answer = surveys[number].ask(client_side(workspace, message, name), rank)
     return reply_with(message, RecordDict({ARRAYS: to_arrays(answer)}))
 
 
@@ -193,10 +230,10 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     method, rank = what_is_asked(message, workspace)
     start = time.perf_counter()
     outcome = METHODS[method].fit(client_side(workspace, message, name), rank)
+    scores = outcome.scores.numbers()
     metrics: dict[str, MetricRecordValues] = {
-        EXAMPLES: outcome.scores.examples,
-        "correct": outcome.scores.correct,
-        "loss": outcome.scores.loss,
+        EXAMPLES: scores.pop("examples"),
+        **scores,
         "parameters": outcome.weights.parameters() if outcome.weights else 0,
         "seconds": round(time.perf_counter() - start, 3),
     }
@@ -204,19 +241,21 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     if outcome.weights and method == "fedp2eft" and keep.save_adapters and workspace.run:
         client = workspace.client(name)
         save_adapter(
-            outcome.weights,
+            workspace.private.carried(workspace, name, outcome.weights),
             workspace.run / "adapters" / name / f"{method}-r{rank}",
             base=str(Path(workspace.base_source.path).resolve()),
             revision=workspace.psg_config.base_revision,
             layout=keep.layout,
+            task_type=PEFT_TASKS[s.model.task],
             facts={
                 "method": method,
                 "rank": rank,
                 "client": name,
                 "language": client.language,
-                "labels": list(workspace.federation.labels),
+                "task": s.model.task,
+                "labels": list(workspace.labels),
                 "max_length": s.local.max_length,
-                "accuracy": outcome.scores.accuracy if outcome.scores.examples else None,
+                **outcome.scores.facts(),
                 "test_rows": outcome.scores.examples,
             },
         )
@@ -228,19 +267,24 @@ def what_is_asked(message: Message, workspace: Workspace) -> tuple[str, int]:
     """Method and rank budget that a message names, checked."""
     config = the_config(message)
     method, rank = str(config["method"]), int(config["rank"])  # type: ignore[arg-type]
-    method_named(method)
-    check_rank(max(1, rank), workspace.settings.adapter.r_max)
+    if method_named(method).ranked or rank:
+        check_rank(rank, workspace.settings.adapter.r_max)
     return method, rank
 
 
 def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide:
-    """What the method that a message names may look at, for one client."""
+    """What a method may look at, for one client: the one that a message names, if it does."""
+    workspace.for_client(name)
     s, psg = workspace.settings, workspace.psg
     reporter = current()
     shared: dict[str, Tensor] = {}
-    if METHODS[str(the_config(message)["method"])].shared == "psg":
+    method = the_config(message).get("method")
+    federation = METHODS[str(method)].shared if method else None
+    if federation == "psg":
         shared = from_arrays(the_arrays(message), psg.state_dict(), "φ from the server")
         psg.set_numbers(shared)
+    elif federation == "fedl2p":
+        shared = the_meta_net(workspace, message)
     prepared = alike_arrays([the_arrays(message, PREPARED)], "What the server prepared")[0]
     return ClientSide(
         bt=workspace.bt,
@@ -254,6 +298,8 @@ def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide
         progress=lambda share: reporter.part("personalize", share, name),
         shared=shared,
         prepared=prepared,
+        adalora=s.adalora,
+        tuning=s.tuning,
     )
 
 

@@ -150,7 +150,12 @@ class LookAhead:
         )  # fmt: skip
 
     def _look_for_obstacle(self, workspace: Workspace) -> None:
-        if self._alone is None and (reason := why_alone(workspace.bt, workspace.settings.local)):
+        if self._alone is not None:
+            return
+        if workspace.base.private:
+            kind = workspace.settings.base.kind
+            self._stay_alone(f"each has a part of the base of its own (base.kind: {kind})")
+        elif reason := why_alone(workspace.bt, workspace.settings.local):
             self._stay_alone(reason)
 
     def _stay_alone(self, reason: str) -> None:

@@ -9,20 +9,17 @@ both of the shorter wires: its rounding is not carried on, as every round starts
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedp2eft.errors import UserError
-from fedp2eft.federation.messages import from_arrays, to_arrays
-from fedp2eft.files import write_whole
+from fedp2eft.errors import TellableError, UserError
+from fedp2eft.federation.client_files import ClientFiles
+from fedp2eft.federation.messages import check_names, from_arrays, read_array, to_arrays
 from fedp2eft.settings import Wire
 
 logger = logging.getLogger(__name__)
@@ -75,21 +72,19 @@ def unpack(
     expected = {name: tuple(value.shape) for name, value in like.items()}
     if wire == "int8":
         expected |= {name + SCALE: (len(_rows(value)), 1) for name, value in like.items()}
-    if set(record) != set(expected):
-        odd = sorted(set(record) ^ set(expected))
-        raise UserError(f"{whose} has other parameters than expected (first: {odd[0]!r}).")
+    check_names(record, expected, whose)
     half = np.uint16 if wire == "bf16" else np.int8
     numbers = {}
     for name, value in like.items():
-        packed = _read(record[name], half, expected[name], f"{whose}: {name}")
+        packed = read_array(record[name], half, expected[name], f"{whose}: {name}")
         if wire == "bf16":
             number = torch.from_numpy(packed.copy()).view(torch.bfloat16).float()
         else:
-            scale = _read(record[name + SCALE], np.float32, expected[name + SCALE], whose)
+            scale = read_array(record[name + SCALE], np.float32, expected[name + SCALE], whose)
             rows = _rows(torch.from_numpy(packed.astype(np.float32)))
             number = (rows * torch.from_numpy(scale.copy())).reshape(value.shape)
         if not bool(torch.isfinite(number).all()):
-            raise UserError(f"{whose}: {name} holds NaN or infinity.")
+            raise TellableError(f"{whose}: {name} holds NaN or infinity.")
         numbers[name] = number
     return numbers
 
@@ -100,11 +95,11 @@ class Feedback:
     Args:
         folder: Where it is kept, so that a run that goes on sends the same bits; None keeps it in
             memory only.
+        keep: Rounds that the server may go back by.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._memory: dict[str, dict[int, dict[str, Tensor]]] = {}
+    def __init__(self, folder: Path | None, keep: int = 2) -> None:
+        self._files = ClientFiles(folder, "kept-back", keep)
 
     def send(
         self, client: str, round_: int, change: Mapping[str, Tensor], wire: Wire
@@ -116,52 +111,17 @@ class Feedback:
         }
         record = pack(whole, wire)
         sent = unpack(record, whole, wire, f"The change of {client}")
-        self._keep(client, round_, {name: whole[name] - sent[name] for name in whole})
+        self._files.write(client, round_, {name: whole[name] - sent[name] for name in whole})
         return record
 
     def _before(self, client: str, round_: int) -> dict[str, Tensor]:
-        rounds = [r for r in self._memory.get(client, {}) if r < round_]
-        if rounds:
-            return self._memory[client][max(rounds)]
-        found = [(r, path) for r, path in self._files(client) if r < round_]
-        if not found:
-            return {}
         try:
-            return load_file(max(found)[1])
-        except (SafetensorError, OSError) as error:
-            logger.warning("What client %s kept back is damaged (%s): left out.", client, error)
+            return self._files.before(client, round_) or {}
+        except UserError as error:
+            logger.warning("%s Left out.", error)
             return {}
-
-    def _keep(self, client: str, round_: int, rest: dict[str, Tensor]) -> None:
-        if self._folder is None:
-            self._memory[client] = {round_: rest}
-            return
-        path = self._folder / client / f"kept-back-{round_:06d}.safetensors"
-        write_whole(path, lambda scratch: save_file(rest, scratch))
-        # A round that was stopped half-way is repeated from what came before it.
-        for _, old in sorted(self._files(client))[:-2]:
-            old.unlink()
-
-    def _files(self, client: str) -> list[tuple[int, Path]]:
-        if self._folder is None:
-            return []
-        found = []
-        for path in (self._folder / client).glob("kept-back-*.safetensors"):
-            if match := re.fullmatch(r"kept-back-(\d+)\.safetensors", path.name):
-                found.append((int(match[1]), path))
-        return found
 
 
 def _rows(value: Tensor) -> Tensor:
     """A matrix as it is, anything else as one row."""
     return value if value.dim() == 2 else value.reshape(1, -1)
-
-
-def _read(array: Array, dtype: type, shape: tuple[int, ...], whose: str) -> np.ndarray:
-    try:
-        value = array.numpy()
-    except Exception as error:  # whatever a hostile peer can make numpy raise
-        raise UserError(f"{whose} is no readable array.") from error
-    if value.dtype != dtype or value.shape != shape:
-        raise UserError(f"{whose} is {value.dtype} {value.shape}, expected {dtype} {shape}.")
-    return value

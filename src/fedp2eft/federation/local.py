@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -24,6 +25,13 @@ from fedp2eft.errors import UserError
 
 SERVER_NODE_ID = 1
 CLIENT_APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+_LOCAL: ContextVar[bool] = ContextVar("a client of this engine is at work", default=False)
+
+
+def is_local() -> bool:
+    """Whether the client at work is one of this engine, in the server's own process."""
+    return _LOCAL.get()
 
 
 @dataclass(frozen=True)
@@ -150,10 +158,13 @@ class LocalGrid(Grid):
     def _run_client(self, message: Message) -> Message:
         self._look_ahead(message)
         node, context = message.metadata.dst_node_id, self._context(message)
+        token = _LOCAL.set(True)
         try:
             reply = self._app(message, context)
         except UserError as error:
             return Message(Error(CLIENT_APP_RAISED, str(error)), reply_to=message)
+        finally:
+            _LOCAL.reset(token)
         if len(context.state):
             self._state[node] = context.state
         return reply

@@ -1,30 +1,45 @@
 """What travels: φ (or base weights), the number of examples and scalar metrics.
 
 Everything that arrives is checked before use: names, shapes, dtypes and that numbers are finite.
+Arrays are NumPy's own format, read without pickle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
+from math import isfinite
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fedp2eft.errors import UserError
+from fedp2eft.errors import TellableError, UserError, shortened
 
 ARRAYS, CONFIG, METRICS, ABOUT = "arrays", "config", "metrics", "about"
 PREPARED = "prepared"
 EXAMPLES = "num-examples"
+MOST_HEADER = 4096  # of a NumPy file, which is 64 to 128 bytes for our arrays
+VALIDATION_LOSS = "validation-loss"
 
 # Flower's message types: category, dot, action.
 DESCRIBE = "query.describe"
+TAKE_BASE = "query.base"
 TRAIN_BASE = "train.base"
 TRAIN_PSG = "train.psg"
+TRAIN_FEDL2P = "train.fedl2p"
 SURVEY = "query.survey"
 PERSONALIZE = "evaluate.personalize"
+
+TRAINING_METRICS: dict[str, tuple[str, ...]] = {
+    TRAIN_BASE: ("loss",),
+    TRAIN_PSG: ("psg-loss", "stage1-first", "stage1-last"),
+    TRAIN_FEDL2P: ("loss", VALIDATION_LOSS),
+}
+"""What a reply to each kind of training tells beside N: no more, no less."""
 
 
 def to_arrays(numbers: Mapping[str, Tensor]) -> ArrayRecord:
@@ -46,24 +61,42 @@ def from_arrays(record: ArrayRecord, like: Mapping[str, Tensor], whose: str) -> 
         UserError: Other names, shapes or dtypes, numbers that are not finite, or bytes that are
             no array.
     """
-    if set(record) != set(like):
-        odd = sorted(set(record) ^ set(like))
-        raise UserError(f"{whose} has other parameters than expected (first: {odd[0]!r}).")
+    check_names(record, like, whose)
     numbers = {}
-    for name, array in record.items():
-        try:
-            value = array.numpy()
-        except Exception as error:  # whatever a hostile peer can make numpy raise
-            raise UserError(f"{whose}: {name} is no readable array.") from error
-        if value.dtype != np.float32 or value.shape != tuple(like[name].shape):
-            raise UserError(
-                f"{whose}: {name} is {value.dtype} {value.shape}, "
-                f"expected float32 {tuple(like[name].shape)}."
-            )
+    for name, expected in like.items():
+        value = read_array(record[name], np.float32, tuple(expected.shape), f"{whose}: {name}")
         if not np.isfinite(value).all():
-            raise UserError(f"{whose}: {name} holds NaN or infinity.")
+            raise TellableError(f"{whose}: {name} holds NaN or infinity.")
         numbers[name] = torch.from_numpy(value)
     return numbers
+
+
+def check_names(record: ArrayRecord, expected: Iterable[str], whose: str) -> None:
+    """Raise `UserError` unless the arrays have exactly these names."""
+    odd = sorted(set(record) ^ set(expected))
+    if odd:
+        raise TellableError(
+            f"{whose} has other parameters than expected (first: {shortened(odd[0])})."
+        )
+
+
+def read_array(
+    array: Array, dtype: type[np.generic], shape: tuple[int, ...], whose: str
+) -> NDArray[Any]:
+    """A foreign array as NumPy's, or `UserError` unless it has this dtype and shape."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if len(array.data) > size + MOST_HEADER:
+        raise TellableError(f"{whose} has more bytes than {np.dtype(dtype)} {shape} takes.")
+    try:
+        value = array.numpy()
+    except Exception as error:  # whatever a hostile peer can make numpy raise
+        raise TellableError(f"{whose} is no readable array.") from error
+    if value.dtype != dtype or value.shape != shape:
+        raise TellableError(
+            f"{whose} is {shortened(str(value.dtype))[1:-1]} {value.shape}, "
+            f"expected {np.dtype(dtype)} {shape}."
+        )
+    return value
 
 
 def alike_arrays(records: Sequence[ArrayRecord], whose: str) -> list[dict[str, Tensor]]:
@@ -74,7 +107,13 @@ def alike_arrays(records: Sequence[ArrayRecord], whose: str) -> list[dict[str, T
     """
     if not records:
         return []
-    like = {name: torch.empty(tuple(array.shape)) for name, array in records[0].items()}
+    try:  # "meta": a shape from a peer takes no memory
+        like = {
+            name: torch.empty(tuple(array.shape), device="meta")
+            for name, array in records[0].items()
+        }
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TellableError(f"{whose} has an array of no possible shape.") from error
     return [from_arrays(record, like, whose) for record in records]
 
 
@@ -99,14 +138,31 @@ def scalars(message: Message) -> dict[str, int | float]:
     """The metrics of a reply.
 
     Raises:
-        UserError: A metric is a list: only single numbers may leave a client.
+        UserError: There are none, or one is a list (only single numbers may leave a client) or not
+            finite.
     """
     metrics = {}
-    for name, value in message.content.metric_records[METRICS].items():
+    for name, value in message.content.metric_records.get(METRICS, MetricRecord()).items():
         if isinstance(value, list):
-            raise UserError(f"Metric {name!r} of a client is a list; only single numbers travel.")
+            raise UserError(
+                f"Metric {shortened(name)} of a client is a list; only single numbers travel."
+            )
+        if not isfinite(value):
+            raise UserError(f"Metric {shortened(name)} of a client is {value}.")
         metrics[name] = value
     return metrics
+
+
+def whole(metrics: Mapping[str, int | float], name: str, least: int = 0) -> int:
+    """A metric that counts something.
+
+    Raises:
+        UserError: It is missing, no whole number, or below `least`.
+    """
+    value = metrics.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"its {name} is {value}, not a whole number from {least} up")
+    return value
 
 
 def reply_with(message: Message, content: RecordDict) -> Message:

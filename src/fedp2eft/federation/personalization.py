@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedp2eft.data.federation import SEEN
+from fedp2eft.errors import UserError
+from fedp2eft.federation.admission import Failures
+from fedp2eft.federation.exchange import Member, exchange
 from fedp2eft.federation.messages import (
     ARRAYS,
     CONFIG,
@@ -24,9 +28,10 @@ from fedp2eft.federation.messages import (
     scalars,
     the_arrays,
     to_arrays,
+    whole,
 )
+from fedp2eft.federation.metrics import metric_of
 from fedp2eft.federation.reporting import Reporter
-from fedp2eft.federation.rounds import Member, exchange
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.methods import METHODS
 
@@ -42,17 +47,21 @@ class Told:
         method: The method's name.
         rank: The budget; 0 for a method without one.
         shared: Numbers of the method's federation; empty where it has none.
-        prepared: What the survey gave; empty where there is none.
+        prepared: What the surveys gave so far; empty where there is none.
+        question: In a survey, which of the method's it is, counted from 0.
     """
 
     method: str
     rank: int
     shared: ArrayRecord
     prepared: ArrayRecord
+    question: int = 0
 
     def message(self, node: int, kind: str) -> Message:
         """A message of that kind to one node."""
         config = ConfigRecord({"method": self.method, "rank": self.rank})
+        if kind == SURVEY:
+            config["question"] = self.question
         content = {ARRAYS: self.shared, PREPARED: self.prepared, CONFIG: config}
         return Message(RecordDict(content), node, kind, group_id=f"{self.method}-r{self.rank}")  # type: ignore[arg-type]
 
@@ -63,9 +72,15 @@ class Told:
 
 
 def prepare(
-    grid: Grid, shared: Shared, method: str, rank: int, members: list[Member], timeout: float
+    grid: Grid,
+    shared: Shared,
+    method: str,
+    rank: int,
+    members: list[Member],
+    timeout: float,
+    failures: Failures | None = None,
 ) -> Told:
-    """Gather what the clients must be told; asks the seen clients where the method has a survey.
+    """Gather what the clients must be told; asks the seen clients where the method has surveys.
 
     Args:
         grid: The engine.
@@ -73,26 +88,68 @@ def prepare(
         method: Its name.
         rank: The budget.
         members: All clients of the federation.
-        timeout: Seconds to wait for each client.
+        timeout: Seconds without any reply after which no more are waited for.
+        failures: Hears of clients that fail; the first one is an error where none is given.
     """
     kind = METHODS[method]
     numbers = to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
-    told = Told(method, rank, numbers, ArrayRecord())
-    if kind.survey is None:
-        return told
     seen = {member.node: member for member in members if member.pool == SEEN}
-    messages = [told.message(node, SURVEY) for node in seen]
-    what = f"survey of {method}"
-    replies = {
-        member.client: the_arrays(reply)
-        for member, reply in exchange(grid, messages, seen, timeout * max(1, len(seen)), what)
-    }
-    answers = alike_arrays([replies[client] for client in sorted(replies)], what)
-    return Told(method, rank, numbers, to_arrays(kind.survey.combine(answers)))
+    if kind.surveys and not seen:
+        raise UserError(f"Method {method} asks the seen clients, and there are none: leave it out.")
+    prepared: dict[str, Tensor] = {}
+    for number, survey in enumerate(kind.surveys):
+        told = Told(method, rank, numbers, to_arrays(prepared), number)
+        messages = [told.message(node, SURVEY) for node in seen]
+        what = f"survey of {method}"
+        replies = {
+            member.client: the_arrays(reply)
+            for member, reply in exchange(
+                grid, messages, seen, timeout, what, failures, renewed=True
+            )
+        }
+        answers = alike_answers(replies, what, failures)
+        if failures:
+            failures.check(len(answers), len(messages), what)
+        prepared |= survey.combine(answers)
+    return Told(method, rank, numbers, to_arrays(prepared))
+
+
+def alike_answers(
+    replies: Mapping[str, ArrayRecord], what: str, failures: Failures | None = None
+) -> list[dict[str, Tensor]]:
+    """Answers to one question, in the order of the clients' names.
+
+    All must have the names and shapes that most have: one client that answers something else is
+    left out, and does not decide for the rest.
+
+    Raises:
+        UserError: An answer is not what it should be, where a failure ends the run.
+    """
+    kinds = Counter(_kind(record) for record in replies.values())
+    answers = []
+    for client in sorted(replies):
+        whose = f"Answer of client {client} in the {what}"
+        try:
+            if kinds and _kind(replies[client]) != kinds.most_common(1)[0][0]:
+                raise UserError(f"{whose} has other parameters than most.")
+            answers += alike_arrays([replies[client]], whose)
+        except UserError as error:
+            if failures is None:
+                raise
+            failures.add(client, str(error), "refused")
+    return answers
+
+
+def _kind(record: ArrayRecord) -> tuple[object, ...]:
+    return tuple(sorted((name, tuple(array.shape)) for name, array in record.items()))
 
 
 def personalize(
-    grid: Grid, told: Told, members: list[Member], timeout: float
+    grid: Grid,
+    told: Told,
+    members: list[Member],
+    timeout: float,
+    failures: Failures | None = None,
 ) -> Iterator[tuple[Member, dict[str, Any]]]:
     """Have clients personalize with one method and budget; yields each one's scores as they come.
 
@@ -100,24 +157,63 @@ def personalize(
         grid: The engine.
         told: Method, budget and what it starts from.
         members: The clients to personalize.
-        timeout: Seconds to wait for each client.
+        timeout: Seconds without any reply after which no more are waited for.
+        failures: Hears of clients that fail; the first one is an error where none is given.
     """
     messages = [told.message(member.node, PERSONALIZE) for member in members]
     by_node = {member.node: member for member in members}
-    timeout *= max(1, len(members))
-    for member, reply in exchange(grid, messages, by_node, timeout, "personalization"):
-        metrics: dict[str, Any] = scalars(reply)
-        metrics["examples"] = metrics.pop(EXAMPLES)
-        yield member, metrics
+    what = "personalization"
+    replies = exchange(grid, messages, by_node, timeout, what, failures, renewed=True)
+    for member, reply in replies:
+        try:
+            scores = scores_of(reply)
+        except UserError as error:
+            reason = f"Client {member.client}, {what}: {error}"
+            if failures is None:
+                raise UserError(reason) from error
+            failures.add(member.client, reason, "refused")
+        else:
+            if failures:
+                failures.usable(member.client)
+            yield member, scores
+
+
+def scores_of(reply: Message) -> dict[str, Any]:
+    """The scores that a client sends, and nothing else of its reply.
+
+    Raises:
+        UserError: One is missing, or cannot be.
+    """
+    metrics = scalars(reply)
+    units = [name for name in ("correct", "tokens") if name in metrics]
+    if len(units) != 1:
+        raise UserError("its scores are neither those of a classification nor of a causal LM.")
+    examples = whole(metrics, EXAMPLES)
+    scores = {"examples": examples, "loss": _number(metrics, "loss")}
+    scores |= {name: whole(metrics, name) for name in (*units, "parameters")}
+    scores["seconds"] = _number(metrics, "seconds")
+    if scores.get("correct", 0) > examples:
+        raise UserError(f"{scores['correct']} of {examples} rows cannot be right.")
+    return scores
+
+
+def _number(metrics: Mapping[str, int | float], name: str) -> float:
+    value = metrics.get(name, -1.0)
+    if value < 0:
+        raise UserError(f"its {name} is {metrics.get(name)}, not a number from 0 up.")
+    return value
 
 
 def personalize_all(
     grid: Grid, run: RunFolder, shared: Shared, members: list[Member], reporter: Reporter
 ) -> None:
     """Every client of the chosen pools, with every method and budget; missing cells only."""
+    failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
     evaluation, timeout = run.settings.evaluation, run.settings.federation.timeout
     digests = {name: array_digest(to_arrays(numbers)) for name, numbers in shared.items()}
-    run.drop_cells_of_other_phi(set(digests.values()))
+    run.drop_cells_of_other_phi(
+        {name: digests[kind.shared] for name, kind in METHODS.items() if kind.shared in digests}
+    )
     chosen = [member for member in members if member.pool in evaluation.pools]
     wanted = [
         (method, rank)
@@ -130,16 +226,17 @@ def personalize_all(
     }
     left, total = sum(map(len, missing.values())), len(wanted) * len(chosen)
     reporter.start("personalize", total, total - left)
-    for (method, rank), clients in missing.items():
+    for (method, rank), without in missing.items():
+        clients = [member for member in without if member.client not in run.faults.quarantined]
         if not clients:
             continue
-        told = prepare(grid, shared, method, rank, members, timeout)
+        told = prepare(grid, shared, method, rank, members, timeout, failures)
         federation = METHODS[method].shared
-        for member, metrics in personalize(grid, told, clients, timeout):
+        for member, metrics in personalize(grid, told, clients, timeout, failures):
             about = {"client": member.client, "language": member.language, "pool": member.pool}
             if federation:
                 about["phi"] = digests[federation]
             run.write_cell(method, rank, member.client, {**about, **metrics})
-            n = metrics["examples"]
-            score = f"{metrics['correct'] / n:.0%}" if n else "–"
+            metric = metric_of(metrics)
+            score = metric.shown(metric.value([metrics])) if metrics["examples"] else "–"
             reporter.advance("personalize", f"{method} {member.client} {score}")

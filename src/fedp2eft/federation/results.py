@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedp2eft.errors import UserError
+from fedp2eft.federation.metrics import ACCURACY, metric_of
 from fedp2eft.files import read_json, write_json
 
 
@@ -23,13 +24,15 @@ class Row:
         method: Its name.
         rank: Budget r; 0 for a method without one.
         pool: "seen", "unseen" or "new-language".
-        languages: Accuracy by language, 0 to 1, pooled over the language's test rows.
+        languages: The metric by language, pooled over the language's test rows (response tokens):
+            accuracy, 0 to 1, or response loss in nats.
         mean: Plain mean over languages.
-        worst_language: Lowest accuracy of a language.
-        worst_client: Lowest accuracy of a client.
-        worse_than_base: Share of clients below the base model's own accuracy; None without it.
+        worst_language: The worst of a language.
+        worst_client: The worst of a client.
+        worse_than_base: Share of clients that score worse than the base model; None without it.
         clients: Clients scored.
         parameters: Mean number of adapter parameters of a client.
+        metric: Its name; a key of `metrics.METRICS`.
     """
 
     method: str
@@ -42,6 +45,7 @@ class Row:
     worse_than_base: float | None
     clients: int
     parameters: float
+    metric: str = ACCURACY.name
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def collect(run: str | Path) -> Results:
             method, _, rank = path.parent.name.rpartition("-r")
             groups[(method, int(rank), cell["pool"])].append(cell)
     base = {
-        cell["client"]: cell["correct"] / cell["examples"]
+        cell["client"]: metric_of(cell).value([cell])
         for (method, _, _), cells in groups.items()
         if method == "base"
         for cell in cells
@@ -108,27 +112,28 @@ def row_of(
         method: Its name.
         rank: Budget r; 0 for a method without one.
         pool: Whose clients.
-        cells: For each client `client`, `language`, `examples` (above 0), `correct`, `parameters`.
-        base: The base model's own accuracy by client, for those it is known for.
+        cells: For each client `client`, `language`, `parameters` and its scores, of one row or
+            more (see `Scores.numbers`).
+        base: The base model's own metric by client, for those it is known for.
     """
-    correct: dict[str, int] = defaultdict(int)
-    total: dict[str, int] = defaultdict(int)
+    metric = metric_of(cells[0])
+    spoken: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for cell in cells:
-        correct[cell["language"]] += cell["correct"]
-        total[cell["language"]] += cell["examples"]
-    languages = {name: correct[name] / total[name] for name in sorted(total)}
-    each = {cell["client"]: cell["correct"] / cell["examples"] for cell in cells}
+        spoken[cell["language"]].append(cell)
+    languages = {name: metric.value(spoken[name]) for name in sorted(spoken)}
+    each = {cell["client"]: metric.value([cell]) for cell in cells}
     known = [name for name in each if name in base]
-    worse = sum(each[name] < base[name] for name in known)
+    worse = sum(metric.is_worse(each[name], base[name]) for name in known)
     return Row(
         method=method,
         rank=rank,
         pool=pool,
         languages=languages,
         mean=sum(languages.values()) / len(languages),
-        worst_language=min(languages.values()),
-        worst_client=min(each.values()),
+        worst_language=metric.worst(languages.values()),
+        worst_client=metric.worst(each.values()),
         worse_than_base=worse / len(known) if known else None,
         clients=len(cells),
         parameters=sum(cell["parameters"] for cell in cells) / len(cells),
+        metric=metric.name,
     )

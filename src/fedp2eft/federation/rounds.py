@@ -1,139 +1,52 @@
 """Rounds that can be stopped after any one of them and gone on with.
 
-Flower's own `Strategy.start` always begins at round 1, so the loop is ours; sampling, aggregation
-and messages are Flower's FedAvg.
+Flower's own `Strategy.start` always begins at round 1, so the loop is ours; messages and
+aggregation are those of Flower's strategies.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.compression import DOWN, pack, unpack
-from fedp2eft.federation.messages import (
-    ABOUT,
-    ARRAYS,
-    DESCRIBE,
-    EXAMPLES,
-    from_arrays,
-    nbytes,
-    scalars,
-    the_arrays,
-    to_arrays,
+from fedp2eft.federation.admission import (
+    Failures,
+    Offer,
+    mean_metrics,
+    offer_of,
+    weigh,
+    within_limits,
 )
+from fedp2eft.federation.aggregation import Seeded, memory_of, remember
+from fedp2eft.federation.compression import DOWN, pack
+from fedp2eft.federation.exchange import exchange
+from fedp2eft.federation.messages import ARRAYS, VALIDATION_LOSS, from_arrays, nbytes, to_arrays
+from fedp2eft.federation.presence import wait_for_members
+from fedp2eft.federation.privacy import Privacy
 from fedp2eft.federation.reporting import Reporter
 from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import Wire
-
-PULL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class Member:
-    """A node as the server knows it."""
-
-    node: int
-    client: str
-    language: str
-    pool: str
-    examples: int
-
-
-class SeededFedAvg(FedAvg):
-    """FedAvg weighted by N whose sample of clients depends on (seed, phase, round) alone.
-
-    Args:
-        members: Clients to sample from.
-        clients_per_round: How many to sample.
-        seed: The experiment's seed.
-        message_type: "train.base" or "train.psg".
-    """
-
-    def __init__(
-        self, members: list[Member], clients_per_round: int, seed: int, message_type: str
-    ) -> None:
-        super().__init__(weighted_by_key=EXAMPLES)
-        self.members = sorted(members, key=lambda member: member.client)
-        self.size = min(clients_per_round, len(members))
-        self.seed = seed
-        self.message_type = message_type
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        """Messages to this round's sample, in the order of the clients' names."""
-        draw = random.Random(derive_seed(self.seed, self.message_type, server_round))
-        sample = sorted(draw.sample(range(len(self.members)), self.size))
-        config["server-round"] = server_round
-        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        nodes = [self.members[i].node for i in sample]
-        return list(self._construct_messages(record, nodes, self.message_type))
-
-
-def exchange(
-    grid: Grid, messages: list[Message], members: dict[int, Member], timeout: float, what: str
-) -> Iterator[tuple[Member, Message]]:
-    """Send messages and yield every reply as it comes, with the client that it is from.
-
-    Raises:
-        UserError: A client failed, or not all replies came within `timeout` seconds.
-    """
-    waiting = list(grid.push_messages(messages))
-    end = time.monotonic() + timeout
-    while waiting:
-        replies = list(grid.pull_messages(waiting))
-        for reply in replies:
-            waiting.remove(reply.metadata.reply_to_message_id)
-            member = members[reply.metadata.src_node_id]
-            if reply.has_error():
-                raise UserError(f"Client {member.client}, {what}: {reply.error.reason}")
-            yield member, reply
-        if waiting and time.monotonic() > end:
-            raise UserError(
-                f"{len(waiting)} clients gave no answer within {timeout:.0f} s ({what}): start "
-                "again to go on from the last finished round, or raise federation.timeout."
-            )
-        if not replies:
-            time.sleep(PULL_SECONDS)
-
-
-def roster(grid: Grid, timeout: float) -> list[Member]:
-    """Ask every node who it is; sorted by client name."""
-    messages = [Message(RecordDict(), node, DESCRIBE) for node in grid.get_node_ids()]
-    nodes = {node: Member(node, f"on node {node}", "", "", 0) for node in grid.get_node_ids()}
-    members = []
-    for member, reply in exchange(grid, messages, nodes, timeout, "at the start"):
-        about = reply.content.config_records[ABOUT]
-        members.append(
-            Member(
-                member.node,
-                str(about["client"]),
-                str(about["language"]),
-                str(about["pool"]),
-                int(scalars(reply)[EXAMPLES]),
-            )
-        )
-    return sorted(members, key=lambda member: member.client)
 
 
 def run_rounds(
     grid: Grid,
     run: RunFolder,
-    strategy: SeededFedAvg,
+    strategy: Seeded,
     phase: str,
     rounds: int,
     first: dict[str, Tensor],
     reporter: Reporter,
     wire: Wire = "fp32",
+    patience: int | None = None,
+    privacy: Privacy | None = None,
 ) -> dict[str, Tensor]:
     """Rounds of one phase from where the run folder says it stands; returns the last numbers.
 
@@ -141,60 +54,122 @@ def run_rounds(
         grid: The engine.
         run: Holds metrics and checkpoints.
         strategy: Samples and aggregates.
-        phase: "base" or "psg".
+        phase: "base", "psg" or "fedl2p".
         rounds: Rounds in all.
         first: Numbers before round 1; their names and shapes are what every reply must have.
         reporter: Hears of every round.
         wire: What the numbers travel in.
+        patience: Stop after as many rounds without a new lowest validation loss. The rounds before
+            a stop are known from their metrics, so a resumed run stops where one in a piece does.
+        privacy: Makes the rounds private, and ends them when its budget is spent.
 
     Raises:
-        UserError: A client failed, a reply does not fit, or too few clients.
+        UserError: Too few clients, or the first failure where a failure ends the run.
     """
     if not strategy.members:
         raise UserError("No seen client is in the federation, so nothing can be trained.")
     done, kept = run.resume(phase, rounds)
-    numbers = first if kept is None else kept
+    numbers = first if kept is None else {name: kept[name] for name in first}
+    state = run.state(phase)
+    remember(strategy, state)
+    if privacy:
+        privacy.remember(state, run)
     members = {member.node: member for member in strategy.members}
+    bit = privacy.bit if privacy else None
     reporter.start(phase, rounds, done)
+    watched = [kept[VALIDATION_LOSS] for kept in run.metrics(phase)] if patience else []
     for round_ in range(done + 1, rounds + 1):
+        if patience and has_stalled(watched, patience):
+            reporter.note(
+                f"{phase}: stopped after round {round_ - 1}, the validation loss was lowest "
+                f"{patience} rounds ago."
+            )
+            break
+        if privacy and not privacy.allows(round_):
+            reporter.note(privacy.told(f"{phase}: stopped after round {round_ - 1}"))
+            break
+        wait_for_members(grid, strategy.members, run.settings.federation, reporter)
         start = time.perf_counter()
-        arrays = pack(numbers, DOWN[wire])
-        messages = strategy.configure_train(round_, arrays, ConfigRecord(), grid)
         what = f"round {round_} of {phase}"
-        replies: list[tuple[str, Message]] = []
-        bytes_up = 0
-        for member, reply in exchange(
-            grid, messages, members, run.settings.federation.timeout, what
-        ):
-            sent = the_arrays(reply)
-            bytes_up += nbytes(sent)
-            whose = f"Reply of client {member.client} in {what}"
-            values = unpack(sent, first, wire, whose)
-            if wire != "fp32":  # what came is by how much φ changed
-                reply.content[ARRAYS] = to_arrays({n: numbers[n] + values[n] for n in numbers})
-            replies.append((member.client, reply))
+        if not privacy:  # with privacy, one that is not asked counts as one that failed
+            strategy.leave_out(run.faults.quarantined)
+        configured = privacy.strategy if privacy else strategy
+        messages = list(
+            configured.configure_train(round_, to_arrays(numbers), ConfigRecord(), grid)
+        )
+        messages = [
+            message
+            for message in messages
+            if members[message.metadata.dst_node_id].client not in run.faults.quarantined
+        ]
+        arrays = pack(numbers, DOWN[wire])
+        for message in messages:
+            message.content[ARRAYS] = arrays
+        if privacy:
+            privacy.asking([members[message.metadata.dst_node_id] for message in messages], run)
+        failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
+        offers: list[Offer] = []
+        timeout = run.settings.federation.timeout
+        for member, reply in exchange(grid, messages, members, timeout, what, failures):
+            try:
+                offers.append(offer_of(member.client, reply, numbers, wire, what, bit))
+            except UserError as error:
+                failures.add(member.client, str(error), "refused")
+        bytes_up = sum(offer.nbytes for offer in offers)
         # Sums of floats depend on their order: the clients' names fix it.
-        ordered = [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
-        numbers, metrics = _aggregate(strategy, round_, ordered, first, what)
-        metrics["clients"] = len(ordered)
+        offers.sort(key=lambda offer: offer.client)
+        limits = privacy.within_limits if privacy else within_limits
+        offers = limits(offers, run.settings.peers.max_norm, failures, what)
+        for offer in offers:
+            failures.usable(offer.client)
+        failures.check(len(offers), len(messages), what)
+        cut = weigh(offers, run.settings.peers.max_examples, alike=privacy is not None)
+        metrics: dict[str, Any] = mean_metrics(offers)
+        if privacy is None:
+            metrics["norm"] = median(offer.norm for offer in offers)
+        numbers = _aggregate(strategy, privacy, round_, offers, first, what)
+        metrics["clients"] = len(offers)
         metrics["bytes-down"] = nbytes(arrays) * len(messages)
         metrics["bytes-up"] = bytes_up
-        run.finish_round(phase, round_, numbers, metrics, time.perf_counter() - start)
-        loss = metrics.get("psg-loss", metrics.get("loss"))
-        reporter.advance(phase, f"loss {loss:.4g}")
+        if failures.reasons:
+            metrics["left-out"] = dict(sorted(failures.reasons.items()))
+        if cut:
+            metrics["examples-cut"] = cut
+        text = f"loss {metrics.get('psg-loss', metrics.get('loss')):.4g}"
+        if privacy:
+            metrics |= privacy.facts()
+            text += f", ε {metrics['epsilon']:.3g}"
+        state = memory_of(strategy) | (privacy.memory() if privacy else {})
+        seconds = time.perf_counter() - start
+        run.finish_round(phase, round_, numbers, metrics, seconds, state)
+        reporter.advance(phase, text)
+        if patience:
+            watched.append(metrics[VALIDATION_LOSS])
     return numbers
 
 
+def has_stalled(losses: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` losses are all no lower than the lowest before them."""
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
 def _aggregate(
-    strategy: SeededFedAvg,
+    strategy: Seeded,
+    privacy: Privacy | None,
     round_: int,
-    replies: Iterable[Message],
-    like: dict[str, Tensor],
+    offers: Sequence[Offer],
+    like: Mapping[str, Tensor],
     what: str,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    arrays, metrics = strategy.aggregate_train(round_, replies)
-    if arrays is None or metrics is None:
+) -> dict[str, Tensor]:
+    replies: list[Message] = [offer.message for offer in offers]
+    if privacy:
+        arrays = privacy.aggregate(round_, replies)
+    else:
+        arrays, _ = strategy.aggregate_train(round_, replies)
+    if arrays is None:
         raise UserError(f"No client answered in {what}: start again to repeat the round.")
-    return from_arrays(arrays, like, f"The average of {what}"), {
-        key: value for key, value in metrics.items() if isinstance(value, float)
-    }
+    # Some of Flower's strategies compute in float64.
+    record = ArrayRecord(
+        {name: Array(array.numpy().astype(np.float32)) for name, array in arrays.items()}
+    )
+    return from_arrays(record, like, f"The average of {what}")

@@ -3,30 +3,39 @@
 settings.yaml      the resolved settings
 metrics.jsonl      one line per finished round: the same bits whether or not the run was stopped
 timings.jsonl      seconds of each round (these differ from run to run)
+faults.jsonl       one line for each thing that went wrong, as it happened; faults.json counts them
 checkpoints/       the newest finished rounds
 base/              the base model, ready for `from_pretrained`
 psg/               the trained PSG
+fedl2p/            the trained meta-net of FedL2P, where that is a method
 cells/             one small file per client, method and rank budget
 adapters/<client>/ the clients' PEFT adapters
-clients/<client>/  what rounding kept back of a client's φ, where `wire` is not fp32
+clients/<client>/  what stays on a client: its own part of the base (base.kind feddpa-t, dept-spec),
+                   and what rounding kept back of its φ (`wire` other than fp32)
 results.json       the tables
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
-import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 from torch import Tensor
 
+from fedp2eft.data.federation import check_client_name
 from fedp2eft.errors import UserError
-from fedp2eft.federation.checkpoints import Progress, load_checkpoint, save_checkpoint
-from fedp2eft.files import read_json, sweep, write_json, write_text
+from fedp2eft.federation.checkpoints import (
+    Progress,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
+from fedp2eft.federation.faults import Faults
+from fedp2eft.files import append_line, read_json, read_lines, sweep, write_json, write_text
 from fedp2eft.reading import as_dict, settings_from
 from fedp2eft.settings import Settings
 
@@ -35,6 +44,13 @@ FREE = {
     ("federation", "rounds"),
     ("federation", "keep_checkpoints"),
     ("federation", "timeout"),
+    ("federation", "min_clients"),
+    ("federation", "wait"),
+    ("peers", "failures"),
+    ("peers", "quarantine"),
+    ("peers", "min_share"),
+    ("privacy", "epsilon"),
+    ("fedl2p", "rounds"),
     ("evaluation", "methods"),
     ("evaluation", "ranks"),
     ("evaluation", "pools"),
@@ -51,11 +67,15 @@ class RunFolder:
 
     Raises:
         UserError: The folder belongs to another experiment, to another process, or is not ours.
+
+    Attributes:
+        faults: What goes wrong, since this start.
     """
 
     def __init__(self, path: str | Path, settings: Settings) -> None:
         self.path = Path(path)
         self.settings = settings
+        self.faults = Faults(self.path, settings.peers.quarantine)
         self._lock: IO[bytes] | None = None
         try:
             self._open()
@@ -83,21 +103,25 @@ class RunFolder:
         if settings_file.exists():
             check_same(self.path, read_settings(settings_file), wanted, FREE)
             self._check_rounds()
-        for part in ("checkpoints", "cells/*", "adapters/*"):
+        for part in ("checkpoints", "cells/*", "adapters/*", "clients/*"):
             for folder in self.path.glob(part):
                 sweep(folder)
         sweep(self.path)
         write_text(settings_file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
 
     def _check_rounds(self) -> None:
-        """φ of a finished round cannot be taken back."""
-        found = load_checkpoint(self.path / "checkpoints", "psg")
-        rounds = self.settings.federation.rounds
-        if found is not None and found[0].round > rounds:
-            raise UserError(
-                f"{self.path} has {found[0].round} finished rounds, more than federation.rounds = "
-                f"{rounds}: give {found[0].round} or more, or name another run folder."
-            )
+        """The numbers of a finished round cannot be taken back."""
+        s = self.settings
+        for phase, name, rounds in (
+            ("psg", "federation.rounds", s.federation.rounds),
+            ("fedl2p", "fedl2p.rounds", s.fedl2p.rounds),
+        ):
+            found = load_checkpoint(self.path / "checkpoints", phase)
+            if found is not None and found[0].round > rounds:
+                raise UserError(
+                    f"{self.path} has {found[0].round} finished rounds, more than {name} = "
+                    f"{rounds}: give {found[0].round} or more, or name another run folder."
+                )
 
     def close(self) -> None:
         """Let other processes in."""
@@ -115,6 +139,11 @@ class RunFolder:
         """Folder of the trained PSG."""
         return self.path / "psg"
 
+    @property
+    def fedl2p(self) -> Path:
+        """File of the trained meta-net of FedL2P."""
+        return self.path / "fedl2p" / "model.safetensors"
+
     # ── rounds ──────────────────────────────────────────────────────────────────────────────────
 
     def finish_round(
@@ -124,68 +153,58 @@ class RunFolder:
         numbers: dict[str, Tensor],
         metrics: dict[str, Any],
         seconds: float,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep a finished round: its metrics, then its checkpoint (which makes it count)."""
-        line = json.dumps({"phase": phase, "round": round_, **metrics}, ensure_ascii=False) + "\n"
-        size = self._append("metrics.jsonl", line)
-        timing = {"phase": phase, "round": round_, "seconds": round(seconds, 3)}
-        self._append("timings.jsonl", json.dumps(timing) + "\n")
+        at = {"phase": phase, "round": round_}
+        append_line(self.path / "metrics.jsonl", at | metrics)
+        append_line(self.path / "timings.jsonl", at | {"seconds": round(seconds, 3)})
         keep = self.settings.federation.keep_checkpoints
-        save_checkpoint(self.path / "checkpoints", Progress(phase, round_, size), numbers, keep)
+        folder = self.path / "checkpoints"
+        save_checkpoint(folder, Progress(phase, round_), numbers, keep, state)
 
     def resume(self, phase: str, rounds: int) -> tuple[int, dict[str, Tensor] | None]:
         """(last finished round, its numbers) of a phase, or (0, None) at its start.
 
-        Where rounds are left to do, lines of metrics.jsonl behind the last finished round are cut
-        off: they belong to a round that was stopped half-way.
+        Where rounds are left to do, lines of metrics.jsonl behind the last finished round are taken
+        out: they belong to a round that was stopped half-way.
         """
         found = load_checkpoint(self.path / "checkpoints", phase)
-        done, size = 0, self._size_before(phase)
-        if found is not None:
-            done, size = found[0].round, found[0].metrics_bytes
+        done = found[0].round if found else 0
         if done < rounds:
-            self._cut_metrics(size)
+            self._cut_metrics(phase, done)
         return done, found[1] if found else None
+
+    def state(self, phase: str) -> dict[str, Tensor]:
+        """What the server remembered beside the numbers after a phase's last finished round."""
+        return load_state(self.path / "checkpoints", phase)
+
+    def metrics(self, phase: str) -> list[dict[str, Any]]:
+        """What was kept of a phase's rounds, in their order."""
+        lines = [read for _, read in read_lines(self.path / "metrics.jsonl") if read is not None]
+        return [read for read in lines if read["phase"] == phase]
 
     def drop_checkpoints(self, phase: str) -> None:
         """Remove the checkpoints of a phase whose result is saved."""
         for path in (self.path / "checkpoints").glob(f"{phase}-*.safetensors"):
             path.unlink()
 
-    def _size_before(self, phase: str) -> int:
-        """Bytes of metrics.jsonl that come before the first line of a phase."""
-        size = 0
-        path = self.path / "metrics.jsonl"
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if f'{{"phase": "{phase}"'.encode() in line or not line.endswith(b"\n"):
-                break
-            size += len(line)
-        return size
-
-    def _append(self, name: str, line: str) -> int:
-        try:
-            with (self.path / name).open("ab+") as file:
-                if file.tell() and not _ends_line(file):
-                    line = "\n" + line  # a killed process left half a line
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-                return file.tell()
-        except OSError as error:
-            raise UserError(
-                f"Could not write {self.path / name}: {error.strerror}. Free some space and start "
-                "again; the finished rounds are kept."
-            ) from error
-
-    def _cut_metrics(self, size: int) -> None:
-        path = self.path / "metrics.jsonl"
-        if path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
+    def _cut_metrics(self, phase: str, done: int) -> None:
+        """Take out half a line, and the lines of a phase behind a round."""
+        lines = read_lines(self.path / "metrics.jsonl")
+        kept = [
+            line
+            for line, read in lines
+            if read is not None and not (read["phase"] == phase and read["round"] > done)
+        ]
+        if len(kept) < len(lines):
+            write_text(self.path / "metrics.jsonl", b"".join(kept).decode())
 
     # ── cells ───────────────────────────────────────────────────────────────────────────────────
 
     def cell_path(self, method: str, rank: int, client: str) -> Path:
         """File of one client's scores with one method and budget."""
+        check_client_name(client)  # over a network a peer chose it
         return self.path / "cells" / f"{method}-r{rank}" / f"{client}.json"
 
     def cell(self, method: str, rank: int, client: str) -> dict[str, Any] | None:
@@ -197,11 +216,16 @@ class RunFolder:
         """Keep a cell."""
         write_json(self.cell_path(method, rank, client), value)
 
-    def drop_cells_of_other_phi(self, digests: set[str]) -> None:
-        """Remove cells, and their adapters, that came from numbers before the present ones."""
+    def drop_cells_of_other_phi(self, digests: Mapping[str, str]) -> None:
+        """Remove cells, and their adapters, that came from numbers before the present ones.
+
+        Args:
+            digests: Digest of the present numbers, by method.
+        """
         for path in self.path.glob("cells/*/*.json"):
+            method = path.parent.name.rpartition("-r")[0]
             cell = read_json(path)
-            if isinstance(cell, dict) and cell.get("phi") not in {None, *digests}:
+            if method in digests and isinstance(cell, dict) and cell.get("phi") != digests[method]:
                 adapter = self.path / "adapters" / path.stem / path.parent.name
                 shutil.rmtree(adapter, ignore_errors=True)
                 path.unlink()
@@ -213,11 +237,6 @@ def _is_foreign(folder: Path) -> bool:
         path.name != ".lock" and not path.name.startswith(".settings.yaml-")
         for path in folder.iterdir()
     )
-
-
-def _ends_line(file: IO[bytes]) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import logging
 
 from flwr.serverapp import Grid
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fedp2eft.bases.standard_fl import set_parameters, trained_parameters
 from fedp2eft.data.federation import SEEN
-from fedp2eft.federation.messages import TRAIN_BASE, TRAIN_PSG
+from fedp2eft.data.nodes import NODES
+from fedp2eft.federation.admission import Failures
+from fedp2eft.federation.aggregation import strategy as strategy_of
+from fedp2eft.federation.delivery import deliver_base
+from fedp2eft.federation.exchange import Member, roster
+from fedp2eft.federation.messages import TRAIN_BASE, TRAIN_FEDL2P, TRAIN_PSG
 from fedp2eft.federation.personalization import personalize_all
+from fedp2eft.federation.presence import wait_for_nodes
+from fedp2eft.federation.privacy import Privacy
 from fedp2eft.federation.reporting import Reporter
-from fedp2eft.federation.rounds import Member, SeededFedAvg, roster, run_rounds
+from fedp2eft.federation.rounds import run_rounds
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.federation.workspace import Workspace
-from fedp2eft.files import write_folder
+from fedp2eft.files import write_folder, write_whole
 from fedp2eft.generator import PSG
-from fedp2eft.models.loading import load_tokenizer, save_model
+from fedp2eft.methods import METHODS
 
 logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO repeats what our reporter says
 
@@ -31,7 +38,9 @@ def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) 
         workspace: The base model (on the local engine the clients' own).
         reporter: Hears of progress.
     """
-    members = roster(grid, run.settings.federation.timeout)
+    wait_for_nodes(grid, run.settings.federation, reporter)
+    failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
+    members = roster(grid, run.settings.federation.timeout, failures)
     train_base(grid, run, workspace, members, reporter)
     shared = train_shared(grid, run, workspace, members, reporter)
     personalize_all(grid, run, shared, members, reporter)
@@ -40,43 +49,90 @@ def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) 
 def train_base(
     grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
 ) -> None:
-    """Standard FL on the seen clients; the base model is in `run.base` afterwards."""
-    if (run.base / "config.json").exists():
-        return
+    """Train the base on the seen clients; the base model is in `run.base` afterwards.
+
+    Clients with folders of their own have it too; what they are sent is kept for later ones.
+    """
+    if not (run.base / "config.json").exists():
+        workspace.save_base(base_numbers(grid, run, workspace, members, reporter))
+    if run.settings.data.dataset == NODES:
+        deliver_base(grid, run, workspace, members, reporter)
+    else:
+        run.drop_checkpoints("base")
+
+
+def base_numbers(
+    grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
+) -> dict[str, Tensor]:
+    """What travels of the base, trained; empty where nothing is."""
     s = run.settings
-    model = workspace.trainable_base
-    if s.base.kind == "standard-fl" and s.base.rounds:
-        seen = [member for member in members if member.pool == SEEN]
-        strategy = SeededFedAvg(seen, s.base.clients_per_round, s.seed, TRAIN_BASE)
-        mine = trained_parameters(model, s.base)
-        first = {name: value.detach().clone() for name, value in mine.items()}
-        numbers = run_rounds(grid, run, strategy, "base", s.base.rounds, first, reporter)
-        set_parameters(model, numbers, s.base)
-    # A fresh tokenizer: one that has cut rows would carry that into its file.
-    save_model(run.base, model, load_tokenizer(workspace.source))
-    run.drop_checkpoints("base")
+    mine = workspace.base.travelling(workspace.trainable_base, s.base)
+    if not mine or not s.base.rounds:
+        return {}
+    seen = [member for member in members if member.pool == SEEN]
+    strategy = strategy_of(
+        s.aggregation, seen, s.base.clients_per_round, s.seed, TRAIN_BASE, optimise=False
+    )
+    first = {name: value.detach().clone() for name, value in mine.items()}
+    return run_rounds(grid, run, strategy, "base", s.base.rounds, first, reporter)
 
 
 def train_shared(
     grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
 ) -> dict[str, dict[str, Tensor]]:
     """Train what the chosen methods start from; the PSG always. Numbers by federation."""
-    return {"psg": train_psg(grid, run, workspace, members, reporter).numbers()}
+    chosen = {METHODS[name].shared for name in run.settings.evaluation.methods} | {"psg"}
+    return {
+        name: train(grid, run, workspace, members, reporter)
+        for name, train in FEDERATIONS.items()
+        if name in chosen
+    }
 
 
 def train_psg(
     grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
-) -> PSG:
+) -> dict[str, Tensor]:
     """FedAvg of φ over the seen clients; the PSG is in `run.psg` afterwards."""
     s = run.settings
     psg = PSG(workspace.psg_config)
     seen = [member for member in members if member.pool == SEEN]
-    strategy = SeededFedAvg(seen, s.federation.clients_per_round, s.seed, TRAIN_PSG)
+    sampling = (seen, s.federation.clients_per_round, s.seed, TRAIN_PSG)
+    privacy = Privacy(s.privacy, *sampling) if s.privacy.on else None
+    strategy = privacy.mean if privacy else strategy_of(s.aggregation, *sampling)
     phi = psg.numbers()
     if s.federation.rounds:
         phi = run_rounds(
-            grid, run, strategy, "psg", s.federation.rounds, phi, reporter, s.federation.wire
-        )
+            grid, run, strategy, "psg", s.federation.rounds, phi, reporter, s.federation.wire,
+            privacy=privacy,
+        )  # fmt: skip
     psg.set_numbers(phi)
     write_folder(run.psg, psg.save_pretrained)
-    return psg
+    return phi
+
+
+def train_fedl2p(
+    grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
+) -> dict[str, Tensor]:
+    """FedAvg of FedL2P's meta-net over the seen clients; it is in `run.fedl2p` afterwards.
+
+    The last round's numbers are taken: each round's validation loss is that of other clients, so
+    the round where it was lowest says more of who was sampled than of the meta-net.
+    """
+    s = run.settings
+    seen = [member for member in members if member.pool == SEEN]
+    strategy = strategy_of(
+        s.aggregation, seen, s.federation.clients_per_round, s.seed, TRAIN_FEDL2P, optimise=False
+    )
+    numbers = workspace.new_meta_net().numbers()
+    if s.fedl2p.rounds:
+        numbers = run_rounds(
+            grid, run, strategy, "fedl2p", s.fedl2p.rounds, numbers, reporter,
+            patience=s.fedl2p.patience,
+        )  # fmt: skip
+    tensors = {name: value.contiguous() for name, value in numbers.items()}
+    write_whole(run.fedl2p, lambda scratch: save_file(tensors, scratch))
+    return numbers
+
+
+FEDERATIONS = {"psg": train_psg, "fedl2p": train_fedl2p}
+"""What trains the numbers that methods start from, by `Method.shared`."""

@@ -7,6 +7,8 @@ only client. Nothing in here is ever sent.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,32 @@ import torch
 from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.bases import BASES, Base, copy_numbers
 from fedp2eft.client import features
+from fedp2eft.cohort import has_dropout
 from fedp2eft.data.federation import Client, Federation
+from fedp2eft.data.nodes import Value as NodeValue
+from fedp2eft.data.nodes import federation_of_node
 from fedp2eft.data.settings import load_federation
-from fedp2eft.errors import UserError
+from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation.cohort import LookAhead
 from fedp2eft.federation.compression import Feedback
-from fedp2eft.generator import PSG, PSGConfig
+from fedp2eft.federation.private import PrivateParts
+from fedp2eft.federation.reporting import current
+from fedp2eft.generator import LAMBDA, LOG_LAMBDA, PSG, PSGConfig
+from fedp2eft.methods.fedl2p.meta_net import MetaNet
 from fedp2eft.models.loading import (
     ModelSource,
     load_base,
     load_tokenizer,
     resolve_model,
+    save_model,
 )
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.profiles import PROFILES, Profile
 from fedp2eft.settings import Settings
-from fedp2eft.tasks.classification import Classification
+from fedp2eft.tasks import Task, make_task
 from fedp2eft.tasks.encoded import Encoded
 
 
@@ -41,22 +51,33 @@ class Workspace:
 
     Args:
         settings: The experiment.
-        run: The run folder, where this process has it: the base model is taken from there, and
-            adapters are kept there.
+        run: The run folder, where this process has it, or a SuperNode's own folder: the base model
+            is taken from there, and adapters are kept there.
+        node: The node config of a SuperNode that reads its own client's file.
 
     Attributes:
         ahead: Rounds of several clients that were computed in one batch.
         feedback: What rounding kept back of each client's changes; never sent.
+        private: Each client's own part of the base; never sent.
     """
 
-    def __init__(self, settings: Settings, run: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        run: Path | None = None,
+        node: Mapping[str, NodeValue] | None = None,
+    ) -> None:
         self.settings = settings
         self.run = run
+        self.node = node
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._features: dict[str, Tensor] = {}
         self._trainable: nn.Module | None = None
         self.ahead = LookAhead()
-        self.feedback = Feedback(run / "clients" if run else None)
+        own, keep = run / "clients" if run else None, settings.federation.keep_checkpoints
+        self.feedback = Feedback(own, keep)
+        self.private = PrivateParts(own, keep)
+        self._frozen: dict[str, nn.Parameter] = {}
 
     @cached_property
     def profile(self) -> Profile:
@@ -66,6 +87,8 @@ class Workspace:
     @cached_property
     def federation(self) -> Federation:
         """The clients and their rows."""
+        if self.node is not None:
+            return federation_of_node(self.node, self.settings.data)
         return load_federation(self.settings.data)
 
     @cached_property
@@ -84,14 +107,15 @@ class Workspace:
         return load_tokenizer(self.source)
 
     @cached_property
-    def task(self) -> Classification:
+    def task(self) -> Task:
         """How rows become batches, losses and scores."""
-        pad = self.tokenizer.pad_token_id
-        return Classification(
-            pad_id=0 if pad is None else int(pad),
-            max_length=self.settings.local.max_length,
-            device=self.device,
-        )
+        length = self.settings.local.max_length
+        return make_task(self.settings.model.task, self.tokenizer, length, self.device)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of their ids; none where nothing is classified."""
+        return self.federation.labels if self.settings.model.task == "classification" else ()
 
     @cached_property
     def clients(self) -> dict[str, Client]:
@@ -101,7 +125,7 @@ class Workspace:
     def client(self, name: str) -> Client:
         """One client; an unknown name is a `UserError`."""
         if name not in self.clients:
-            raise UserError(f"This process has no client {name!r}.")
+            raise TellableError(f"This process has no client {name!r}.")
         return self.clients[name]
 
     def encoded(self, name: str, split: str) -> Encoded:
@@ -112,29 +136,82 @@ class Workspace:
             indices = client.train if split == "train" else client.test
             rows = self.federation.rows(indices)
             texts = [rows[column] for column in self.federation.text_columns]
-            labels = self.federation.label_ids(indices)
-            self._encoded[key] = self.task.encode(self.tokenizer, texts, labels)
+            answers = self.federation.answers(indices, self.settings.model.task)
+            data = self._encoded[key] = self.task.encode(self.tokenizer, texts, answers)
+            if data.dropped or data.cut:
+                current().note(
+                    f"Client {name}, {split}: of {len(indices)} rows {data.dropped} left out, whose "
+                    f"prompt fills local.max_length, and {data.cut} responses cut there."
+                )
         return self._encoded[key]
 
     # ── the base model ──────────────────────────────────────────────────────────────────────────
 
     @property
+    def base(self) -> Base:
+        """How the base is trained."""
+        return BASES[self.settings.base.kind]
+
+    @property
     def trainable_base(self) -> nn.Module:
         """The base in fp32 with a fresh head, for training the base itself."""
         if self._trainable is None:
-            self._trainable = load_base(
-                self.source,
-                self.settings.model.task,
-                num_labels=len(self.federation.labels),
-                seed=self.settings.model.seed,
-                device=self.device,
-                max_length=self.settings.local.max_length,
-            )
-            self._name_labels(self._trainable)
+            self._trainable = self._load_trainable(self.source)
         return self._trainable
 
+    def save_base(
+        self, numbers: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Make the run's own base of what its rounds ended with, and write it to `run / "base"`.
+
+        Args:
+            numbers: What travels of the base, trained; empty where nothing was.
+            facts: JSON values to put beside it, by name of the file.
+        """
+        assert self.run is not None
+        model = self.trainable_base
+        if numbers:
+            copy_numbers(self.base.travelling(model, self.settings.base), numbers)
+        # A fresh tokenizer: one that has cut rows would carry that into its file.
+        tokenizer = load_tokenizer(self.source)
+        save_model(self.run / "base", self.base.merged(model), tokenizer, facts)
+        self.release_trainable_base()
+
+    def release_trainable_base(self) -> None:
+        """Let the trained base go; the next use loads it anew."""
+        self._trainable = None
+
+    @cached_property
+    def finished_base(self) -> nn.Module:
+        """The run's own base in fp32, for training what a client adds to it for itself."""
+        return self._load_trainable(self.base_source)
+
+    def _load_trainable(self, source: ModelSource) -> nn.Module:
+        model = load_base(
+            source,
+            self.settings.model.task,
+            num_labels=len(self.labels) or None,
+            seed=self.settings.model.seed,
+            device=self.device,
+            max_length=self.settings.local.max_length,
+            gradient_checkpointing=self.settings.model.gradient_checkpointing,
+        )
+        self._check_dropout(model)
+        self._name_labels(model)
+        return self.base.wrap(model, self.settings)
+
+    def _check_dropout(self, model: nn.Module) -> None:
+        s = self.settings
+        if s.model.gradient_checkpointing and not s.local.dropout and has_dropout(model):
+            raise UserError(
+                "Gradient checkpointing needs training mode, in which this base model drops out: "
+                "set local.dropout to true, or model.gradient_checkpointing to false."
+            )
+
     def _name_labels(self, model: nn.Module) -> None:
-        labels = self.federation.labels
+        if self.settings.model.task != "classification":
+            return
+        labels = self.labels
         model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
         model.config.label2id = {name: i for i, name in enumerate(labels)}  # type: ignore[union-attr]
 
@@ -144,22 +221,38 @@ class Workspace:
         if self.run is None:
             return self.source
         folder = self.run / "base"
+        if self.node is not None and not folder.is_dir():
+            raise TellableError("It was not sent the base of this run: start the run again.")
         return ModelSource(str(folder), str(folder), hash_weights(folder))
 
     @cached_property
     def bt(self) -> BTLora:
         """The frozen base with its gated adapter."""
-        self._trainable = None
+        self.release_trainable_base()
         base = load_base(
             self.base_source,
             self.settings.model.task,
-            num_labels=len(self.federation.labels) or None,
+            num_labels=len(self.labels) or None,
             dtype=resolve_precision(self.settings.model.precision, self.device),
             device=self.device,
             max_length=self.settings.local.max_length,
+            quantize=self.settings.model.quantize,
+            gradient_checkpointing=self.settings.model.gradient_checkpointing,
         )
+        self._check_dropout(base)
+        self._frozen = dict(base.named_parameters())
         clamp = self.profile.clamp_forward
-        return BTLora(base, self.settings.adapter, clamp_forward=clamp)
+        prior = self.settings.local.prior
+        return BTLora(base, self.settings.adapter, clamp_forward=clamp, prior=prior)
+
+    def for_client(self, name: str) -> None:
+        """Put a client's own part of the base, if there is one, into `bt`'s base.
+
+        To be called before any work of a client with `bt`.
+        """
+        if self.base.private:
+            _ = self.bt
+            self.private.put(self, self._frozen, name)
 
     # ── the PSG ─────────────────────────────────────────────────────────────────────────────────
 
@@ -175,14 +268,19 @@ class Workspace:
             layer_names=self.bt.names,
             feature_kind=self.profile.feature_kind,
             profile=self.profile.name,
+            target=LAMBDA if self.settings.local.prior == "gamma" else LOG_LAMBDA,
             max_length=self.settings.local.max_length,
-            labels=self.federation.labels,
+            labels=self.labels,
             text_columns=self.federation.text_columns,
             label_column=self.federation.label_column or "label",
+            task=self.settings.model.task,
+            target_column=(self.federation.target_column or "") if not self.labels else "",
             personalize_lr=self.settings.local.personalize_lr,
             personalize_epochs=self.settings.local.personalize_epochs,
             batch_size=self.settings.local.batch_size,
+            accumulate=self.settings.local.accumulate,
             dropout=self.settings.local.dropout,
+            base=asdict(self.settings.base),
         )
 
     @cached_property
@@ -190,9 +288,25 @@ class Workspace:
         """A PSG to load φ into; every use sets all of φ first."""
         return PSG(self.psg_config)
 
+    # ── FedL2P ──────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def meta_net(self) -> MetaNet:
+        """A meta-net to load FedL2P's numbers into; every use sets all of them first."""
+        return self.new_meta_net()
+
+    def new_meta_net(self) -> MetaNet:
+        """FedL2P's meta-net before its first round."""
+        s = self.settings.fedl2p
+        matrices = 2 * len(self.bt.names)
+        return MetaNet(self.psg_config.n_features, s.hidden, matrices, s.init_lr, s.seed)
+
+    # ── ξ ───────────────────────────────────────────────────────────────────────────────────────
+
     def features(self, name: str) -> Tensor:
         """ξ of a client as the PSG wants it, computed once."""
         if name not in self._features:
+            self.for_client(name)
             data = self.encoded(name, "train")
             xi = features(self.bt, self.task, data, self.settings.local, self.profile)
             self._features[name] = self.psg.features_of(xi, len(data))
@@ -200,16 +314,21 @@ class Workspace:
 
 
 @lru_cache(maxsize=1)
-def shared_workspace(settings_json: str, run: str | None) -> Workspace:
+def shared_workspace(
+    settings_json: str, run: str | None, node_json: str | None = None
+) -> Workspace:
     """This process's workspace for an experiment; the one before is let go.
 
     Args:
         settings_json: The resolved settings as JSON.
         run: The run folder, or None where this process has none.
+        node_json: The node config as JSON, of a SuperNode that reads its own client's file.
     """
     from fedp2eft.reading import settings_from
 
-    return Workspace(settings_from(json.loads(settings_json)), Path(run) if run else None)
+    settings = settings_from(json.loads(settings_json))
+    node = json.loads(node_json) if node_json else None
+    return Workspace(settings, Path(run) if run else None, node)
 
 
 def choose_device(name: str) -> torch.device:

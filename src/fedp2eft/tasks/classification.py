@@ -14,26 +14,7 @@ from torch.nn import functional as F
 
 from fedp2eft.errors import UserError
 from fedp2eft.tasks.encoded import Encoded
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a model scores on one client's rows.
-
-    Args:
-        examples: Rows scored.
-        correct: Rows classified right.
-        loss: Mean cross-entropy, nats.
-    """
-
-    examples: int
-    correct: int
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of rows classified right, 0 to 1; NaN where no row was scored."""
-        return self.correct / self.examples if self.examples else float("nan")
+from fedp2eft.tasks.task import Scores
 
 
 @dataclass(frozen=True)
@@ -53,17 +34,17 @@ class Classification:
     def encode(
         self,
         tokenizer: Any,
-        texts: Sequence[Sequence[str]],
-        labels: Sequence[int] | NDArray[np.int64],
+        texts: Sequence[Sequence[Any]],
+        answers: Sequence[int] | NDArray[np.int64],
     ) -> Encoded:
         """Tokenise rows of one text, or of two as a pair.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
             texts: One list per text column, all of the same length.
-            labels: Class ids.
+            answers: Class ids.
         """
-        if not len(labels):
+        if not len(answers):
             return Encoded.from_rows([], [])
         wanted = tokenizer(
             *[list(column) for column in texts],
@@ -71,7 +52,7 @@ class Classification:
             max_length=self.max_length,
             return_attention_mask=False,
         )
-        return Encoded.from_rows(wanted["input_ids"], labels, wanted.get("token_type_ids"))
+        return Encoded.from_rows(wanted["input_ids"], answers, wanted.get("token_type_ids"))
 
     def batch(self, data: Encoded, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
         """Model inputs, padded to the longest of these rows."""
@@ -120,9 +101,14 @@ class Classification:
 
     def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:
         """Accuracy and loss of `model` on the rows."""
-        logits, labels = self.logits(model, data, batch_size), torch.from_numpy(data.labels)
-        return Scores(
-            examples=len(data),
-            correct=int((logits.argmax(dim=1) == labels).sum()),
-            loss=float(F.cross_entropy(logits, labels)),
-        )
+        return self.scores_of(self.logits(model, data, batch_size), data)
+
+    def scores_of(self, logits: Tensor, data: Encoded) -> Scores:
+        """Accuracy and loss of logits, rows × classes, in the order of the rows."""
+        labels = torch.from_numpy(data.labels)
+        correct = int((logits.argmax(dim=1) == labels).sum())
+        return Scores(len(data), correct, float(F.cross_entropy(logits, labels)))
+
+    def unscored(self) -> Scores:
+        """What a client without test rows scores."""
+        return Scores(0, 0, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,14 +19,21 @@ class Encoded:
     Args:
         tokens: Token ids of all rows, one after the other, int32.
         offsets: Where each row starts in `tokens`, and the end: n + 1 values, int64.
-        labels: Class id per row, int64.
+        labels: Class id per row, int64; 0 where there are no classes.
         types: Token type ids in the layout of `tokens`, where the model wants them.
+        starts: Where each row's response starts, counted from the row's own start, int64; for a
+            causal LM.
+        dropped: Rows left out because their prompt alone fills the longest input.
+        cut: Rows whose response was cut at the longest input.
     """
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
     types: NDArray[np.int32] | None = None
+    starts: NDArray[np.int64] | None = None
+    dropped: int = 0
+    cut: int = 0
 
     @classmethod
     def from_rows(
@@ -33,6 +41,7 @@ class Encoded:
         rows: Sequence[Sequence[int]],
         labels: Sequence[int] | NDArray[np.int64],
         types: Sequence[Sequence[int]] | None = None,
+        starts: Sequence[int] | NDArray[np.int64] | None = None,
     ) -> Encoded:
         """Pack rows of token ids."""
         lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
@@ -41,6 +50,7 @@ class Encoded:
             offsets=np.concatenate([np.zeros(1, np.int64), lengths.cumsum()]),
             labels=np.asarray(labels, dtype=np.int64),
             types=None if types is None else _flat(types),
+            starts=None if starts is None else np.asarray(starts, dtype=np.int64),
         )
 
     def __len__(self) -> int:
@@ -54,13 +64,14 @@ class Encoded:
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Encoded:
         """The given rows, in the given order."""
         rows = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in indices]
-        types = self.types
+        types, chosen = self.types, np.asarray(indices, dtype=np.int64)
         return Encoded.from_rows(
             rows,  # type: ignore[arg-type]
-            self.labels[np.asarray(indices, dtype=np.int64)],
+            self.labels[chosen],
             None
             if types is None
             else [types[self.offsets[i] : self.offsets[i + 1]] for i in indices],  # type: ignore[misc]
+            None if self.starts is None else self.starts[chosen],
         )
 
     def batch(
@@ -102,6 +113,48 @@ class Encoded:
         if self.types is not None:
             inputs["token_type_ids"] = padded(self.types, 0)
         return inputs
+
+    def parts(
+        self, indices: Sequence[int] | NDArray[np.int64], pass_tokens: int
+    ) -> list[tuple[NDArray[np.int64], float]]:
+        """Rows of one mini-batch in parts of similar length, so that little padding is computed.
+
+        Found among all ways to cut the rows in order of length: the least positions, padding
+        included, where every part costs `pass_tokens` more.
+
+        Args:
+            indices: Row numbers of the mini-batch.
+            pass_tokens: What one more pass through the model costs, in positions.
+
+        Returns:
+            Row numbers of each part, longest first, and its share of the mini-batch's mean loss.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        order = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
+        lengths = self.lengths[order]
+        # least[i] is the cost of the first i rows, start[i] where the last part of them begins
+        least, start = np.zeros(len(order) + 1), np.zeros(len(order) + 1, np.int64)
+        for end in range(1, len(order) + 1):
+            cost = least[:end] + lengths[:end] * np.arange(end, 0, -1) + pass_tokens
+            start[end] = cost.argmin()
+            least[end] = cost[start[end]]
+        cuts = [len(order)]
+        while cuts[-1]:
+            cuts.append(int(start[cuts[-1]]))
+        weights = self.weights(order)
+        shares = [
+            (order[low:high], float(weights[low:high].sum() / weights.sum()))
+            for high, low in reversed(list(pairwise(cuts)))
+        ]
+        return [(part, share) for part, share in shares if share]
+
+    def weights(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """How much each row counts in the mean loss of a batch: one, or its response's tokens."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        if self.starts is None:
+            return np.ones(len(chosen), np.int64)
+        # The first token of a row has nothing before it to be predicted from.
+        return self.lengths[chosen] - np.maximum(self.starts[chosen], 1)
 
     def by_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
         """Row numbers in batches of similar length, longest first (so memory peaks at once)."""

@@ -1,0 +1,70 @@
+"""What the numbers of φ travel in, and what that does to accuracy, over the quickstart's rounds.
+
+    python benchmarks/wire.py OUT [--seeds 42] [--wires fp32 bf16 int8]
+
+The base is trained once a seed; each wire then starts from it. One JSON line a run goes to
+OUT/wire.jsonl; runs that are there are not computed again. About 3 minutes a run on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from common import machine
+
+from fedp2eft.experiment.train import train
+from fedp2eft.reading import read_yaml, settings_from
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--wires", nargs="+", default=["fp32", "bf16", "int8"])
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "wire.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    done = {(line["seed"], line["wire"]) for line in map(json.loads, lines)}
+    for seed in options.seeds:
+        preset: dict[str, Any] = read_yaml(str(files("fedp2eft") / "presets" / "quickstart.yaml"))
+        preset["seed"] = seed
+        base = options.out / f"base-{seed}"
+        only_base = preset | {
+            "federation": preset["federation"] | {"rounds": 0},
+            "evaluation": {"methods": ["base"]},
+        }
+        train(settings_from(only_base), base)
+        for wire in options.wires:
+            if (seed, wire) in done:
+                continue
+            run = options.out / f"{wire}-{seed}"
+            raw = preset | {
+                "model": preset["model"] | {"name": str(base / "base")},
+                "base": {"kind": "none"},
+                "federation": preset["federation"] | {"wire": wire},
+                "evaluation": preset["evaluation"] | {"methods": ["fedp2eft"]},
+            }
+            results = train(settings_from(raw), run)
+            rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            psg = [line for line in rounds if line["phase"] == "psg"]
+            found = {
+                "seed": seed,
+                "wire": wire,
+                "machine": machine(),
+                "means": {f"{row.pool} r={row.rank}": round(row.mean, 4) for row in results.rows},
+                "psg_loss": [round(line["psg-loss"], 4) for line in psg],
+                "bytes_up": [line["bytes-up"] for line in psg],
+                "bytes_down": [line["bytes-down"] for line in psg],
+            }
+            with log.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What a base-model federation is: what a client trains of the model, what travels and what stays.
+
+The base is trained before any PSG. At the end it is one ordinary model, the same for all clients;
+some federations leave every client a part of its own beside it, which never travels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedp2eft.adapters.weights import AdapterWeights
+from fedp2eft.bases.parts import Part, Replacement
+from fedp2eft.client import OnStep, adamw, descend, local_order
+from fedp2eft.settings import BaseSettings, Settings
+from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """One client's local run on the base.
+
+    Args:
+        client: Its name.
+        task: Loss of the client's rows.
+        data: The client's training rows.
+        settings: The experiment.
+        dtype: Numbers of the matrix products (autocast); the weights stay fp32.
+        seed: Seed of the mini-batch order and of dropout.
+        on_step: Called with the loss of every step.
+    """
+
+    client: str
+    task: Task
+    data: Encoded
+    settings: Settings
+    dtype: torch.dtype
+    seed: int
+    on_step: OnStep | None = None
+
+    def order(self) -> list[NDArray]:  # type: ignore[type-arg]
+        """Mini-batches of row numbers: `base.epochs` passes, or as many as `base.steps` take."""
+        s = self.settings.base
+        if s.steps is None:
+            return list(local_order(len(self.data), s.epochs, s.batch_size, self.seed))
+        size = s.steps * self.settings.local.accumulate
+        return list(islice(local_order(len(self.data), size, s.batch_size, self.seed), size))
+
+    def fine_tune(self, model: nn.Module, trained: Iterable[nn.Parameter], lr: float) -> float:
+        """Train the given parameters in place, nothing else; returns the mean loss of the steps."""
+        weights, local = list(trained), self.settings.local
+        model.requires_grad_(False)
+        for parameter in weights:
+            parameter.requires_grad_(True)
+        device = weights[0].device.type
+
+        def loss_of(rows: NDArray) -> Tensor:  # type: ignore[type-arg]
+            with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+                return self.task.loss(model, self.task.batch(self.data, rows))
+
+        optimizer = adamw([{"params": weights, "lr": lr}])
+        losses = descend(
+            model, loss_of, self.order(), optimizer, weights, local,
+            seed=self.seed, on_step=self.on_step,
+        )  # fmt: skip
+        optimizer.zero_grad(set_to_none=True)
+        return sum(losses) / max(1, len(losses))
+
+
+class Base:
+    """Off the shelf: the model as it is, nothing trained; the others say where they differ."""
+
+    private = False
+    """Whether clients keep parts of the base of their own, so that no two share a batch."""
+
+    def wrap(self, model: nn.Module, settings: Settings) -> nn.Module:
+        """The model as it is trained: plain, or with an adapter around it, equal to it so far."""
+        return model
+
+    def trained(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:
+        """What a client's local run trains, by name; `model` comes from `wrap`."""
+        return {}
+
+    def staying(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The trained parameters whose changes stay on the client, by name."""
+        return {}
+
+    def travelling(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:
+        """The trained parameters that are sent and averaged, by name."""
+        staying = {id(parameter) for parameter in self.staying(model).values()}
+        trained = self.trained(model, settings)
+        return {name: p for name, p in trained.items() if id(p) not in staying}
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        """The plain model that the federation ends with; `model` is used up."""
+        return model
+
+    def own_part(self, finished: Callable[[], nn.Module], work: LocalWork) -> Part:
+        """What a client adds to the finished base for itself, where it kept nothing so far.
+
+        Args:
+            finished: Gives the merged model in fp32, wrapped; changed in place.
+            work: The client.
+        """
+        return {}
+
+    def replacements(
+        self, finished: Callable[[], nn.Module], part: Part
+    ) -> Iterator[tuple[str, Replacement]]:
+        """The base as a client with this part has it: values by parameter name of the base."""
+        return iter(())
+
+    def carried(self, weights: AdapterWeights, part: Part) -> AdapterWeights:
+        """An adapter on the client's own base as one on the common base."""
+        return weights
+
+
+def rate(settings: BaseSettings, round_: int) -> float:
+    """Learning rate of a round, counted from 1."""
+    if settings.schedule == "constant":
+        return settings.lr
+    return settings.lr * (1 + math.cos(math.pi * (round_ - 1) / settings.rounds)) / 2
+
+
+@torch.no_grad()
+def copy_numbers(parameters: Mapping[str, nn.Parameter], numbers: Mapping[str, Tensor]) -> None:
+    """Copy numbers into the parameters of the same names."""
+    for name, parameter in parameters.items():
+        parameter.copy_(numbers[name])

@@ -1,0 +1,66 @@
+"""FedIT: FedAvg of LoRA, A and B each averaged (paper section 5, base models)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from fedp2eft.adapters.btlora import common_A
+from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers
+from fedp2eft.bases.base import Base
+from fedp2eft.seeding import derive_seed
+from fedp2eft.settings import BaseSettings, Settings
+
+ADAPTER = "default"
+
+
+class FedIT(Base):
+    """Plain PEFT LoRA on every linear layer, merged into the model at the end.
+
+    A classification head is adapted as any linear layer, its own weights stay as they are; a causal
+    LM's output head is left out. All clients start from the same A, and from B = 0.
+    """
+
+    def wrap(self, model: nn.Module, settings: Settings) -> nn.Module:
+        """The model with LoRA on it."""
+        s, training = settings.base, model.training
+        config = LoraConfig(
+            r=s.lora_rank,
+            lora_alpha=s.lora_alpha,
+            lora_dropout=s.lora_dropout,
+            target_modules="all-linear",
+        )
+        with torch.random.fork_rng(devices=[]):  # start_afresh() replaces PEFT's first weights
+            wrapped: nn.Module = get_peft_model(model, config, adapter_name=ADAPTER)
+        start_afresh(lora_layers(wrapped), derive_seed("base LoRA", settings.adapter.seed))
+        wrapped.train(training)  # PEFT's wrapper is in training mode whatever the model is in
+        return wrapped
+
+    def trained(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:
+        """A and B of every layer."""
+        found: dict[str, nn.Parameter] = {}
+        for layer in lora_layers(model):
+            found |= {f"{layer.name}.lora_A": layer.A, f"{layer.name}.lora_B": layer.B}
+        return found
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        """The model with W + s·B·A in place of W, in its own numbers (fp32)."""
+        assert isinstance(model, PeftModel)
+        plain: nn.Module = model.merge_and_unload()
+        return plain
+
+
+def lora_layers(model: nn.Module) -> list[AdaptedLayer]:
+    """The layers with the base's LoRA, in module order."""
+    return list(adapted_layers(model, ADAPTER))
+
+
+@torch.no_grad()
+def start_afresh(layers: Iterable[AdaptedLayer], seed: int) -> None:
+    """A Kaiming-uniform (a = √5) from the seed and the layer's name alone, B = 0."""
+    for layer in layers:
+        layer.A.copy_(common_A(layer.name, layer.A, seed))
+        layer.B.zero_()

@@ -1,0 +1,98 @@
+"""LibreOffice's help in many languages: title -> first paragraphs, for causal LMs.
+
+A sample of few pages ships with the package; `fedp2eft data build-libreoffice-help` makes the whole
+from Debian's packages. See `assets/README.md` for the fields and the licence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedp2eft.data.federation import SEEN, UNSEEN, Federation
+from fedp2eft.data.pools import federation_of_pools
+from fedp2eft.data.table import read_table
+from fedp2eft.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+NAME = "libreoffice-help"
+LANGUAGES = (
+    *("cs", "de", "el", "en_US", "es", "fr", "it", "ja"),
+    *("ko", "pl", "pt_BR", "ru", "tr", "zh_CN"),
+)
+"""Those of the sample."""
+COLUMNS = ("language", "pool", "split", "label")
+
+
+@cache
+def read_sample() -> Dataset:
+    """All rows of the sample that ships with the package, in the order of the file."""
+    with as_file(files("fedp2eft.data") / "assets" / "libreoffice_help_sample.jsonl.gz") as path:
+        return read_table(path)
+
+
+def load_libreoffice(
+    path: str | Path | None = None,
+    languages: Sequence[str] | None = None,
+    new_languages: Sequence[str] = (),
+    *,
+    clients_per_language: int = 5,
+    alpha: float = 0.5,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    seed: int = 0,
+    pools: Sequence[str] = (SEEN, UNSEEN),
+) -> Federation:
+    """LibreOffice's help as a federation; the label that clients differ by is LibreOffice's part.
+
+    The file's own `pool` and `split` are used: both follow the page, so nothing of a page crosses
+    train/test or seen/unseen in any language.
+
+    Args:
+        path: a file that `build-libreoffice-help` wrote; None: the sample.
+        languages: languages of the seen and unseen clients; None: all but `new_languages`.
+        new_languages: languages that no seen client speaks.
+        clients_per_language: clients per language and pool.
+        alpha: concentration of the Dirichlet distribution.
+        max_train: at most this many train rows a client.
+        max_test: at most this many test rows a client.
+        seed: decides the split, together with language and pool alone.
+        pools: which pools of `languages` become clients.
+
+    Returns:
+        A federation with `text_columns` ("title",) and `target_column` "text".
+
+    Raises:
+        UserError: as `federation_of_pools`; a file that `build-libreoffice-help` did not write.
+    """
+    if path is None:
+        table = read_sample()
+    else:
+        table = read_table(path, text_columns=["title", "text", *COLUMNS])
+        for column, values in (("pool", (SEEN, UNSEEN)), ("split", ("train", "test"))):
+            if wrong := set(table[column][:]) - set(values):
+                raise UserError(
+                    f"{path}: {column} {min(wrong)!r} is not one of {list(values)}. Make the file "
+                    "with fedp2eft data build-libreoffice-help."
+                )
+    return federation_of_pools(
+        NAME,
+        table,
+        tuple(sorted(set(table["language"][:]))),
+        languages,
+        new_languages,
+        text_columns=("title",),
+        labels=tuple(sorted(set(table["label"][:]))),
+        target_column="text",
+        clients_per_language=clients_per_language,
+        alpha=alpha,
+        max_train=max_train,
+        max_test=max_test,
+        seed=seed,
+        pools=pools,
+    )

@@ -1,0 +1,122 @@
+"""How different the predicted structures of clients are, after every round that is kept.
+
+Computed where the clients' features are at hand: in a simulation of one process. λ never leaves a
+client of a real federation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedp2eft.adapters.budget import keep_largest
+from fedp2eft.federation.checkpoints import all_checkpoints
+from fedp2eft.federation.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The structures that one φ predicts for a set of clients.
+
+    Args:
+        round: Finished rounds of the PSG's federation.
+        level: Mean λ̂ over clients and ranks.
+        spread: How much λ̂ differs between the ranks of one client: standard deviation over mean,
+            averaged over clients.
+        personal: How much λ̂ of one rank differs between clients: standard deviation over mean,
+            averaged over ranks.
+        overlap: By rank budget: share of its kept ranks that a client has in common with another,
+            averaged over all pairs. Two random structures share r / r_max.
+        overlap_language: The same over pairs of one language; None where there is no such pair.
+        overlap_languages: The same over pairs of two languages; None where there is no such pair.
+        kinds: By rank budget: share of the kept ranks by kind of layer (its name without numbers).
+        clients: Clients looked at.
+    """
+
+    round: int
+    level: float
+    spread: float
+    personal: float
+    overlap: dict[int, float]
+    overlap_language: dict[int, float | None]
+    overlap_languages: dict[int, float | None]
+    kinds: dict[int, dict[str, float]]
+    clients: int
+
+
+def structure(
+    round_: int,
+    lam: Mapping[str, Tensor],
+    languages: Mapping[str, str],
+    layers: Sequence[str],
+    ranks: Sequence[int],
+) -> Structure:
+    """Compare the structures of clients.
+
+    Args:
+        round_: Finished rounds.
+        lam: λ̂ by client, L × r_max each; two clients or more.
+        languages: Language by client.
+        layers: Names of the L layers.
+        ranks: Budgets.
+    """
+    stack = torch.stack([value.double() for value in lam.values()])
+    masks = {
+        rank: {name: keep_largest(value, rank) for name, value in lam.items()} for rank in ranks
+    }
+    same = [p for p in combinations(lam, 2) if languages[p[0]] == languages[p[1]]]
+    other = [p for p in combinations(lam, 2) if languages[p[0]] != languages[p[1]]]
+    return Structure(
+        round=round_,
+        level=float(stack.mean()),
+        spread=float((_deviation(stack.flatten(1), 1) / stack.flatten(1).mean(1)).mean()),
+        personal=float((_deviation(stack, 0) / stack.mean(0)).mean()),
+        overlap={rank: _overlap(masks[rank], same + other) or 0.0 for rank in ranks},
+        overlap_language={rank: _overlap(masks[rank], same) for rank in ranks},
+        overlap_languages={rank: _overlap(masks[rank], other) for rank in ranks},
+        kinds={rank: _kinds(masks[rank], layers) for rank in ranks},
+        clients=len(lam),
+    )
+
+
+def structures(
+    workspace: Workspace, run: Path, clients: Sequence[str], ranks: Sequence[int]
+) -> list[dict[str, Any]]:
+    """`structure` after every round whose checkpoint the run folder keeps, as plain values."""
+    languages = {name: workspace.client(name).language for name in clients}
+    psg, found = workspace.psg, []
+    for progress, phi in all_checkpoints(run / "checkpoints", "psg"):
+        psg.set_numbers(phi)
+        with torch.no_grad():
+            lam = {name: psg.lambda_for(workspace.features(name)) for name in clients}
+        value = structure(progress.round, lam, languages, workspace.bt.names, ranks)
+        found.append(asdict(value))
+    return found
+
+
+def _deviation(values: Tensor, dim: int) -> Tensor:
+    return values.std(dim, unbiased=False)
+
+
+def _overlap(masks: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> float | None:
+    if not pairs:
+        return None
+    shared = sum(int((masks[a] & masks[b]).sum()) for a, b in pairs)
+    return shared / sum(int(masks[a].sum()) for a, _ in pairs)
+
+
+def _kinds(masks: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, float]:
+    kept: dict[str, int] = defaultdict(int)
+    for mask in masks.values():
+        for name, row in zip(layers, mask, strict=True):
+            kept[re.sub(r"\.\d+\.", ".*.", name)] += int(row.sum())
+    total = sum(kept.values())
+    return {kind: count / total for kind, count in sorted(kept.items(), key=lambda kv: -kv[1])}

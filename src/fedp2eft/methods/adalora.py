@@ -1,0 +1,171 @@
+"""AdaLoRA (Zhang et al., ICLR 2023): PEFT's own, as the paper's baseline (section 5).
+
+    W' = W + s · P diag(E) Q        P: d_out × r0,  E ∈ R^r0,  Q: r0 × d_in
+
+Every layer starts with r0 = max(⌊1.5·r⌋, r + 1) ranks (2 at r = 1: PEFT cannot drop none). Of the T
+optimiser steps the first ⌊0.1·T⌋ drop nothing; then, at every step up to T − ⌊0.3·T⌋, ranks of the
+least importance (gradient × weight, smoothed) get E = 0, down to r·L over the whole model; the rest
+trains what is kept. PEFT ranks at one step what it measured before, so T must be 2 or more.
+
+PEFT multiplies by lora_alpha / (r0 + 1e-5), with r0 whatever a layer keeps: lora_alpha = s·r0
+leaves the scale at s throughout.
+
+Minimised: task loss + 0.1 · mean over all P and Q of ‖PᵀP − I‖ and ‖QQᵀ − I‖ (Frobenius norms).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from numpy.typing import NDArray
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.gates import adapted_layers
+from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
+from fedp2eft.client import adamw, descend
+from fedp2eft.errors import DivergedError, UserError
+from fedp2eft.methods.method import ClientSide, Outcome
+from fedp2eft.seeding import derive_seed
+from fedp2eft.settings import AdaLoraSettings
+
+NAME = "adalora"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Ranks and steps of one run.
+
+    Args:
+        init_r: Ranks of a layer at the start, r0.
+        target_r: Mean ranks of a layer at the end, r.
+        steps: Optimiser steps, T.
+        tinit: Steps before the first rank is dropped.
+        tfinal: Steps after the last one is.
+    """
+
+    init_r: int
+    target_r: int
+    steps: int
+    tinit: int
+    tfinal: int
+
+    @classmethod
+    def of(cls, rank: int, steps: int, settings: AdaLoraSettings) -> Schedule:
+        """Shares of the steps rounded down; of two or more steps at least the second drops ranks.
+
+        Raises:
+            UserError: Fewer than two steps.
+        """
+        if steps < 2:
+            raise UserError(
+                f"AdaLoRA needs 2 optimiser steps or more to drop ranks, and a client has {steps}: "
+                "raise local.personalize_epochs or lower local.batch_size."
+            )
+        tfinal = min(_share(settings.tfinal, steps), steps - 2)
+        tinit = min(_share(settings.tinit, steps), steps - tfinal - 1)
+        init_r = max(_share(settings.init_multiple, rank), rank + 1)
+        return cls(init_r, rank, steps, tinit, tfinal)
+
+
+def adalora(client: ClientSide, rank: int) -> Outcome:
+    """Fine-tune P, E and Q while ranks are dropped to r·L, and score the result."""
+    s, settings = client.adalora, client.settings
+    order = client.order(settings)
+    tell = client.each_of(len(order))
+    schedule = Schedule.of(rank, math.ceil(len(order) / settings.accumulate), s)
+    with client.bt.bare() as base:
+        model = wrap(base, client.bt, schedule, s.orth)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        step = 0
+
+        def loss_of(rows: NDArray) -> Tensor:  # type: ignore[type-arg]
+            fit = client.task.loss(model, client.task.batch(client.train, rows))
+            return fit + s.orth * orthogonality(model)
+
+        def allocate(loss: float) -> None:
+            nonlocal step
+            step += 1
+            for weight in weights:  # an expert that no token was sent to
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            model.base_model.update_and_allocate(step)
+            tell(loss)
+
+        optimizer = adamw([{"params": weights, "lr": s.lr}])
+        descend(
+            model, loss_of, order, optimizer, weights, settings, seed=client.seed, on_step=allocate
+        )
+        fitted = adapter_weights(model, client.bt)
+        if not fitted.is_finite():
+            raise DivergedError("The AdaLoRA adapter holds NaN: lower adalora.lr.")
+        return Outcome(client.score(model), fitted)
+
+
+def wrap(base: nn.Module, bt: BTLora, schedule: Schedule, orth: float) -> PeftModel:
+    """PEFT's AdaLoRA on the layers that `bt` adapts; every client starts from the same P and Q.
+
+    Raises:
+        UserError: PEFT has no AdaLoRA for a kind of layer.
+    """
+    config = AdaLoraConfig(
+        init_r=schedule.init_r,
+        target_r=schedule.target_r,
+        lora_alpha=bt.settings.scaling * schedule.init_r,
+        tinit=schedule.tinit,
+        tfinal=schedule.tfinal,
+        deltaT=1,
+        total_step=schedule.steps,
+        orth_reg_weight=orth,
+        target_modules="|".join(map(re.escape, bt.names)),
+    )
+    training = base.training
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed("adalora", bt.settings.seed))
+        try:
+            model: PeftModel = get_peft_model(base, config, adapter_name=NAME)
+        except ValueError as error:
+            line = str(error).splitlines()[0]
+            raise UserError(f"AdaLoRA cannot adapt this model: {line}") from error
+    return model.train(training)
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    """Mean over all P and Q of ‖PᵀP − I‖ and ‖QQᵀ − I‖ (Frobenius norms).
+
+    PEFT's AdaLoraModel.forward adds the same to a loss that the model itself computes. Here the
+    task computes the loss, and a PeftModel without task type goes past that forward anyway.
+    """
+    modules = [layer.module for layer in adapted_layers(model, NAME)]
+    sides = [m.lora_A[NAME] for m in modules] + [m.lora_B[NAME].T for m in modules]
+    grams = torch.stack([side @ side.T for side in sides])
+    norms: Tensor = torch.linalg.matrix_norm(grams - torch.eye(len(grams[0])).to(grams))
+    return norms.mean()
+
+
+def adapter_weights(model: PeftModel, bt: BTLora) -> AdapterWeights:
+    """The ranks with E ≠ 0 as A = Q, B = P, λ = E: the same function of the input.
+
+    Raises:
+        UserError: No rank was ever dropped.
+    """
+    if model.peft_config[NAME].rank_pattern is None:
+        raise UserError("AdaLoRA dropped no ranks: update_and_allocate was never called.")
+    modules = {layer.name: layer.module for layer in adapted_layers(model, NAME)}
+    layers, scaling = [], bt.settings.scaling
+    for layer in bt.layers:
+        module = modules[layer.name]
+        E, A, B = (getattr(module, f"lora_{side}")[NAME].detach().cpu().clone() for side in "EAB")
+        kept = E[:, 0] != 0
+        layers.append(LayerWeights(layer.name, A[kept], B[:, kept], E[kept, 0]))
+        scaling = float(module.scaling[NAME] / (module.ranknum[NAME] + 1e-5))
+    return AdapterWeights(tuple(layers), scaling)
+
+
+def _share(share: float, whole: int) -> int:
+    """A share of a whole number, rounded down; 0.3 of 10 is 3 whatever floats make of it."""
+    return math.floor(round(share * whole, 9))

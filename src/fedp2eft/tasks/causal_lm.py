@@ -1,0 +1,157 @@
+"""Instruction-tuned language models: a prompt in, the cross-entropy of its response out.
+
+Loss on the response alone, its end token included: labels are -100 at the prompt and at padding.
+The loss of a batch is the mean over its response tokens. Under accumulation the mini-batches of a
+step weigh the same, however many response tokens each has (a mean of means, as `client.descend`
+does for every task).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedp2eft.errors import UserError
+from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.prompts import Prompts
+from fedp2eft.tasks.task import Scores
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Prompt and response, one of each per row.
+
+    Args:
+        pad_id: Token id at padding positions.
+        max_length: Longest prompt with its response, in tokens. A longer response is cut; a row
+            whose prompt leaves no room for a response is dropped. Both are counted.
+        device: Where batches go.
+    """
+
+    pad_id: int
+    max_length: int
+    device: torch.device | str = "cpu"
+
+    def encode(
+        self, tokenizer: Any, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
+    ) -> Encoded:
+        """Tokenise prompts and responses.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            texts: One list per text column; several columns make one prompt, a blank line between
+                them. A row may also be a conversation, a list of {"role", "content"}.
+            answers: The responses; of a conversation its last turn is the response.
+
+        Returns:
+            Rows of prompt, response and end token, with the start of each response. A response that
+            was cut has no end token: it does not end there.
+        """
+        prompts = Prompts(tokenizer)
+        rows, starts, cut = [], [], 0
+        for *parts, answer in zip(*texts, answers, strict=True):
+            chat = not isinstance(answer, str)
+            prompt = prompts.prompt(answer[:-1] if chat else "\n\n".join(parts))
+            if len(prompt) >= self.max_length:
+                continue
+            row = prompt + prompts.response(answer[-1]["content"] if chat else answer)
+            cut += len(row) > self.max_length
+            rows.append(row[: self.max_length])
+            starts.append(len(prompt))
+        encoded = Encoded.from_rows(rows, [0] * len(rows), starts=starts)
+        return replace(encoded, dropped=len(answers) - len(rows), cut=cut)
+
+    def batch(self, data: Encoded, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
+        """Model inputs, padded on the right to the longest of these rows; `labels` of that shape.
+
+        labels: The token at every position of a response, -100 elsewhere.
+        """
+        return self._padded(data, indices, None)
+
+    def feature_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
+        """All rows, prompt and response, in large batches of similar length (profile `paper`)."""
+        return (self.batch(data, rows) for rows in data.by_length(batch_size))
+
+    def padded_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
+        """All rows in order, padded to `max_length`, for ξ (profile `reference`)."""
+        for start in range(0, len(data), batch_size):
+            rows = range(start, min(start + batch_size, len(data)))
+            yield self._padded(data, rows, self.max_length)
+
+    def _padded(
+        self, data: Encoded, indices: Sequence[int] | NDArray[np.int64], length: int | None
+    ) -> dict[str, Tensor]:
+        batch = data.batch(indices, pad_id=self.pad_id, device=self.device, length=length)
+        assert data.starts is not None
+        starts = torch.from_numpy(data.starts[np.asarray(indices, dtype=np.int64)])
+        places = torch.arange(batch["input_ids"].shape[1])
+        behind = (places >= starts.unsqueeze(1)).to(self.device)
+        response = behind & batch["attention_mask"].bool()
+        batch["labels"] = torch.where(response, batch["input_ids"], IGNORED)
+        return batch
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy over the response tokens of a batch, float32."""
+        return F.cross_entropy(*self._predictions(model, batch))
+
+    def _predictions(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (tokens × vocabulary, float32) and targets (tokens) of all response tokens.
+
+        Logits are asked for from the earliest response of the batch on: those of the prompts alone
+        would often be most of the memory.
+        """
+        labels = batch["labels"]
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        told = labels != IGNORED
+        wanted = labels.shape[1] - int(told.any(dim=0).int().argmax()) + 1
+        # A model that is asked for too many gives all; one that knows its logits already does too.
+        logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=wanted).logits[:, -wanted:]
+        targets = labels[:, -logits.shape[1] + 1 :]
+        known = targets != IGNORED
+        return logits[:, :-1][known].float(), targets[known]
+
+    @torch.inference_mode()
+    def losses(self, model: nn.Module, data: Encoded, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over the response of every row, and its tokens, in row order.
+
+        Returns:
+            Nats (float64) and tokens (int64), one per row, on the CPU.
+
+        Raises:
+            UserError: There are no rows.
+        """
+        if not len(data):
+            raise UserError("There are no rows to score: give the client's test split some text.")
+        sums, tokens = torch.zeros(len(data), dtype=torch.float64), torch.zeros(len(data)).long()
+        training = model.training
+        model.eval()
+        try:
+            for chosen in data.by_length(batch_size):
+                batch = self.batch(data, chosen)
+                each = F.cross_entropy(*self._predictions(model, batch), reduction="none").cpu()
+                counts = (batch["labels"] != IGNORED).sum(dim=1).cpu()
+                tokens[torch.from_numpy(chosen)] = counts
+                parts = torch.split(each.double(), counts.tolist())
+                sums[torch.from_numpy(chosen)] = torch.stack([part.sum() for part in parts])
+        finally:
+            model.train(training)
+        return sums, tokens
+
+    def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:
+        """Mean loss per response token of `model` on the rows; every token weighs the same."""
+        sums, tokens = self.losses(model, data, batch_size)
+        total = int(tokens.sum())
+        return Scores(len(data), None, float(sums.sum()) / total, total)
+
+    def unscored(self) -> Scores:
+        """What a client without test rows scores."""
+        return Scores(0, None, 0.0, 0)

@@ -1,0 +1,114 @@
+"""What every task gives to the rest: batches, a loss and scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedp2eft.tasks.encoded import Encoded
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model scores on one client's rows.
+
+    Args:
+        examples: Rows scored.
+        correct: Rows classified right; None for a causal LM.
+        loss: Mean cross-entropy in nats: per row of a classification, per response token of a
+            causal LM.
+        tokens: Response tokens scored, end tokens included; None for a classification.
+    """
+
+    examples: int
+    correct: int | None
+    loss: float
+    tokens: int | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows classified right, 0 to 1; NaN where no row was classified."""
+        return self.correct / self.examples if self.correct is not None and self.examples else NAN
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss) per response token; NaN where no token was scored."""
+        return math.exp(min(self.loss, 700.0)) if self.tokens else NAN
+
+    def numbers(self) -> dict[str, int | float]:
+        """Those that are known, by name: what travels, and what a cell keeps."""
+        known = {"correct": self.correct, "tokens": self.tokens}
+        return {
+            "examples": self.examples,
+            "loss": self.loss,
+            **{name: value for name, value in known.items() if value is not None},
+        }
+
+    def __str__(self) -> str:
+        if self.tokens is None:
+            share = f"Accuracy {self.accuracy:.1%} ({self.correct} of {self.examples})"
+            return f"{share}, loss {self.loss:.4f}"
+        counted = f"{self.tokens} tokens of {self.examples} rows"
+        return f"Response loss {self.loss:.4f} ({counted}), perplexity {self.perplexity:.4g}"
+
+    def facts(self) -> dict[str, float | None]:
+        """What is told of them by name; None where no row was scored."""
+        if self.tokens is None:
+            return {"accuracy": self.accuracy if self.examples else None}
+        return {"response_loss": self.loss if self.tokens else None}
+
+
+NAN = float("nan")
+
+
+class Task(Protocol):
+    """A kind of rows, and how a model is trained and scored on them.
+
+    A task is a frozen dataclass: `dataclasses.replace(task, device=…)` gives it for another device.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def pad_id(self) -> int:
+        """Token id at padding positions."""
+
+    @property
+    def device(self) -> torch.device | str:
+        """Where batches go."""
+
+    def encode(
+        self, tokenizer: Any, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
+    ) -> Encoded:
+        """Rows as tokens.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            texts: One list per text column, all of the same length.
+            answers: What a model shall answer, one per row: class ids, or texts.
+        """
+
+    def batch(self, data: Encoded, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
+        """Model inputs and `labels` of those rows, padded to the longest of them."""
+
+    def feature_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
+        """All rows in large batches of similar length, for ξ (profile `paper`)."""
+
+    def padded_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
+        """All rows in order, padded to the longest input, for ξ (profile `reference`)."""
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The task loss of a batch, float32."""
+
+    def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:
+        """Scores of a model on the rows; at least one row."""
+
+    def unscored(self) -> Scores:
+        """What a client without test rows scores."""

@@ -1,0 +1,45 @@
+"""The project's rounds, roster, waiting and faults around such clients."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedp2eft.federation.admission import Failures
+from fedp2eft.federation.aggregation import strategy
+from fedp2eft.federation.exchange import roster
+from fedp2eft.federation.messages import TRAIN_PSG
+from fedp2eft.federation.presence import wait_for_nodes
+from fedp2eft.federation.reporting import current
+from fedp2eft.federation.rounds import run_rounds
+from fedp2eft.federation.run_folder import RunFolder
+from fedp2eft.reading import settings_from
+
+FIRST = {"w": torch.zeros(3)}
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    logging.basicConfig(level=logging.INFO)
+    text = Path(str(context.run_config["settings"])).read_text(encoding="utf-8")
+    s = settings_from(json.loads(text))
+    folder = Path(str(context.run_config["run"]))
+    again = (folder / "settings.yaml").exists()
+    run = RunFolder(folder, s)
+    try:
+        if again:
+            run.faults.happened("started-again")
+        wait_for_nodes(grid, s.federation, current())
+        failures = Failures.on(grid, s.peers, current(), run.faults)
+        members = roster(grid, s.federation.timeout, failures)
+        chosen = strategy(s.aggregation, members, s.federation.clients_per_round, s.seed, TRAIN_PSG)
+        run_rounds(grid, run, chosen, "psg", s.federation.rounds, FIRST, current())
+    finally:
+        run.faults.summarise()
+        run.close()
