@@ -43,17 +43,19 @@ def products(bt: BTLora, data: Encoded, order: list[np.ndarray]) -> list[tuple[i
     for rows in order:
         lengths = data.lengths[rows]
         tokens = int(lengths.sum())
-        for _, module in bt.linears:
+        for number, (name, module) in enumerate(bt.linears):
             assert isinstance(module, nn.Linear)
-            pooled = module.out_features == LABELS or "pooler" in str(module)
+            pooled = module.out_features == LABELS or "pooler" in name
+            first = number < 3  # query, key and value of the first layer
             m = len(rows) if pooled else tokens
             d_in, d_out = module.in_features, module.out_features
             add(m, d_in, d_out)
-            add(m, d_out, d_in)
             add(m, d_in, r)
             add(m, r, d_out)
             add(m, d_out, r)
-            add(m, r, d_in)
+            if not first:
+                add(m, d_out, d_in)
+                add(m, r, d_in)
             add(r, m, d_in)
             add(d_out, m, r)
         mean = int(lengths.mean())

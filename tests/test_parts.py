@@ -77,7 +77,7 @@ def test_one_row_is_one_part() -> None:
 
 
 def test_the_gradients_of_dropout_stay_those_of_the_seed() -> None:
-    """Parts draw their dropout one after the other: other draws than in one piece, each run alike."""
+    """Parts draw their dropout one after the other: not as in one piece, but alike in each run."""
     data, order = tiny_rows(LENGTHS), [np.arange(8)] * 2
     runs = []
     for _ in range(2):

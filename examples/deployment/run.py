@@ -35,7 +35,7 @@ CLIENTS = {  # name: language, pool
     "ja-00": ("ja", "seen"),
     "ru-00": ("ru", "unseen"),
 }
-START_SECONDS = 120
+START_SECONDS = 300
 
 
 def write_files(folder: Path, rows: int) -> dict[str, Path]:

@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 2: a mistake that the user can mend, said in one line. 130: interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # It warns at import of a faster kernel that it could fetch, whether or not a run needs any.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # other libraries' advice to programmers; ours is logged
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

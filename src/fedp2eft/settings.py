@@ -103,8 +103,8 @@ class LocalSettings:
         alpha_s: Weight of the significance penalty, before division by N.
         alpha_p: Weight of the sparsity penalty, before division by N.
         alpha: Weight of the normalized prior, before division by N. A rank's λ rises in stage 1
-            where its saliency, −Σ_j B_ji·∂task_loss/∂B_ji, exceeds α / N, and falls towards mean |B|
-            where it does not. On training rows of seen clients of the Debian descriptions (N = 48,
+            where its saliency, −Σ_j B_ji·∂task_loss/∂B_ji, exceeds α / N, and falls towards
+            mean |B| where not. On training rows of seen clients of the Debian descriptions (N = 48,
             after stage 1) the upper quartile of saliency is 3.8e-5, 4.3e-5 and 4.6e-5 at (lr, λ)
             of (1e-3, 1), (1e-3, 0.1) and (1e-4, 1): the default lets about a quarter of the ranks
             rise. It was not chosen by accuracy.

@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import fedp2eft
-from conftest import FinishedRun
 from fedp2eft.cli import main
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
@@ -40,10 +39,10 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def done(chat: World) -> FinishedRun:
+def done(chat: World) -> Path:
     folder = chat.folder / "run"
     train(chat.settings(), folder)
-    return FinishedRun(folder)
+    return folder
 
 
 def cells(run: Path, name: str) -> list[dict]:
@@ -58,14 +57,14 @@ def rows_of(client: str, split: str) -> list[dict]:
     ]
 
 
-def test_tables_show_the_response_loss(done: FinishedRun, capsys):
-    results = read_results(done.folder)
+def test_tables_show_the_response_loss(done: Path, capsys):
+    results = read_results(done)
     assert {row.metric for row in results.rows} == {"response loss"}
     base, tuned = results.row("base", 0, "seen"), results.row("lora", 2, "seen")
     assert tuned.mean < base.mean  # lower is better, and LoRA learned something
     assert tuned.worse_than_base == 0.0
     assert base.worst_language == max(base.languages.values())
-    told = cells(done.folder, "base-r0")
+    told = cells(done, "base-r0")
     assert all(set(cell) >= {"loss", "tokens", "examples"} for cell in told)
     assert all("correct" not in cell for cell in told)
     german = [cell for cell in told if (cell["language"], cell["pool"]) == ("de", "seen")]
@@ -73,17 +72,17 @@ def test_tables_show_the_response_loss(done: FinishedRun, capsys):
     assert base.languages["de"] == pytest.approx(nats / sum(cell["tokens"] for cell in german))
     from fedp2eft.commands.terminal import show_results
 
-    show_results(Results(done.folder, results.rows))
+    show_results(Results(done, results.rows))
     shown = capsys.readouterr().out
     assert "Response loss (nats per token), seen clients (4)" in shown
     assert f"{base.mean:.3f}" in shown
 
 
-def test_a_clients_score_is_that_of_the_model_alone(chat: World, done: FinishedRun):
+def test_a_clients_score_is_that_of_the_model_alone(chat: World, done: Path):
     """The cell of the base, recomputed with transformers' own loss row by row."""
-    workspace = Workspace(chat.settings(), done.folder)
-    model = AutoModelForCausalLM.from_pretrained(done.folder / "base").eval()
-    for cell in cells(done.folder, "base-r0")[:2]:
+    workspace = Workspace(chat.settings(), done)
+    model = AutoModelForCausalLM.from_pretrained(done / "base").eval()
+    for cell in cells(done, "base-r0")[:2]:
         data, nats, tokens = workspace.encoded(cell["client"], "test"), 0.0, 0
         for row in range(len(data)):
             batch = workspace.task.batch(data, [row])
@@ -95,25 +94,25 @@ def test_a_clients_score_is_that_of_the_model_alone(chat: World, done: FinishedR
         assert cell["loss"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def test_every_client_ends_with_an_adapter_that_plain_peft_loads(done: FinishedRun):
-    folder = done.folder / "adapters" / "fr-unseen-00" / "fedp2eft-r2"
-    kind, logits = loaded(done.folder / "base", folder)
+def test_every_client_ends_with_an_adapter_that_plain_peft_loads(done: Path):
+    folder = done / "adapters" / "fr-unseen-00" / "fedp2eft-r2"
+    kind, logits = loaded(done / "base", folder)
     assert kind == "CAUSAL_LM"
-    model = AutoModelForCausalLM.from_pretrained(done.folder / "base").eval()
+    model = AutoModelForCausalLM.from_pretrained(done / "base").eval()
     with torch.no_grad():
         bare = model(input_ids=PROBE).logits
     assert float((logits - bare).abs().max()) > 1e-3
     facts = json.loads((folder / "fedp2eft.json").read_text())
     assert facts["task"] == "causal_lm"
     assert facts["labels"] == []
-    [cell] = [c for c in cells(done.folder, "fedp2eft-r2") if c["client"] == "fr-unseen-00"]
+    [cell] = [c for c in cells(done, "fedp2eft-r2") if c["client"] == "fr-unseen-00"]
     assert facts["response_loss"] == cell["loss"]
     assert not any("lm_head" in name for name in facts["ranks"])
-    assert len(list((done.folder / "adapters").glob("*/*"))) == 2 * len(CLIENTS)
+    assert len(list((done / "adapters").glob("*/*"))) == 2 * len(CLIENTS)
 
 
-def test_the_psg_knows_its_task_and_the_output_head(done: FinishedRun):
-    config = fedp2eft.PSG.from_pretrained(done.folder / "psg").config
+def test_the_psg_knows_its_task_and_the_output_head(done: Path):
+    config = fedp2eft.PSG.from_pretrained(done / "psg").config
     assert (config.task, config.text_columns, config.target_column) == (
         "causal_lm", ("prompt",), "response",
     )  # fmt: skip
@@ -122,11 +121,11 @@ def test_the_psg_knows_its_task_and_the_output_head(done: FinishedRun):
     assert set(config.linear_names) - set(config.layer_names) == {"lm_head"}
 
 
-def test_api_and_commands(chat: World, done: FinishedRun, tmp_path: Path, capsys):
+def test_api_and_commands(chat: World, done: Path, tmp_path: Path, capsys):
     train_file = write_jsonl(tmp_path / "train.jsonl", rows_of("de-unseen-00", "train"))
     test_file = write_jsonl(tmp_path / "test.jsonl", rows_of("de-unseen-00", "test"))
-    base, out = done.folder / "base", tmp_path / "adapter"
-    psg = fedp2eft.PSG.from_pretrained(done.folder / "psg")
+    base, out = done / "base", tmp_path / "adapter"
+    psg = fedp2eft.PSG.from_pretrained(done / "psg")
     made = fedp2eft.personalize(psg, base, train_file, 2, test_data=test_file, precision="fp32")
     assert made.scores is not None
     assert made.scores.examples == 3
@@ -135,7 +134,7 @@ def test_api_and_commands(chat: World, done: FinishedRun, tmp_path: Path, capsys
     )
     assert made.scores.tokens == plain.tokens
     assert made.scores.loss < plain.loss
-    [cell] = [c for c in cells(done.folder, "base-r0") if c["client"] == "de-unseen-00"]
+    [cell] = [c for c in cells(done, "base-r0") if c["client"] == "de-unseen-00"]
     assert plain.loss == pytest.approx(cell["loss"], rel=1e-5)
     made.save(out)
     both = fedp2eft.evaluate(

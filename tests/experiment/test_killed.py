@@ -67,12 +67,14 @@ def test_ctrl_c_says_how_to_go_on_and_one_process_works_at_a_time(
         for line in process.stdout:
             if line.startswith("base model 1/2"):
                 break
+        process.send_signal(signal.SIGSTOP)  # however slow this process is, that one is at work
         # meanwhile, the same command here
         assert main(["train", str(config), "--run", str(run)]) == 2
         error = capsys.readouterr().err
         assert "Another process is working on" in error
         assert error.count("\n") == 1
         process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()

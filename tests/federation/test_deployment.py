@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import runpy
 import shutil
+import socket
+import ssl
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from deployed import deployment
+from flwr.cli.supernode.register import try_load_public_key
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from safetensors.torch import load_file
 from test_simulation import PYPROJECT, cells
 
+from fedp2eft.data.debian import load_debian
+from fedp2eft.data.settings import load_federation
 from fedp2eft.experiment.train import train
+from fedp2eft.reading import read_yaml, settings_from
+from fedp2eft.settings import Settings
 from tiny_run import LABELS, World, all_rows, write_jsonl
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "deployment"
 THREE = ("de-seen-00", "fr-seen-00", "de-unseen-00")
 OTHER_NAMES = "fr-seen-00"
 
@@ -39,13 +54,11 @@ def small(world: World, **data: object) -> dict[str, object]:
     return world.raw(
         data=data, base__rounds=1, base__clients_per_round=1, federation__rounds=2,
         federation__timeout=1500.0, federation__min_clients=3, federation__wait=600.0,
-        evaluation__methods=["fedp2eft"], evaluation__ranks=[2],
+        evaluation__methods=["fedp2eft"], evaluation__ranks=[2], peers__failures="stop",
     )  # fmt: skip
 
 
 def test_three_supernodes_give_the_local_engines_numbers(world: World, tmp_path: Path) -> None:
-    import yaml
-
     project, nodes = tmp_path / "project", tmp_path / "nodes"
     files = own_files(nodes)
     (project / "configs").mkdir(parents=True)
@@ -60,10 +73,10 @@ def test_three_supernodes_give_the_local_engines_numbers(world: World, tmp_path:
                 client, client=client, path=str(path), language=language, pool=pool,
                 keep=str(nodes / client / "keep"), **(other if client == OTHER_NAMES else {}),
             )  # fmt: skip
-        there.flwr("run", project, "--run-config", "config='configs/tiny.yaml' run='runs/deployed'")
         run = there.folder / "server" / "runs" / "deployed"
-        there.wait_for(lambda: (run / "faults.json").exists())
-        assert (run / "results.json").exists(), there.logs()
+        words = ("--run-config", "config='configs/tiny.yaml' run='runs/deployed'")
+        there.run_until(lambda: there.flwr("run", project, *words), (run / "results.json").exists)
+        there.wait_for((run / "faults.json").exists)
         number = there.flwr("ls", "--format", "json")
         log = there.flwr("log", json.loads(number)["runs"][0]["run-id"], "--show")
     here = tmp_path / "here"
@@ -79,7 +92,7 @@ def test_three_supernodes_give_the_local_engines_numbers(world: World, tmp_path:
     assert their_cells.keys() == ours_cells.keys()
     for name, cell in ours_cells.items():
         assert their_cells[name] == {**cell, "loss": pytest.approx(cell["loss"], abs=1e-5)}, name
-    assert json.loads((run / "faults.json").read_text())["counts"] == {}
+    assert set(json.loads((run / "faults.json").read_text())["counts"]) <= {"started-again"}
     assert not (run / "adapters").exists()
     for client in THREE:
         (kept,) = (nodes / client / "keep" / client).iterdir()
@@ -92,13 +105,11 @@ def test_three_supernodes_give_the_local_engines_numbers(world: World, tmp_path:
             == load_file(run / "base" / "model.safetensors").keys()
         )
     assert "psg 2/2 loss" in log
-    assert "Waiting for clients" in log or "deliver 3/3" in log
+    assert "deliver 3/3" in log
 
 
-def world_settings(world: World, folder: Path):
+def world_settings(world: World, folder: Path) -> Settings:
     """The same experiment with all files in one process."""
-    from fedp2eft.reading import settings_from
-
     files = {}
     for client in THREE:
         language, pool, _ = client.split("-")
@@ -111,3 +122,65 @@ def world_settings(world: World, folder: Path):
         path = write_jsonl(folder / client / "rows.jsonl", rows)
         files[client] = {"path": str(path), "language": language, "pool": pool}
     return settings_from(small(world, dataset="files", files=files, labels=list(LABELS)))
+
+
+# ── examples/deployment ─────────────────────────────────────────────────────────────────────────
+
+
+def test_the_examples_experiment_is_one_of_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    s = settings_from(read_yaml(EXAMPLE / "experiment.yaml"))
+    assert load_federation(s.data).labels == load_debian().labels
+    clients = runpy.run_path(str(EXAMPLE / "run.py"))["CLIENTS"]
+    assert len(clients) == s.federation.min_clients
+    seen = [pool for _, pool in clients.values()].count("seen")
+    assert seen == s.federation.clients_per_round == s.base.clients_per_round
+
+
+def test_the_examples_certificate_is_the_servers_and_nobody_elses(tmp_path: Path) -> None:
+    made = runpy.run_path(str(EXAMPLE / "certificates.py"))
+    for folder in ("ours", "theirs"):
+        made["server"](tmp_path / folder, ["localhost", "127.0.0.1"])
+    assert greeting(tmp_path / "ours", tmp_path / "ours" / "ca.pem", "127.0.0.1") == b"hello"
+    assert greeting(tmp_path / "ours", tmp_path / "ours" / "ca.pem", "localhost") == b"hello"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        greeting(tmp_path / "ours", tmp_path / "theirs" / "ca.pem", "localhost")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        greeting(tmp_path / "ours", tmp_path / "ours" / "ca.pem", "fl.example.org")
+    before = {path: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
+    made["server"](tmp_path / "ours", ["localhost"])
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_examples_keys_are_what_flower_takes_and_secret(tmp_path: Path) -> None:
+    made = runpy.run_path(str(EXAMPLE / "certificates.py"))
+    made["node"](tmp_path, "fr-00")
+    made["server"](tmp_path, ["localhost"])
+    private = tmp_path / "keys" / "fr-00"
+    key = load_ssh_private_key(private.read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    assert try_load_public_key(private.with_suffix(".pub")) == public_key_to_bytes(key.public_key())
+    for path in (private, tmp_path / "ca.key", tmp_path / "server.key"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def greeting(server: Path, authority: Path, name: str) -> bytes:
+    """What a TLS server with these files says to a client that trusts this authority."""
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    theirs.load_cert_chain(server / "server.pem", server / "server.key")
+    ours = ssl.create_default_context(cafile=str(authority))
+    left, right = socket.socketpair()
+
+    def serve() -> None:
+        with contextlib.suppress(ssl.SSLError, OSError), theirs.wrap_socket(left, True) as said:
+            said.sendall(b"hello")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with ours.wrap_socket(right, server_hostname=name) as heard:
+            return heard.recv(5)
+    finally:
+        right.close()
+        thread.join()
+        left.close()

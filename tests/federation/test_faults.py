@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from deployed import Deployment, deployment
+from deployed import Deployment, deployment, ended
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from toy import CLIENTS, FIRST, Notes, apart, app, lines, members, settings, train
@@ -415,14 +415,14 @@ def one_dies_and_one_is_slow(folder: Path, patience: float) -> bool:
         there.start_supernode("fast", client="fast")
         there.start_supernode("slow", client="slow", **late)
         there.start_supernode("killed", client="killed", mark=str(folder / "begun"), **late)
-        start(there, toy_settings(1, 3))
+        there.run_until(lambda: start(there, toy_settings(1, 3)), lambda: finished(folder) == 1)
         there.wait_for((folder / "run" / "faults.json").exists)
         timing = json.loads((folder / "run" / "timings.jsonl").read_text())
         for name in ("begun", "run/faults.json"):
             (folder / name).unlink()
         deadline = 4 + patience * timing["seconds"]
-        start(there, toy_settings(2, 3, federation__timeout=deadline, peers__min_share=0.3))
-        there.wait_for((folder / "begun").exists)
+        s = toy_settings(2, 3, federation__timeout=deadline, peers__min_share=0.3)
+        there.run_until(lambda: start(there, s), (folder / "begun").exists)
         there.kill("killed")
         there.wait_for((folder / "run" / "faults.json").exists)
         return finished(folder) == 2
@@ -434,23 +434,20 @@ def test_a_killed_serverapp_and_a_killed_superlink_go_on_from_their_round(tmp_pa
         for name in names:
             there.start_supernode(name, client=name)
         s = toy_settings(number, len(names))
-        start(there, s)
-        there.wait_for(lambda: finished(tmp_path) >= 1)
+        there.run_until(lambda: start(there, s), lambda: finished(tmp_path) >= 1)
         server_app = there.child("superlink", "flwr-serverapp")
         assert server_app, there.logs()
         server_app.kill()
-        server_app.wait()
+        there.wait_for(lambda: ended(server_app))
         assert finished(tmp_path) < number
-        start(there, s)
-        there.wait_for(lambda: finished(tmp_path) >= 2)
+        there.run_until(lambda: start(there, s), lambda: finished(tmp_path) >= 2)
         server_app = there.child("superlink", "flwr-serverapp")
         there.kill("superlink")
         if server_app:  # it ends when its SuperLink does; its run folder is free then
-            there.wait_for(lambda: not server_app.is_running(), 60)
+            there.wait_for(lambda: ended(server_app))
         assert finished(tmp_path) < number
         there.start_superlink()
-        start(there, s)
-        there.wait_for(lambda: finished(tmp_path) == number)
+        there.run_until(lambda: start(there, s), lambda: finished(tmp_path) == number)
         there.wait_for(lambda: "started-again" in report_or_none(tmp_path / "run"))
     assert [line["round"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
     assert all(line["clients"] == len(names) for line in lines(tmp_path / "run"))

@@ -48,7 +48,7 @@ def test_the_hub_name_leads_to_the_converted_model_offline(smollm2: ModelSource)
         task.score(model, task.encode(tokenizer, [["What is the capital of France?"]], [text]), 1)
         for text in ("The capital of France is Paris.", "Paris Paris capital the is of.")
     )
-    assert good.loss < 0.3 < 3 < bad.loss
+    assert good.loss < 1 < 3 < bad.loss
 
 
 def test_digits_are_tokens_of_their_own():

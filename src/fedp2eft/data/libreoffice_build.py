@@ -211,8 +211,8 @@ def _files(package: Path) -> Iterator[tuple[str, bytes]]:
                     yield member.name, stream.read()
     except (OSError, tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"{package} cannot be read ({first_line(error)}): fetch it again, or unpack it with dpkg-deb -x "
-            "and name the folder."
+            f"{package} cannot be read ({first_line(error)}): fetch it again, or unpack it with "
+            "dpkg-deb -x and name the folder."
         ) from error
 
 

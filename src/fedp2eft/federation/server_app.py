@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from flwr.app import Context
@@ -52,12 +53,20 @@ def main(grid: Grid, context: Context) -> None:
                 run.faults.happened("started-again")
             serve(grid, run, shared_workspace(json.dumps(settings), str(folder)), current())
             collect(folder)
-        finally:
-            faults = run.faults.summarise()
-            if faults["counts"]:
-                current().note(told(faults))
+        except BaseException:
+            with suppress(UserError):  # a full disk, say: what stopped the run is told, not this
+                tell_faults(run)
+            raise
+        tell_faults(run)
     finally:
         run.close()
+
+
+def tell_faults(run: RunFolder) -> None:
+    """Write how often what went wrong, and say it where anything did."""
+    faults = run.faults.summarise()
+    if faults["counts"]:
+        current().note(told(faults))
 
 
 def log_to_stderr() -> None:

@@ -140,8 +140,8 @@ class Workspace:
             data = self._encoded[key] = self.task.encode(self.tokenizer, texts, answers)
             if data.dropped or data.cut:
                 current().note(
-                    f"Client {name}, {split}: of {len(indices)} rows {data.dropped} left out, whose "
-                    f"prompt fills local.max_length, and {data.cut} responses cut there."
+                    f"Client {name}, {split}: of {len(indices)} rows {data.dropped} left out, "
+                    f"whose prompt fills local.max_length, and {data.cut} responses cut there."
                 )
         return self._encoded[key]
 
