@@ -156,12 +156,13 @@ def main() -> int:
             "--enable-supernode-auth", "--database", work / "superlink.db", cwd=work,
         )  # fmt: skip
         wait_until_up(address, secrets / "ca.pem", processes)
-        registered = processes.flwr("supernode", "list", "--format", "json")
         for name, (language, pool) in CLIENTS.items():
             node(secrets, name)
-            if f'"{name}"' not in registered:
+            registered = secrets / "keys" / f"{name}.registered"  # in the SuperLink's database
+            if not registered.exists():
                 key = secrets / "keys" / f"{name}.pub"
                 processes.flwr("supernode", "register", key, "--name", name)
+                registered.touch()
             config = (
                 f"client='{name}' path='{files[name]}' language='{language}' pool='{pool}' "
                 f"keep='{files[name].parent / 'keep'}'"
@@ -172,12 +173,15 @@ def main() -> int:
                 "--host", "127.0.0.1", "--port", free_port(), "--node-config", config,
             )  # fmt: skip
         run = work / "run"
-        processes.flwr(
-            "run", PROJECT, "--stream", "--run-config", f"config='{options.config}' run='{run}'",
-            show=True,
-        )  # fmt: skip
-        runs = json.loads(processes.flwr("ls", "--format", "json"))["runs"]
-        status = max(runs, key=lambda each: each["created-at"])["status"]
+        run_config = f"config='{options.config}' run='{run}'"
+        started = processes.flwr("run", PROJECT, "--run-config", run_config, "--format", "json")
+        number = json.loads(started)["run-id"]
+        processes.flwr("log", number, "--stream", show=True)
+        status = "running"
+        while not status.startswith("finished"):
+            time.sleep(1)
+            listed = processes.flwr("ls", "--run-id", number, "--format", "json")
+            status = json.loads(listed)["runs"][0]["status"]
     finally:
         processes.end()
     print(f"Status: {status}. Run folder: {run}. Adapters: {work}/clients/*/keep.")

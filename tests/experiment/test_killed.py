@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,8 @@ def test_ctrl_c_says_how_to_go_on_and_one_process_works_at_a_time(
     process = subprocess.Popen(
         command("train", config, "--run", run), env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a shell's background jobs ignore SIGINT, and so would this one
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None
     try:

@@ -316,7 +316,7 @@ def test_a_federation_smaller_than_the_minimum_needs_all_its_clients(tmp_path: P
     s = settings(federation__min_clients=1000, federation__wait=0.0)
     grid = remote(s)
     rounds(tmp_path, grid, s, 1)  # all 20 are here
-    grid.here = lambda: grid.inner.get_node_ids()[:19]
+    grid.here = lambda: [*grid.inner.get_node_ids()[:19], 999]  # a stranger does not stand in
     with pytest.raises(UserError, match="asks for 20"):
         rounds(tmp_path, grid, s, 2)
 

@@ -89,4 +89,5 @@ def _run(settings: Any, folder: Path) -> None:
     adapters = sorted((folder / "adapters").glob("*/*/adapter_config.json"))
     unseen = [path for path in adapters if "-unseen-" in path.parts[-3]]
     if adapters:
-        show_loading(f"{folder}/base", str((unseen or adapters)[-1].parent))
+        adapter = str((unseen or adapters)[-1].parent)
+        show_loading(f"{folder}/base", adapter, settings.model.task)
