@@ -17,6 +17,7 @@ from fedp2eft.client import local_order, stage1
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS, check_trained_for
 from fedp2eft.profiles import PAPER
+from fedp2eft.protection import PrivacySettings
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import AdapterSettings, GeneratorSettings, LocalSettings, Settings
 from tiny import TASK, tiny
@@ -196,3 +197,11 @@ def test_unknown_method_is_named_with_the_nearest() -> None:
 def test_untrained_psg_predicts_the_initial_lambda(bt) -> None:
     """BT-LoRA starts from where the federation starts."""
     assert one_client(bt=bt).psg.config.init_lambda == GeneratorSettings().init_lambda == 1e-4
+
+
+def test_rounds_that_are_not_private_are_refused_where_privacy_is_on():
+    private = Settings(privacy=PrivacySettings(clipping="fixed", clip_norm=1.0))
+    with pytest.raises(UserError, match="privacy covers the PSG's rounds, not FedL2P's"):
+        check_trained_for("fedl2p", private)
+    check_trained_for("fedp2eft", private)
+    check_trained_for("fedl2p", Settings())

@@ -63,6 +63,11 @@ def method_named(name: str) -> Method:
 
 def check_trained_for(name: str, settings: Settings) -> None:
     """Raise `UserError` unless a run under these settings trains what the method starts from."""
+    if settings.privacy.on and method_named(name).shared == "fedl2p":
+        raise UserError(
+            "privacy covers the PSG's rounds, not FedL2P's: leave fedl2p out of "
+            "evaluation.methods, or privacy off."
+        )
     for section, keys in method_named(name).variant.items():
         for key, wanted in keys.items():
             have = getattr(getattr(settings, section), key)
