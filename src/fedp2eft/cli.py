@@ -23,10 +23,13 @@ adapter.
   evaluate      score a base model, with or without an adapter
   export        change the layout of an adapter: portable, compact or merged
   data          list, describe and partition data sets
+  doctor        say what this machine has and what a run will therefore use
+  completion    print a script that completes commands and settings: bash, zsh or fish
 
 fedp2eft COMMAND --help tells more. Start with: fedp2eft quickstart
 """
-DATA_HELP = """\
+GROUP_HELP = {
+    "data": """\
 usage: fedp2eft data list | describe | partition | build-libreoffice-help [OPTIONS]
 
   list          the data sets
@@ -35,6 +38,23 @@ usage: fedp2eft data list | describe | partition | build-libreoffice-help [OPTIO
   build-libreoffice-help
                 make the whole of the data set libreoffice-help from Debian's packages
 """
+}
+EXPERIMENTS = ("quickstart", "train", "compare")
+"""Commands whose options are the settings; functions of `fedp2eft.commands.run`."""
+FUNCTIONS = {
+    "personalize": ("adapters", "personalize"),
+    "evaluate": ("adapters", "evaluate"),
+    "export": ("adapters", "export"),
+    "data list": ("datasets", "list_datasets"),
+    "data describe": ("datasets", "describe"),
+    "data partition": ("datasets", "partition"),
+    "data build-libreoffice-help": ("datasets", "build_libreoffice_help"),
+    "doctor": ("doctor", "doctor"),
+    "completion": ("completion", "completion"),
+}
+"""Commands whose options are a function's arguments: module of `fedp2eft.commands`, function."""
+POSITIONAL = ("completion",)
+"""Those of them whose arguments without a default are words, not options."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,30 +98,37 @@ def _dispatch(arguments: list[str]) -> None:
         print(f"fedp2eft {version('fedp2eft')}")
         return
     name, *rest = arguments
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "quickstart": _quickstart,
-        "train": lambda options: _experiment("train", options),
-        "compare": lambda options: _experiment("compare", options),
-        "personalize": lambda options: _call("adapters", "personalize", options),
-        "evaluate": lambda options: _call("adapters", "evaluate", options),
-        "export": lambda options: _call("adapters", "export", options),
-        "data": _data,
-    }
-    if name not in commands:
-        hint = nearest(name, list(commands))
-        raise UserError(f"There is no command {name!r}.{hint} Known: {', '.join(commands)}.")
-    commands[name](rest)
+    groups = {command.split()[0] for command in FUNCTIONS if " " in command}
+    if name in groups:
+        _group(name, rest)
+    elif name in FUNCTIONS:
+        _call(name, rest)
+    elif name == "quickstart":
+        _quickstart(rest)
+    elif name in EXPERIMENTS:
+        _experiment(name, rest)
+    else:
+        known = list(dict.fromkeys([*EXPERIMENTS, *(each.split()[0] for each in FUNCTIONS)]))
+        hint = nearest(name, known)
+        raise UserError(f"There is no command {name!r}.{hint} Known: {', '.join(known)}.")
 
 
-def _call(module: str, name: str, options: list[str], prog: str = "") -> None:
-    """Parse the options of a function and call it."""
+def function_of(command: str) -> Callable[..., None]:
+    """The function that a command calls."""
     from importlib import import_module
 
+    module, name = FUNCTIONS.get(command, ("run", command))
+    function: Callable[..., None] = getattr(import_module(f"fedp2eft.commands.{module}"), name)
+    return function
+
+
+def _call(command: str, options: list[str]) -> None:
+    """Parse the options of a command's function and call it."""
     from fedp2eft.reading import Parser
 
-    function = getattr(import_module(f"fedp2eft.commands.{module}"), name)
-    parser = Parser(prog=prog or f"fedp2eft {name}", description=_summary(function))
-    parser.add_function_arguments(function, as_group=False)
+    function = function_of(command)
+    parser = Parser(prog=f"fedp2eft {command}", description=_summary(function))
+    parser.add_function(function, positional=command in POSITIONAL)
     function(**parser.instantiate_classes(parser.parse_args(options)).as_dict())
 
 
@@ -113,9 +140,7 @@ def _quickstart(options: list[str]) -> None:
 
 
 def _experiment(name: str, options: list[str]) -> None:
-    from fedp2eft.commands import run as commands
-
-    function = getattr(commands, name)
+    function = function_of(name)
     if options and not options[0].startswith("-"):
         run, rest = _split(f"{name} CONFIG", options[1:], function)
         function(options[0], run, rest)
@@ -149,20 +174,16 @@ def _split(
     return run, rest
 
 
-def _data(options: list[str]) -> None:
-    names = {
-        "list": "list_datasets",
-        "describe": "describe",
-        "partition": "partition",
-        "build-libreoffice-help": "build_libreoffice_help",
-    }
+def _group(name: str, options: list[str]) -> None:
+    """A command of a group: fedp2eft data describe."""
+    known = [command.split()[1] for command in FUNCTIONS if command.startswith(f"{name} ")]
     if not options or options[0] in ("-h", "--help"):
-        print(DATA_HELP, end="")
+        print(GROUP_HELP[name], end="")
         return
-    if options[0] not in names:
-        hint = nearest(options[0], list(names))
-        raise UserError(f"There is no 'data {options[0]}'.{hint} Known: {', '.join(names)}.")
-    _call("datasets", names[options[0]], options[1:], f"fedp2eft data {options[0]}")
+    if options[0] not in known:
+        hint = nearest(options[0], known)
+        raise UserError(f"There is no '{name} {options[0]}'.{hint} Known: {', '.join(known)}.")
+    _call(f"{name} {options[0]}", options[1:])
 
 
 def _summary(function: Callable[..., None]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
@@ -29,6 +29,18 @@ class Parser(ArgumentParser):
             words = [word.split("=")[0] for word in line.split() if word.startswith("--")]
             hint = nearest(words[0], self._known_options()) if words else ""
         raise UserError(f"{line}.{hint} See --help.") from ex
+
+    def add_function(self, function: Callable[..., None], positional: bool = False) -> None:
+        """Add a function's arguments as options; a switch may be named without a value.
+
+        Args:
+            function: Its signature and docstring say what there is.
+            positional: Whether those without a default are words in their order, not options.
+        """
+        self.add_function_arguments(function, as_group=False, as_positional=positional)
+        for action in self._actions:
+            if action.default is False:
+                action.nargs, action.const = "?", True
 
     def _known_options(self) -> list[str]:
         return [option for action in self._actions for option in action.option_strings]

