@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_help import options_of
 
 from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, main
 from fedp2eft.settings import Settings
+from test_help import options_of
 
 COMMANDS = {*EXPERIMENTS, *(name.split()[0] for name in FUNCTIONS)}
 CASES = [

