@@ -177,7 +177,8 @@ def test_variants_share_the_base(world: World, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(METHODS, "per-layer", variant)
     journal = Journal()
     settings = world.settings(
-        **SMALL | {"compare__seeds": [3]}, evaluation__methods=["fedp2eft", "per-layer"]
+        **SMALL | {"compare__seeds": [3], "evaluation__ranks": [2]},  # more than a λ a layer
+        evaluation__methods=["fedp2eft", "per-layer"],
     )
     folder = compare(settings, tmp_path / "c", journal)
     assert [phase for phase, _, _ in journal.phases] == ["compare", "base", "psg", "psg"]
@@ -189,6 +190,9 @@ def test_variants_share_the_base(world: World, tmp_path: Path, monkeypatch: pyte
         (folder / "runs/standard-fl-s3-adapter.layerwise-True/psg/config.json").read_text()
     )
     assert config["layerwise"] is True
+    for run in runs:
+        [found] = json.loads((folder / "runs" / run / "structure.json").read_text())
+        assert sum(found["kinds"]["2"].values()) == pytest.approx(1)
 
 
 def work(config: str, folder: str, journal: str, pause: float) -> None:

@@ -93,10 +93,14 @@ def structures(
     """`structure` after every round whose checkpoint the run folder keeps, as plain values."""
     languages = {name: workspace.client(name).language for name in clients}
     psg, found = workspace.psg, []
+    columns = psg.config.r_max  # a layer-wise λ stands for each of its layer's ranks
     for progress, phi in all_checkpoints(run / "checkpoints", "psg"):
         psg.set_numbers(phi)
         with torch.no_grad():
-            lam = {name: psg.lambda_for(workspace.features(name)) for name in clients}
+            lam = {
+                name: psg.lambda_for(workspace.features(name)).expand(-1, columns)
+                for name in clients
+            }
         value = structure(progress.round, lam, languages, workspace.bt.names, ranks)
         found.append(asdict(value))
     return found
