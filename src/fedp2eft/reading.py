@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -88,9 +88,20 @@ def check_keys(raw: Mapping[str, Any], kind: type = Settings, where: str = "") -
             hint = nearest(str(key), sorted(known))
             raise UserError(f"Unknown setting {name!r}.{hint} Known here: {options}.")
         if is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise UserError(f"Setting {name!r} must be a mapping, not {value!r}.")
-            check_keys(value, hints[key], f"{name}.")
+            _check_section(value, hints[key], name)
+        elif get_origin(hints[key]) is dict and is_dataclass(inner := get_args(hints[key])[1]):
+            for each, section in (value if isinstance(value, Mapping) else {}).items():
+                _check_section(section, inner, f"{name}.{each}")
+
+
+def _check_section(value: Any, kind: Any, name: str) -> None:
+    # jsonargparse would take a word here for the name of a class, and import its module.
+    if not isinstance(value, Mapping):
+        options = ", ".join(f.name for f in fields(kind))
+        raise UserError(
+            f"Setting {name!r} must be a mapping, not {value!r}. Known here: {options}."
+        )
+    check_keys(value, kind, f"{name}.")
 
 
 def settings_from(raw: Mapping[str, Any], options: list[str] | None = None) -> Settings:

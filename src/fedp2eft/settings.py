@@ -17,6 +17,7 @@ Prior = Literal["gamma", "normalized"]
 Wire = Literal["fp32", "bf16", "int8"]
 TaskName = Literal["classification", "causal_lm"]
 Quantize = Literal["none", "8bit", "4bit"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 PoolName = Literal["seen", "unseen", "new-language"]
 BaseKind = Literal[
     "standard-fl", "fedit", "ffa-lora", "feddpa-t", "dept-spec", "none", "off-the-shelf"
@@ -425,6 +426,8 @@ class Settings:
         adalora: The AdaLoRA baseline.
         tuning: What the tuned controls choose from.
         compare: What `fedp2eft compare` varies; nothing else looks at it.
+        trackers: Where `train` and `flwr run` send the numbers of rounds and the final tables
+            beside the run folder: "tensorboard" (extra `trackers`), "wandb" or "mlflow".
     """
 
     seed: int = 42
@@ -443,6 +446,7 @@ class Settings:
     adalora: AdaLoraSettings = field(default_factory=AdaLoraSettings)
     tuning: TuningSettings = field(default_factory=TuningSettings)
     compare: CompareSettings = field(default_factory=CompareSettings)
+    trackers: list[TrackerName] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for rank in self.evaluation.ranks:

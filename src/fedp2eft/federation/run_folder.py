@@ -13,6 +13,7 @@ adapters/<client>/ the clients' PEFT adapters
 clients/<client>/  what stays on a client: its own part of the base (base.kind feddpa-t, dept-spec),
                    and what rounding kept back of its φ (`wire` other than fp32)
 results.json       the tables
+tensorboard/       what TensorBoard shows, where `trackers` names it
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from fedp2eft.federation.checkpoints import (
     save_checkpoint,
 )
 from fedp2eft.federation.faults import Faults
+from fedp2eft.federation.tracking import Trackers
 from fedp2eft.files import append_line, read_json, read_lines, sweep, write_json, write_text
 from fedp2eft.reading import as_dict, settings_from
 from fedp2eft.settings import Settings
@@ -55,6 +57,7 @@ FREE = {
     ("evaluation", "ranks"),
     ("evaluation", "pools"),
     ("compare",),
+    ("trackers",),
 }
 
 
@@ -70,12 +73,14 @@ class RunFolder:
 
     Attributes:
         faults: What goes wrong, since this start.
+        trackers: Hear of every finished round.
     """
 
     def __init__(self, path: str | Path, settings: Settings) -> None:
         self.path = Path(path)
         self.settings = settings
         self.faults = Faults(self.path, settings.peers.quarantine)
+        self.trackers: Trackers | None = None
         self._lock: IO[bytes] | None = None
         try:
             self._open()
@@ -162,6 +167,8 @@ class RunFolder:
         keep = self.settings.federation.keep_checkpoints
         folder = self.path / "checkpoints"
         save_checkpoint(folder, Progress(phase, round_), numbers, keep, state)
+        if self.trackers:
+            self.trackers.round(phase, round_, metrics, seconds)
 
     def resume(self, phase: str, rounds: int) -> tuple[int, dict[str, Tensor] | None]:
         """(last finished round, its numbers) of a phase, or (0, None) at its start.

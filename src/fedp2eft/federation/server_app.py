@@ -17,6 +17,7 @@ from fedp2eft.federation.reporting import current
 from fedp2eft.federation.results import collect
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.federation.server import serve
+from fedp2eft.federation.tracking import Trackers
 from fedp2eft.federation.workspace import shared_workspace
 from fedp2eft.methods import check_trained_for
 from fedp2eft.reading import settings_from, settings_of_run
@@ -45,6 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     again = (folder / "settings.yaml").exists()
     run = RunFolder(folder, experiment)
     try:
+        run.trackers = Trackers(experiment, folder)
         if not isinstance(grid, LocalGrid):
             log_to_stderr()
             logger.info("Run folder: %s", folder.resolve())
@@ -52,13 +54,15 @@ def main(grid: Grid, context: Context) -> None:
             if again:
                 run.faults.happened("started-again")
             serve(grid, run, shared_workspace(json.dumps(settings), str(folder)), current())
-            collect(folder)
+            run.trackers.results(collect(folder))
         except BaseException:
             with suppress(UserError):  # a full disk, say: what stopped the run is told, not this
                 tell_faults(run)
             raise
         tell_faults(run)
     finally:
+        if run.trackers:
+            run.trackers.finish()
         run.close()
 
 
