@@ -1,6 +1,6 @@
-"""The command-line and settings references, made from the commands and settings themselves.
+"""The references, made from the commands, the settings and the modules themselves.
 
-A page says where with `<!-- generated: commands -->` or `<!-- generated: settings -->`.
+A page says where with `<!-- generated: commands -->`, `… settings -->` or `… modules -->`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import cleandoc
+from pkgutil import walk_packages
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
@@ -166,8 +167,49 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+PACKAGES = {  # in the order of the data's way
+    "data": "Data",
+    "models": "Models",
+    "tasks": "Tasks",
+    "adapters": "Adapters",
+    "": "Client, features, generator and settings",
+    "methods": "Methods",
+    "bases": "Bases",
+    "federation": "Federation",
+    "experiment": "Experiments",
+    "report": "Report",
+}
+
+
+def module_reference() -> str:
+    """Markdown: a section for each package, with what the docstrings of its modules say."""
+    import fedp2eft
+
+    groups: dict[str, list[str]] = {name: [] for name in PACKAGES}
+    for found in walk_packages(fedp2eft.__path__, "fedp2eft."):
+        name = found.name.removeprefix("fedp2eft.")
+        top = name.partition(".")[0] if "." in name or found.ispkg else ""
+        if top not in ("cli", "commands") and name not in ("cli", "__main__"):
+            groups.setdefault(top, []).append(name)
+    parts = []
+    for top, names in groups.items():
+        if names:
+            parts.append(f"## {PACKAGES.get(top, top.capitalize())}")
+            parts += [_module(name, fedp2eft._HOME) for name in names]
+    return "\n\n".join(parts)
+
+
+def _module(name: str, public: dict[str, str]) -> str:
+    full = f"fedp2eft.{name}"
+    elsewhere = ", ".join(key for key, home in public.items() if home == full)
+    options = f"\n   :exclude-members: {elsewhere}" if elsewhere else ""
+    directive = f".. automodule:: {full}\n   :members:{options}"
+    return f"### `{name}`\n\n```{{eval-rst}}\n{directive}\n```"
+
+
 def _fill(app: Sphinx, name: str, content: list[str]) -> None:
     made = {"commands": command_reference, "settings": settings_reference}
+    made["modules"] = module_reference
     content[0] = PLACE.sub(lambda match: made[match[1]](), content[0])
 
 
