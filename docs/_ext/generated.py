@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import re
 from argparse import SUPPRESS
-from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import cleandoc
@@ -20,18 +19,13 @@ from docstring_parser import parse
 from sphinx.application import Sphinx
 
 PLACE = re.compile(r"<!-- generated: (\w+) -->")
-COMMAND = re.compile(r"^  ([a-z][\w-]*)(?:  +\S|$)", re.M)
 
 
-def commands() -> Iterator[str]:
+def commands() -> list[str]:
     """Every command of `fedp2eft`, `data …` with its second word."""
-    from fedp2eft import cli
+    from fedp2eft.cli import EXPERIMENTS, FUNCTIONS
 
-    for name in COMMAND.findall(cli.HELP):
-        if name == "data":
-            yield from (f"data {each}" for each in COMMAND.findall(cli.DATA_HELP))
-        else:
-            yield name
+    return [*EXPERIMENTS, *FUNCTIONS]
 
 
 def help_of(command: str) -> tuple[Any, str]:
@@ -63,7 +57,6 @@ def _command(name: str) -> str:
     if parser is None:
         return f"{title}\n\n```text\n{shown.strip()}\n```"
     description = cleandoc(parser.description or "").replace("<", "\\<")
-    usage = f"```text\n{parser.prog} [OPTIONS]\n```"
     named = {
         next((o for o in action.option_strings if o.startswith("--")), action.dest): action
         for action in parser._actions
@@ -82,7 +75,9 @@ def _command(name: str) -> str:
         for option, action in named.items()
         if option not in skipped and "." not in option
     ]
-    parts = [title, usage, description]
+    words = [action.dest for action in named.values() if not action.option_strings]
+    usage = " ".join([parser.prog, *(word.upper() for word in words), "[OPTIONS]"])
+    parts = [title, f"```text\n{usage}\n```", description]
     if rows:
         parts.append(_table(("option", "default", "what"), rows))
     if sections:
