@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from deployed import Deployment, deployment, ended
+from deployed import Deployment, careless_first_process, deployment, ended
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from toy import CLIENTS, FIRST, Notes, apart, app, lines, members, settings, train
@@ -430,7 +430,7 @@ def one_dies_and_one_is_slow(folder: Path, patience: float) -> bool:
 
 def test_a_killed_serverapp_and_a_killed_superlink_go_on_from_their_round(tmp_path: Path) -> None:
     names, number = ("c00", "c01"), 4
-    with deployment(tmp_path) as there:
+    with careless_first_process(), deployment(tmp_path) as there:
         for name in names:
             there.start_supernode(name, client=name)
         s = toy_settings(number, len(names))

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedp2eft.errors import UserError
 from fedp2eft.federation.faults import told
 from fedp2eft.federation.local import LocalGrid
+from fedp2eft.federation.orphan import end_with_parent
 from fedp2eft.federation.reporting import current
 from fedp2eft.federation.results import collect
 from fedp2eft.federation.run_folder import RunFolder
@@ -35,6 +36,7 @@ def main(grid: Grid, context: Context) -> None:
             as JSON).
         run: The run folder, absolute or relative to the working directory of this process.
     """
+    end_with_parent()
     config = context.run_config
     settings = settings_of_run(config)
     if not config.get("run"):

@@ -14,6 +14,7 @@ from fedp2eft.federation.admission import Failures
 from fedp2eft.federation.aggregation import strategy
 from fedp2eft.federation.exchange import roster
 from fedp2eft.federation.messages import TRAIN_PSG
+from fedp2eft.federation.orphan import end_with_parent
 from fedp2eft.federation.presence import wait_for_nodes
 from fedp2eft.federation.reporting import current
 from fedp2eft.federation.rounds import run_rounds
@@ -26,6 +27,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
+    end_with_parent()
     logging.basicConfig(level=logging.INFO)
     text = Path(str(context.run_config["settings"])).read_text(encoding="utf-8")
     s = settings_from(json.loads(text))
