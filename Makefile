@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
+WORKERS ?= 2
 .PHONY: quickstart test lint types docs unit setup clean
 
 quickstart: setup
@@ -23,7 +24,7 @@ docs: setup # the site, in build/docs; a warning is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 unit: setup
-	$(BIN)/python -m pytest --cov=fedp2eft --cov-report=term:skip-covered --durations=8
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov=fedp2eft --cov-report=term:skip-covered --durations=12
 
 setup: $(VENV)/.done
 
