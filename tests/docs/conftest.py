@@ -35,7 +35,9 @@ def desk(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(settings, folder / "runs" / "quickstart")
     for other in ("debian", "mine"):
         (folder / "runs" / other).symlink_to("quickstart")
-    world.yaml(folder / "experiment.yaml")  # in the text: my/experiment.yaml
+    world.yaml(
+        folder / "experiment.yaml", base__rounds=1, federation__rounds=1, evaluation__ranks=[2]
+    )  # in the text: my/experiment.yaml
     (folder / "my").mkdir()
     (folder / "experiment.yaml").rename(folder / "my" / "experiment.yaml")
     (folder / "my" / "rows.jsonl").write_text(world.rows.read_text("utf-8"), encoding="utf-8")

@@ -89,7 +89,7 @@ def _make(words: list[str]) -> None:
 
 def _pip(words: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for extras in re.findall(r"fedp2eft\[([\w,-]+)\]", " ".join(words)):
+    for extras in re.findall(r"(?:fedp2eft|\.)\[([\w,-]+)\]", " ".join(words)):
         for extra in extras.split(","):
             assert extra in project["optional-dependencies"], f"there is no extra {extra}"
 
