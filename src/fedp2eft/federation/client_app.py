@@ -32,7 +32,7 @@ from fedp2eft.bases.parts import own_rows
 from fedp2eft.client import OnStep, train_round
 from fedp2eft.data.nodes import NODES
 from fedp2eft.errors import TellableError, UserError
-from fedp2eft.federation.client_mods import keep_private, tell_errors
+from fedp2eft.federation.client_mods import end_with_supernode, keep_private, tell_errors
 from fedp2eft.federation.cohort import local_run, set_phi
 from fedp2eft.federation.messages import (
     ABOUT,
@@ -57,7 +57,7 @@ from fedp2eft.models.precision import resolve_precision
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import check_rank
 
-app = ClientApp(mods=[tell_errors])
+app = ClientApp(mods=[end_with_supernode, tell_errors])
 logger = logging.getLogger(__name__)
 
 

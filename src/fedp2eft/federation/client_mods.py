@@ -1,4 +1,4 @@
-"""Flower mods around the ClientApp's handlers: what of an error may leave, and privacy of φ."""
+"""Flower mods around the ClientApp's handlers: its end, its errors, privacy of φ."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_m
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation.local import CLIENT_APP_RAISED, is_local
 from fedp2eft.federation.messages import the_config
+from fedp2eft.federation.orphan import end_with_parent
 from fedp2eft.federation.privacy import CLIP_NORM, noise_from
 from fedp2eft.protection import PrivacySettings
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Message, Context], Message]
+
+
+def end_with_supernode(message: Message, context: Context, handle: Handler) -> Message:
+    """A process that works for a SuperNode does not outlive it."""
+    end_with_parent()
+    return handle(message, context)
 
 
 def tell_errors(message: Message, context: Context, handle: Handler) -> Message:

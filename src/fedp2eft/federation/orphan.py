@@ -12,19 +12,23 @@ import signal
 import sys
 import threading
 import time
+from functools import cache
 
 LOOK_SECONDS = 0.5
 
 
+@cache
 def end_with_parent() -> None:
-    """Interrupt this process once it has another parent, where Flower started it as a child."""
-    if "--parent-pid" not in sys.argv:
+    """Interrupt this process once it has another parent than Flower named when it started it."""
+    if "--parent-pid" not in sys.argv[:-1]:
         return
-    parent = os.getppid()
+    parent = int(sys.argv[sys.argv.index("--parent-pid") + 1])
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(LOOK_SECONDS)
-        signal.raise_signal(signal.SIGINT)  # Flower's own way out: its handlers tidy up
+        # Flower's own way out: its handlers tidy up. Sent to the process, it ends a wait of the
+        # main thread; raised in this one, it would be seen after that wait only.
+        os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
