@@ -24,6 +24,7 @@ from fedp2eft.adapters.export import (
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.bases import BASES, LocalWork
 from fedp2eft.bases.parts import Overlay, Part
+from fedp2eft.cards import MODEL_FACTS
 from fedp2eft.client import features, local_order, structure
 from fedp2eft.client import personalize as fine_tune
 from fedp2eft.data.federation import Federation
@@ -200,7 +201,14 @@ def personalize(
         revision,
         rank,
         scores[0] if scores else None,
-        {"task": kind, "labels": list(c.labels), "max_length": c.max_length},
+        {
+            "task": kind,
+            "labels": list(c.labels),
+            "max_length": c.max_length,
+            **(scores[0].facts() | {"test_rows": scores[0].examples} if scores else {}),
+            "train_rows": len(rows),
+            "origin": {k: v for k, v in c.origin.items() if k in MODEL_FACTS},
+        },
     )
 
 

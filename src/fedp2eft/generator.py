@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedp2eft.adapters.clamp import clamp_straight_through
+from fedp2eft.cards import psg_card
 from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import AdapterSettings, GeneratorSettings, ProfileName
@@ -70,6 +71,7 @@ class PSGConfig:
         dropout: Whether the base's own dropout is on in personalization.
         base: How the base was trained (`settings.BaseSettings` as a mapping): a client that meets
             this PSG gets its own part of the base likewise, where the PSG's clients have one.
+        origin: What its card tells of the experiment (`cards.origin_of`); nothing depends on it.
     """
 
     base_model: str
@@ -102,6 +104,7 @@ class PSGConfig:
     accumulate: int = 1
     dropout: bool = True
     base: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("linear_names", "layer_names", "labels", "text_columns"):
@@ -253,6 +256,10 @@ class PSG(
         if not self.config.log_quantity:
             return features
         return torch.cat([features, torch.tensor([float(examples)]).log()])
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """The README.md that `save_pretrained` and `push_to_hub` write where there is none."""
+        return psg_card(self.config)
 
     def numbers(self) -> dict[str, Tensor]:
         """φ: parameter name → float32 tensor, detached copies."""

@@ -176,7 +176,7 @@ def test_broken_download_says_to_run_again(
 
 @pytest.fixture
 def part(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> OfflinePart:
-    part = OfflinePart("package==1", lambda: tiny_bert, "x", "pip install package")
+    part = OfflinePart("package==1", lambda: tiny_bert, "x", "pip install package", "MIT")
     monkeypatch.setitem(sources.OFFLINE_PARTS, "team/part", part)
     return part
 

@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 
 from fedp2eft.adapters.gates import PEFT_PREFIX
 from fedp2eft.adapters.weights import AdapterWeights, EmbeddingRows, LayerWeights
+from fedp2eft.cards import adapter_card
 from fedp2eft.errors import UserError
 from fedp2eft.files import write_folder
 
@@ -107,6 +108,8 @@ def save_adapter(
         text = json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False)
         (scratch / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         (scratch / FACTS_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        # PEFT would write a card that says nothing.
+        (scratch / "README.md").write_text(str(adapter_card(card)), encoding="utf-8")
 
     write_folder(target, write)
     return target

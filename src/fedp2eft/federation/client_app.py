@@ -29,6 +29,7 @@ from torch import Tensor
 from fedp2eft.adapters.export import PEFT_TASKS, save_adapter
 from fedp2eft.bases import LocalWork, copy_numbers, rate
 from fedp2eft.bases.parts import own_rows
+from fedp2eft.cards import origin_of
 from fedp2eft.client import OnStep, train_round
 from fedp2eft.data.nodes import NODES
 from fedp2eft.errors import TellableError, UserError
@@ -257,6 +258,8 @@ def personalize_and_score(message: Message, context: Context) -> Message:
                 "max_length": s.local.max_length,
                 **outcome.scores.facts(),
                 "test_rows": outcome.scores.examples,
+                "train_rows": len(workspace.encoded(name, "train")),
+                "origin": origin_of(s, workspace.source),
             },
         )
     about = ConfigRecord({"client": name})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from flwr.serverapp import Grid
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedp2eft.cards import origin_of
 from fedp2eft.data.federation import SEEN
 from fedp2eft.data.nodes import NODES
 from fedp2eft.federation.admission import Failures
@@ -94,8 +96,13 @@ def train_psg(
 ) -> dict[str, Tensor]:
     """FedAvg of φ over the seen clients; the PSG is in `run.psg` afterwards."""
     s = run.settings
-    psg = PSG(workspace.psg_config)
     seen = [member for member in members if member.pool == SEEN]
+    origin = origin_of(s, workspace.source) | {
+        "languages": sorted({member.language for member in seen}),
+        "clients": len(seen),
+        "rounds": s.federation.rounds,
+    }
+    psg = PSG(replace(workspace.psg_config, origin=origin))
     sampling = (seen, s.federation.clients_per_round, s.seed, TRAIN_PSG)
     privacy = Privacy(s.privacy, *sampling) if s.privacy.on else None
     strategy = privacy.mean if privacy else strategy_of(s.aggregation, *sampling)

@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedp2eft.cards import psg_card
 from fedp2eft.errors import UserError
 from fedp2eft.federation.faults import told
 from fedp2eft.federation.local import LocalGrid
@@ -20,6 +21,8 @@ from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.federation.server import serve
 from fedp2eft.federation.tracking import Trackers
 from fedp2eft.federation.workspace import shared_workspace
+from fedp2eft.files import write_text
+from fedp2eft.generator import PSG
 from fedp2eft.methods import check_trained_for
 from fedp2eft.reading import settings_from, settings_of_run
 
@@ -56,7 +59,11 @@ def main(grid: Grid, context: Context) -> None:
             if again:
                 run.faults.happened("started-again")
             serve(grid, run, shared_workspace(json.dumps(settings), str(folder)), current())
-            run.trackers.results(collect(folder))
+            results = collect(folder)
+            write_text(
+                run.psg / "README.md", str(psg_card(PSG.from_pretrained(run.psg).config, results))
+            )
+            run.trackers.results(results)
         except BaseException:
             with suppress(UserError):  # a full disk, say: what stopped the run is told, not this
                 tell_faults(run)

