@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -143,11 +143,7 @@ def personalize(
         max_length=c.max_length,
     )
     profile = PROFILES[c.profile]
-    if profile.feature_kind != c.feature_kind:
-        raise UserError(
-            f"This PSG was made for another feature kind: it has {c.feature_kind!r}, and profile "
-            f"{c.profile} gives {profile.feature_kind!r}."
-        )
+    c.check_fits(replace(c, feature_kind=profile.feature_kind))
     kind: TaskName = "causal_lm" if c.task == "causal_lm" else "classification"
     columns = tuple(text_columns or c.text_columns)
     answers = _Answers(kind, label_column or c.label_column, target_column or c.target_column)
@@ -155,15 +151,12 @@ def personalize(
     test = None if test_data is None else _rows(test_data, columns, answers, c.labels)
     source = resolve_model(str(model))
     revision = hash_weights(Path(source.path))
-    if revision != c.base_revision:
-        raise UserError(
-            f"This PSG was made for another revision of the base model ({c.base_model}): its "
-            f"weights hash to {c.base_revision}, those of {model} to {revision}."
-        )
+    c.check_fits(replace(c, base_revision=revision))  # before it is loaded
     base, task, tokenizer = _load(source, kind, len(c.labels), c.max_length, precision, device)
     frozen = dict(base.named_parameters())
     bt = BTLora(base, c.adapter_settings(), clamp_forward=profile.clamp_forward)
-    _check_layers(psg, bt)
+    linears = tuple(name for name, _ in bt.linears)
+    c.check_fits(replace(c, linear_names=linears, layer_names=bt.names))
     rows = _encode(task, tokenizer, train)
     s = Settings(
         base=settings_from({"base": c.base}).base,
@@ -359,15 +352,6 @@ def _own_part(
     part = training.own_part(finished, work)
     Overlay(frozen).put(training.replacements(finished, part))
     return part
-
-
-def _check_layers(psg: PSG, bt: BTLora) -> None:
-    linears = tuple(name for name, _ in bt.linears)
-    if linears != psg.config.linear_names or bt.names != psg.config.layer_names:
-        raise UserError(
-            "This PSG was made for a model with other layers: use the one it was trained with "
-            f"({psg.config.base_model})."
-        )
 
 
 def _with_adapter(base: Any, adapter: str | Path) -> Any:

@@ -169,11 +169,13 @@ class PSGConfig:
         for name, words in what.items():
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
+                words = f"another {words}"
                 if isinstance(mine, tuple):
                     odd = sorted(set(mine) ^ set(theirs)) or ["their order"]
                     mine, theirs = f"{len(mine)} names", f"{len(theirs)} (first other: {odd[0]})"
+                    words = words.replace("another ", "other ")
                 raise UserError(
-                    f"This PSG was made for another {words}: it has {mine}, here it is {theirs}. "
+                    f"This PSG was made for {words}: it has {mine}, here it is {theirs}. "
                     "Use the model and settings that it was trained with."
                 )
 

@@ -291,7 +291,7 @@ def test_layers_that_are_not_the_models(personalize, finished, tmp_path: Path):
     config = json.loads((psg / "config.json").read_text())
     config["layer_names"][0] += "x"
     (psg / "config.json").write_text(json.dumps(config))
-    assert "made for a model with other layers" in personalize(psg=psg)
+    assert "made for other adapted layers: it has" in personalize(psg=psg)
 
 
 def test_nan_in_a_psg(personalize, finished, tmp_path: Path):
