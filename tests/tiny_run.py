@@ -194,11 +194,11 @@ def save_encoder(folder: Path, seed: int = 5, width: int = 16) -> Path:
 # ── what a run leaves ───────────────────────────────────────────────────────────────────────────
 
 
-UNLIKE = ("timings.jsonl", "faults.jsonl", "faults.json")
+UNLIKE = ("timings.jsonl", "faults.jsonl", "faults.json", "machine.json")
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All of a run folder that must be the same bits each time: no timings, no faults."""
+    """All of a run folder that must be the same bits each time: no timings, faults, machine."""
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))

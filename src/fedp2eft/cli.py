@@ -19,6 +19,8 @@ adapter.
   quickstart    run the whole main job on real text in a few minutes
   train         train base and PSG, then personalize and score every client
   compare       compute a table of methods, bases, ranks and seeds; several processes may share it
+  report        write the page of a run or comparison: one HTML file, and its figures
+  show          print what a run or comparison is, how far it is, and its results
   personalize   fit one client's own adapter with a trained PSG
   evaluate      score a base model, with or without an adapter
   export        change the layout of an adapter: portable, compact or merged
@@ -42,6 +44,8 @@ usage: fedp2eft data list | describe | partition | build-libreoffice-help [OPTIO
 EXPERIMENTS = ("quickstart", "train", "compare")
 """Commands whose options are the settings; functions of `fedp2eft.commands.run`."""
 FUNCTIONS = {
+    "report": ("report", "report"),
+    "show": ("report", "show"),
     "personalize": ("adapters", "personalize"),
     "evaluate": ("adapters", "evaluate"),
     "export": ("adapters", "export"),
@@ -53,7 +57,8 @@ FUNCTIONS = {
     "completion": ("completion", "completion"),
 }
 """Commands whose options are a function's arguments: module of `fedp2eft.commands`, function."""
-POSITIONAL = ("completion",)
+WATCH_HELP = "keep report.html of the run folder up to date while the run goes on"
+POSITIONAL = ("completion", "report", "show")
 """Those of them whose arguments without a default are words, not options."""
 
 
@@ -135,15 +140,15 @@ def _call(command: str, options: list[str]) -> None:
 def _quickstart(options: list[str]) -> None:
     from fedp2eft.commands.run import quickstart
 
-    run, rest = _split("quickstart", options, quickstart)
-    quickstart(run or "runs/quickstart", rest)
+    run, watch, rest = _split("quickstart", options, quickstart)
+    quickstart(run or "runs/quickstart", rest, watch)
 
 
 def _experiment(name: str, options: list[str]) -> None:
     function = function_of(name)
     if options and not options[0].startswith("-"):
-        run, rest = _split(f"{name} CONFIG", options[1:], function)
-        function(options[0], run, rest)
+        run, watch, rest = _split(f"{name} CONFIG", options[1:], function)
+        function(options[0], run, rest, watch)
         return
     _split(f"{name} CONFIG", options, function)
     raise UserError(f"Name the experiment's YAML file: fedp2eft {name} CONFIG [--run DIR].")
@@ -151,27 +156,30 @@ def _experiment(name: str, options: list[str]) -> None:
 
 def _split(
     usage: str, options: list[str], function: Callable[..., None]
-) -> tuple[str | None, list[str]]:
-    """Take --run out of the options; the rest are settings, which are put on top of a file's."""
+) -> tuple[str | None, bool, list[str]]:
+    """Take --run and --watch out of the options; the rest are settings on top of a file's."""
     from fedp2eft.reading import Parser, settings_parser
 
     if "-h" in options or "--help" in options:
         parser = Parser(prog=f"fedp2eft {usage}", description=_summary(function))
         parser.add_argument("--run", metavar="DIR", help="the run folder")
+        parser.add_argument("--watch", action="store_true", help=WATCH_HELP)
         settings_parser(parser).print_help()
         raise SystemExit(0)
-    rest, run = [], None
+    rest, run, watch = [], None, False
     words = iter(options)
     for word in words:
         if word == "--run":
             run = next(words, "")
         elif word.startswith("--run="):
             run = word.removeprefix("--run=")
+        elif word == "--watch":
+            watch = True
         else:
             rest.append(word)
     if run == "":
         raise UserError("--run needs a folder: --run runs/NAME.")
-    return run, rest
+    return run, watch, rest
 
 
 def _group(name: str, options: list[str]) -> None:

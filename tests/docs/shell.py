@@ -53,12 +53,12 @@ def understood(words: list[str]) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise ParsedError
 
-    def settings(config: str, run: str | None, options: list[str]) -> None:
+    def settings(config: str, run: str | None, options: list[str], watch: bool) -> None:
         settings_from(read_yaml(config), options)
         raise ParsedError
 
-    def preset(run: str, options: list[str]) -> None:
-        settings(str(ROOT / "src/fedp2eft/presets/quickstart.yaml"), run, options)
+    def preset(run: str, options: list[str], watch: bool) -> None:
+        settings(str(ROOT / "src/fedp2eft/presets/quickstart.yaml"), run, options, watch)
 
     with (
         patch.object(Parser, "instantiate_classes", stop),

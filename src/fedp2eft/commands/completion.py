@@ -26,7 +26,7 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
 
 def tree() -> ArgumentParser:
     """All commands with all their options, as plain argparse has them."""
-    from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, HELP, POSITIONAL, function_of
+    from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, HELP, POSITIONAL, WATCH_HELP, function_of
 
     root = ArgumentParser(prog="fedp2eft", description=HELP.split("\n\n")[1])
     root.add_argument("--version", action="store_true", help="print the version")
@@ -39,6 +39,7 @@ def tree() -> ArgumentParser:
             config.complete = glob("*.yaml", "*.yml")  # type: ignore[attr-defined]
         run = parser.add_argument("--run", metavar="DIR", help="the run folder")
         run.complete = DIRECTORY  # type: ignore[attr-defined]
+        parser.add_argument("--watch", action="store_true", help=WATCH_HELP)
         _copy(settings_parser(), parser)
     for name in FUNCTIONS:
         first, _, second = name.partition(" ")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedp2eft.errors import InterruptedRunError
 from fedp2eft.reading import read_yaml, settings_from
 
+if TYPE_CHECKING:
+    from fedp2eft.federation.reporting import Reporter
 
-def train(config: str, run: str | None = None, options: list[str] | None = None) -> None:
+
+def train(
+    config: str, run: str | None = None, options: list[str] | None = None, watch: bool = False
+) -> None:
     """Train base and PSG, then personalize and score every client.
 
     Start the same command again to go on with a run that was stopped.
@@ -20,13 +27,16 @@ def train(config: str, run: str | None = None, options: list[str] | None = None)
         config: The experiment's YAML file.
         run: The run folder; runs/NAME where none is given, NAME being the file's.
         options: Settings on top of the file.
+        watch: Keep report.html of the folder up to date while it goes on.
     """
     settings = settings_from(read_yaml(config), options)
     folder = Path(run) if run else Path("runs") / Path(config).stem
-    _run(settings, folder)
+    _run(settings, folder, watch)
 
 
-def compare(config: str, run: str | None = None, options: list[str] | None = None) -> None:
+def compare(
+    config: str, run: str | None = None, options: list[str] | None = None, watch: bool = False
+) -> None:
     """Compute a table of methods, base models, ranks, seeds and pools.
 
     Every cell is computed once and kept: start the same command again to go on, or in several
@@ -36,6 +46,7 @@ def compare(config: str, run: str | None = None, options: list[str] | None = Non
         config: The comparison's YAML file.
         run: The comparison folder; runs/NAME where none is given, NAME being the file's.
         options: Settings on top of the file.
+        watch: Keep report.html of the folder up to date while it goes on.
     """
     settings = settings_from(read_yaml(config), options)
     folder = Path(run) if run else Path("runs") / Path(config).stem
@@ -45,7 +56,7 @@ def compare(config: str, run: str | None = None, options: list[str] | None = Non
     from fedp2eft.experiment.tables import write_tables
 
     try:
-        with progress() as reporter:
+        with progress() as told, _watched(told, folder, watch) as reporter:
             compute(settings, folder, reporter)
     except KeyboardInterrupt:
         raise InterruptedRunError(
@@ -57,7 +68,9 @@ def compare(config: str, run: str | None = None, options: list[str] | None = Non
     print(f"Comparison folder: {folder}")
 
 
-def quickstart(run: str = "runs/quickstart", options: list[str] | None = None) -> None:
+def quickstart(
+    run: str = "runs/quickstart", options: list[str] | None = None, watch: bool = False
+) -> None:
     """Run the whole main job on real text in a few minutes.
 
     Six languages of Debian package descriptions, multilingual-e5-small, seen and unseen clients.
@@ -65,18 +78,19 @@ def quickstart(run: str = "runs/quickstart", options: list[str] | None = None) -
     Args:
         run: The run folder.
         options: Settings on top of the preset.
+        watch: Keep report.html of the folder up to date while it goes on.
     """
     preset = files("fedp2eft") / "presets" / "quickstart.yaml"
-    _run(settings_from(read_yaml(str(preset)), options), Path(run))
+    _run(settings_from(read_yaml(str(preset)), options), Path(run), watch)
 
 
-def _run(settings: Any, folder: Path) -> None:
+def _run(settings: Any, folder: Path, watch: bool) -> None:
     from fedp2eft.commands.terminal import progress, show_loading, show_results
     from fedp2eft.experiment.train import train as train_run
 
     start = time.perf_counter()
     try:
-        with progress() as reporter:
+        with progress() as told, _watched(told, folder, watch) as reporter:
             results = train_run(settings, folder, reporter)
     except KeyboardInterrupt:
         raise InterruptedRunError(
@@ -91,3 +105,17 @@ def _run(settings: Any, folder: Path) -> None:
     if adapters:
         adapter = str((unseen or adapters)[-1].parent)
         show_loading(f"{folder}/base", adapter, settings.model.task)
+
+
+@contextmanager
+def _watched(reporter: Reporter, folder: Path, watch: bool) -> Iterator[Reporter]:
+    if not watch:
+        yield reporter
+        return
+    from fedp2eft.commands.report import extra_needed
+
+    with extra_needed():
+        from fedp2eft.report.watch import watched
+    print(f"Live page: {folder / 'report.html'}")
+    with watched(reporter, folder) as watching:
+        yield watching

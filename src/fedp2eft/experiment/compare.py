@@ -6,19 +6,14 @@ else holds, and waits only for what others are at.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import resource
 import time
 from collections import defaultdict
 from contextlib import ExitStack, closing
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
@@ -26,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.cells import Cell, Training, claim, plan, settings_of
 from fedp2eft.experiment.engine import LocalEngine, local_engine
-from fedp2eft.experiment.structure import structures
+from fedp2eft.experiment.facts import traffic
+from fedp2eft.experiment.lambdas import keep_lambdas
+from fedp2eft.experiment.origin import facts
 from fedp2eft.federation.exchange import Member, roster
 from fedp2eft.federation.messages import alike_arrays, to_arrays
 from fedp2eft.federation.personalization import Shared, Told, personalize, prepare
@@ -50,7 +47,6 @@ FREE = {
 LENT = ("base", "clients/*/base-*.safetensors")
 """What a training takes from the run folder of its base."""
 WAIT_SECONDS = 1.0
-PACKAGES = ("fedp2eft", "torch", "transformers", "peft", "flwr")
 
 
 def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = None) -> Path:
@@ -196,8 +192,7 @@ class _Site:
         numbers = FEDERATIONS[name](engine.grid, run, engine.workspace, self.members, self.reporter)
         if name == "psg":
             clients = [member.client for member in self.members]
-            found = structures(engine.workspace, self.run, clients, s.evaluation.ranks)
-            write_json(self.run / "structure.json", found)
+            keep_lambdas(engine.workspace, self.run, clients, s.evaluation.ranks)
         tensors = {key: value.contiguous() for key, value in numbers.items()}
         write_whole(self._numbers(name), partial(save_file, tensors))
 
@@ -230,7 +225,7 @@ class _Site:
             clients.append({"client": member.client, "language": member.language, **scores})
             self.reporter.part("compare", done / len(members), cell.name)
         shared = METHODS[cell.method].shared
-        up, down = self._bytes(shared) if shared else (0, 0)
+        up, down = traffic(self.run, shared) if shared else (0, 0)
         return {
             "method": cell.method,
             "base": self.training.base,
@@ -241,18 +236,8 @@ class _Site:
             "seconds": round(time.perf_counter() - start, 3),
             "bytes_up": up,
             "bytes_down": down,
-            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "versions": {name: version(name) for name in PACKAGES},
-            "machine": machine(self.engine.workspace.device),
+            **facts(self.engine.workspace.device),
         }
-
-    def _bytes(self, phase: str) -> tuple[int, int]:
-        """Bytes that a client sent and got in a round of a federation, on average."""
-        lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rounds = [line for line in map(json.loads, lines) if line["phase"] == phase]
-        clients = max(1, sum(line["clients"] for line in rounds))
-        up, down = (sum(line[f"bytes-{way}"] for line in rounds) for way in ("up", "down"))
-        return round(up / clients), round(down / clients)
 
 
 def _lend(there: Path, here: Path) -> None:
@@ -260,10 +245,3 @@ def _lend(there: Path, here: Path) -> None:
     if not here.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
         here.symlink_to(os.path.relpath(there, here.parent))
-
-
-def machine(device: torch.device) -> str:
-    """The processor or GPU that the model runs on, and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"

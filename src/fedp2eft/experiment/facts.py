@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedp2eft.federation.metrics import metric_of
-from fedp2eft.files import read_json
+from fedp2eft.files import read_json, read_lines
 
 Facts = Mapping[str, Any]
 """The content of a cell's file, or of one client in it."""
@@ -65,11 +65,21 @@ def name_of(facts: Facts) -> str:
     return "{base}/s{seed}/{pool}/{method}-r{rank}".format(**facts)
 
 
+def traffic(run: Path, phase: str) -> tuple[int, int]:
+    """Bytes that a client sent and got in a round of a run's federation, on average."""
+    lines = [line for _, line in read_lines(run / "metrics.jsonl") if line is not None]
+    rounds = [line for line in lines if line.get("phase") == phase]
+    clients = max(1, sum(line.get("clients", 0) for line in rounds))
+    up, down = (sum(line.get(f"bytes-{way}", 0) for line in rounds) for way in ("up", "down"))
+    return round(up / clients), round(down / clients)
+
+
 def _is_cell(facts: object) -> bool:
-    return _has(facts, _CELL) and all(map(_is_client, facts["clients"]))  # type: ignore[index]
+    return _has(facts, _CELL) and all(map(is_client, facts["clients"]))  # type: ignore[index]
 
 
-def _is_client(facts: object) -> bool:
+def is_client(facts: object) -> bool:
+    """Whether it is what one client's scores are."""
     count = {"tokens": int} if isinstance(facts, dict) and "tokens" in facts else {"correct": int}
     return _has(facts, _CLIENT | count)
 

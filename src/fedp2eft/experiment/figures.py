@@ -28,6 +28,8 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "axes.axisbelow": True,
     "svg.hashsalt": "fedp2eft",  # else the names inside the file are drawn anew each time
+    "svg.fonttype": "none",  # text stays text: small, and any script that the reader has a font for
+    "text.parse_math": False,  # a name may hold $
 }
 _META: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 
@@ -51,7 +53,7 @@ def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
             for pool in comparison.pools:
                 if any(line.pool == pool and line.method != "base" for line in lines):
                     figures[f"languages-{base}-{pool}"] = language_figure(comparison, base, pool)
-            written += _save(figures, folder)
+            written += save_figures(figures, folder)
     return written
 
 
@@ -59,46 +61,61 @@ def accuracy_figure(comparison: Comparison, base: str) -> Figure:
     """Mean over languages against the rank, a panel per pool; bars are intervals over seeds.
 
     The methods stand side by side within the band of their rank. A method without a budget is a
-    dashed line.
+    dashed line. The axis shows the means; an interval may go beyond it.
     """
     figure, axes = _panels(
         len(comparison.pools), 1.2 + 1.1 * len(comparison.ranks), 3.6, share_y=False, beside=2.2
     )
-    places = np.arange(len(comparison.ranks))
-    scale = _scale(comparison)
-    spread = np.linspace(-0.36, 0.36, len(comparison.methods))
     for ax, pool in zip(axes, comparison.pools, strict=True):
-        for x in places:
-            ax.axvspan(x - 0.42, x + 0.42, color="#f3f3f3", lw=0, zorder=0)
-        for number, method in enumerate(comparison.methods):
-            look = _look(number) if method != "base" else {"color": "black"}
-            found = [comparison.line(base, pool, method, rank) for rank in comparison.ranks]
-            lines = [(x, line) for x, line in zip(places, found, strict=True) if line]
-            if lines and lines[0][1].rank == 0 < comparison.ranks[0]:
-                ax.axhline(scale * lines[0][1].mean.mean, color=look["color"], lw=1.2, ls="--")
-                ax.plot([], [], color=look["color"], lw=1.2, ls="--", label=method)
-                continue
-            ax.errorbar(
-                [x + spread[number] for x, _ in lines],
-                [scale * line.mean.mean for _, line in lines],
-                yerr=[scale * (line.mean.half_width or 0) for _, line in lines],
-                label=method,
-                lw=1,
-                ms=5,
-                capsize=2,
-                elinewidth=1,
-                **look,
-            )
+        draw_accuracy(ax, comparison, base, pool)
         ax.set_title(pool)
-        ax.grid(False, axis="x")
-        ax.set_xticks(places, [str(rank) for rank in comparison.ranks])
-        ax.set_xlabel("rank r")
     axes[0].set_ylabel(f"mean of languages ({unit(comparison.metric)})")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     name = comparison.metric.name
     figure.suptitle(f"{name.capitalize()} on the base {base}: mean over seeds, 95 % interval")
     return figure
+
+
+def draw_accuracy(ax: Axes, comparison: Comparison, base: str, pool: str) -> None:
+    """One pool's panel of `accuracy_figure`; each method's marks have a gid `method-<n>-…`."""
+    places, scale = np.arange(len(comparison.ranks)), _scale(comparison)
+    spread = np.linspace(-0.36, 0.36, len(comparison.methods))
+    for x in places:
+        ax.axvspan(x - 0.42, x + 0.42, color="#f3f3f3", lw=0, zorder=0)
+    for number, method in enumerate(comparison.methods):
+        look = look_of(number, method)
+        found = [comparison.line(base, pool, method, rank) for rank in comparison.ranks]
+        lines = [(x, line) for x, line in zip(places, found, strict=True) if line]
+        if lines and lines[0][1].rank == 0 < comparison.ranks[0]:
+            level = scale * lines[0][1].mean.mean
+            gid = f"method-{number}-level"
+            ax.axhline(level, color=look["color"], lw=1.2, ls="--", gid=gid)
+            ax.plot([], [], color=look["color"], lw=1.2, ls="--", label=method)
+            continue
+        drawn = ax.errorbar(
+            [x + spread[number] for x, _ in lines],
+            [scale * line.mean.mean for _, line in lines],
+            yerr=[scale * (line.mean.half_width or 0) for _, line in lines],
+            label=method,
+            lw=1,
+            ms=5,
+            capsize=2,
+            elinewidth=1,
+            **look,
+        )
+        for part, artist in enumerate(drawn.get_children()):
+            artist.set_gid(f"method-{number}-{part}")
+        for bars in drawn[2]:
+            bars.set_alpha(0.4)
+    # Two or three seeds give intervals so long that nothing else could be told apart.
+    means = [scale * line.mean.mean for line in comparison.lines if _is_of(line, base, pool)]
+    if means:
+        room = max(max(means) - min(means), 0.02 * abs(max(means)), 1e-3)
+        ax.set_ylim(min(means) - 0.6 * room, max(means) + 0.6 * room)
+    ax.grid(False, axis="x")
+    ax.set_xticks(places, [str(rank) for rank in comparison.ranks])
+    ax.set_xlabel("rank r")
 
 
 def difference_figure(comparison: Comparison, base: str) -> Figure:
@@ -149,39 +166,44 @@ def language_figure(comparison: Comparison, base: str, pool: str) -> Figure:
     """
     languages = comparison.languages(base, pool)
     methods = [method for method in comparison.methods if method != "base"]
-    known = comparison.line(base, pool, "base", comparison.ranks[0])
     width, wide = 1.5 + 0.3 * len(languages), 2 if len(methods) > 1 else 1
     figure, axes = _panels(len(methods), width, 1.6, wide=wide)
-    places, scale = np.arange(len(languages)), _scale(comparison)
     for ax, method in zip(axes, methods, strict=False):
-        found = {rank: comparison.line(base, pool, method, rank) for rank in comparison.ranks}
-        lines = {rank: line for rank, line in found.items() if line}
-        if any(line.rank == 0 for line in lines.values()):
-            lines = {0: next(iter(lines.values()))}
-        width = 0.8 / max(1, len(lines))
-        for number, (rank, line) in enumerate(lines.items()):
-            ax.bar(
-                places - 0.4 + (number + 0.5) * width,
-                [scale * _value(line, name) for name in languages],
-                width,
-                color=_shade(comparison.ranks, rank),
-            )
-        if known:
-            level = [scale * _value(known, name) for name in languages]
-            ax.hlines(level, places - 0.45, places + 0.45, color="black", lw=1.4)
+        draw_languages(ax, comparison, base, pool, method)
         ax.set_title(method, fontsize=9)
-        ax.set_xticks(places, languages, rotation=90 if len(languages) > 8 else 0)
-        ax.grid(False, axis="x")
     for ax in axes[len(methods) :]:
         ax.set_visible(False)
     for rank in comparison.ranks:
-        axes[0].bar([0], [0], color=_shade(comparison.ranks, rank), label=f"r = {rank}")
+        axes[0].bar([0], [0], color=shade(comparison.ranks, rank), label=f"r = {rank}")
     axes[0].plot([], [], color="black", lw=1.4, label="base model")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.supylabel(f"{comparison.metric.name} ({unit(comparison.metric)})", fontsize=9)
     figure.suptitle(f"Base {base}, pool {pool}: by language, mean over seeds")
     return figure
+
+
+def draw_languages(ax: Axes, comparison: Comparison, base: str, pool: str, method: str) -> None:
+    """One method's panel of `language_figure`."""
+    languages = comparison.languages(base, pool)
+    places, scale = np.arange(len(languages)), _scale(comparison)
+    found = {rank: comparison.line(base, pool, method, rank) for rank in comparison.ranks}
+    lines = {rank: line for rank, line in found.items() if line}
+    if any(line.rank == 0 for line in lines.values()):
+        lines = {0: next(iter(lines.values()))}
+    width = 0.8 / max(1, len(lines))
+    for number, (rank, line) in enumerate(lines.items()):
+        ax.bar(
+            places - 0.4 + (number + 0.5) * width,
+            [scale * _value(line, name) for name in languages],
+            width,
+            color=shade(comparison.ranks, rank),
+        )
+    if known := comparison.line(base, pool, "base", comparison.ranks[0]):
+        level = [scale * _value(known, name) for name in languages]
+        ax.hlines(level, places - 0.45, places + 0.45, color="black", lw=1.4)
+    ax.set_xticks(places, languages, rotation=90 if len(languages) > 8 else 0)
+    ax.grid(False, axis="x")
 
 
 def _panels(
@@ -202,6 +224,11 @@ def _panels(
     return figure, list(grid.ravel())
 
 
+def look_of(number: int, method: str) -> dict[str, Any]:
+    """What the n-th method is drawn with; the base model is black."""
+    return _look(number) if method != "base" else {"color": "black"}
+
+
 def _look(number: int) -> dict[str, Any]:
     """Colour, mark and line of the n-th series."""
     return {
@@ -211,14 +238,18 @@ def _look(number: int) -> dict[str, Any]:
     }
 
 
-def _shade(ranks: Sequence[int], rank: int) -> tuple[float, float, float]:
+def shade(ranks: Sequence[int], rank: int) -> tuple[float, float, float]:
     """Light to dark blue, so that ranks are told apart by lightness alone; grey for rank 0."""
     if rank == 0:
         return 0.6, 0.6, 0.6
     part = ranks.index(rank) / max(1, len(ranks) - 1)
-    light, dark = np.array([0.68, 0.82, 0.93]), np.array([0.0, 0.27, 0.49])
+    light, dark = np.array([0.55, 0.76, 0.92]), np.array([0.0, 0.27, 0.49])
     red, green, blue = (light + part * (dark - light)).tolist()
     return red, green, blue
+
+
+def _is_of(line: Line, base: str, pool: str) -> bool:
+    return (line.base, line.pool) == (base, pool)
 
 
 def _value(line: Line, language: str) -> float:
@@ -231,7 +262,8 @@ def _scale(comparison: Comparison) -> float:
     return 100.0 if comparison.metric.higher else 1.0
 
 
-def _save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write figures as .png and .svg into a folder; returns the files."""
     written = []
     for name, figure in figures.items():
         for kind, meta in _META.items():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedp2eft.experiment import origin
 from fedp2eft.experiment.engine import local_engine
+from fedp2eft.experiment.lambdas import keep_lambdas_of
 from fedp2eft.federation.reporting import Reporter
 from fedp2eft.federation.results import Results, read_results
 from fedp2eft.federation.server_app import app as server_app
+from fedp2eft.files import write_json
 from fedp2eft.settings import Settings
 
 
@@ -31,4 +34,6 @@ def train(settings: Settings, run: str | Path, reporter: Reporter | None = None)
     run = Path(run).resolve()
     with local_engine(settings, run, reporter) as engine:
         server_app(engine.grid, engine.context)
+        keep_lambdas_of(settings, run, engine.workspace)
+        write_json(run / origin.FILE, origin.facts(engine.workspace.device))
     return read_results(run)

@@ -14,6 +14,8 @@ clients/<client>/  what stays on a client: its own part of the base (base.kind f
                    and what rounding kept back of its φ (`wire` other than fp32)
 results.json       the tables
 tensorboard/       what TensorBoard shows, where `trackers` names it
+lambda.safetensors, structure.json, machine.json
+                   local engine: λ of every client, how alike they are, what computed
 """
 
 from __future__ import annotations

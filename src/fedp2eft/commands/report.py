@@ -1,0 +1,53 @@
+"""`fedp2eft report` and `fedp2eft show`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fedp2eft.errors import UserError
+
+NEEDED = ("matplotlib", "jinja2", "markupsafe", "scipy")
+
+
+def report(folder: str, out: str | None = None) -> None:
+    """Write the page of a run or comparison: report.html, and its figures as PNG and SVG.
+
+    The page is one file that works offline. A run or comparison that is not finished gets a page of
+    what there is.
+
+    Args:
+        folder: The run or comparison folder.
+        out: Folder for the page and for report/, which holds the figures; that same folder where
+            none is given.
+    """
+    with extra_needed():
+        from fedp2eft.report.write import FIGURES, write_report
+
+    page, made = write_report(folder, out)
+    for line in made.notes:
+        print(f"Note: {line}")
+    print(f"Page: {page} ({page.stat().st_size / 1e3:,.0f} kB)")
+    print(f"Figures: {page.parent / FIGURES}")
+
+
+def show(folder: str) -> None:
+    """Print what a run or comparison is, how far it is, and its results.
+
+    Args:
+        folder: The run or comparison folder.
+    """
+    from fedp2eft.report.show import show_report
+
+    show_report(folder)
+
+
+@contextmanager
+def extra_needed() -> Iterator[None]:
+    """Around imports that need the extra `report`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in NEEDED:
+            raise
+        raise UserError("A page needs the extra report: pip install 'fedp2eft[report]'.") from error

@@ -1,0 +1,262 @@
+"""The figures that a page has beyond those of a comparison's tables. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
+
+from fedp2eft.experiment.facts import scored, values
+from fedp2eft.experiment.figures import COLOURS, LINES, draw_accuracy, draw_languages, shade
+from fedp2eft.experiment.layout import unit
+from fedp2eft.report.families import family
+from fedp2eft.report.source import Report, Training
+from fedp2eft.report.structure import Grid, Matrix
+
+Points = dict[int, list[tuple[float, float]]]
+"""(Base's metric, method's metric) of clients, by rank."""
+
+
+def panel(width: float = 3.4, height: float = 2.5) -> tuple[Figure, Axes]:
+    """One small chart, of a size that a phone shows as it is; inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def accuracy_panel(report: Report, base: str, pool: str) -> Figure:
+    """Mean over languages against the rank."""
+    figure, ax = panel(3.8, 3.2)
+    draw_accuracy(ax, report.comparison, base, pool)
+    ax.set_ylabel(f"mean of languages ({unit(report.comparison.metric)})")
+    return figure
+
+
+def language_panel(report: Report, base: str, pool: str, method: str) -> Figure:
+    """The metric by language, the base model as a line."""
+    count = len(report.comparison.languages(base, pool))
+    figure, ax = panel(max(2.6, 1.2 + 0.26 * count), 1.9)
+    draw_languages(ax, report.comparison, base, pool, method)
+    ax.set_ylabel(unit(report.comparison.metric))
+    return figure
+
+
+def client_points(report: Report, base: str, pool: str) -> dict[str, Points]:
+    """What every client scored before and after, over all seeds, by method."""
+    cells = [cell for cell in report.cells if (cell["base"], cell["pool"]) == (base, pool)]
+    before = {cell["seed"]: values(cell) for cell in cells if cell["method"] == "base"}
+    scale = 100.0 if report.comparison.metric.higher else 1.0
+    found: dict[str, Points] = defaultdict(dict)
+    for cell in cells:
+        known = before.get(cell["seed"], {})
+        if cell["method"] == "base" or not scored(cell):
+            continue
+        after = values(cell)
+        found[cell["method"]].setdefault(cell["rank"], []).extend(
+            (scale * known[name], scale * after[name]) for name in after if name in known
+        )
+    asked = set(report.comparison.methods)
+    return {
+        name: points for name, points in found.items() if name in asked and any(points.values())
+    }
+
+
+def client_panel(report: Report, points: Points) -> Figure:
+    """A dot per client: across, the base model's score; up, the personalized one's."""
+    figure, ax = panel(2.6, 2.4)
+    draw_clients(ax, report, points)
+    return figure
+
+
+def draw_clients(ax: Axes, report: Report, points: Points) -> None:
+    """`client_panel` in axes of another figure."""
+    ranks, metric = report.comparison.ranks, unit(report.comparison.metric)
+    for rank, pairs in sorted(points.items(), reverse=True):
+        if rank in ranks or rank == 0:
+            ax.add_patch(_dots(pairs, shade(ranks, rank)))
+    every = [value for pairs in points.values() for pair in pairs for value in pair]
+    low, high = (min(every), max(every)) if every else (0.0, 1.0)
+    edge = 0.05 * (high - low) or 1.0
+    ax.set_xlim(low - edge, high + edge)
+    ax.set_ylim(low - edge, high + edge)
+    ax.axline((low, low), slope=1, color="black", lw=0.8, ls="--")
+    ax.set_xlabel(f"base model ({metric})")
+    ax.set_ylabel(f"personalized ({metric})")
+
+
+def _dots(points: Sequence[tuple[float, float]], colour: Any) -> PathPatch:
+    """Dots as one path, a tenth of the size that as many marks take in an SVG."""
+    vertices = [place for x, y in points for place in ((x, y), (x + 1e-3, y))]
+    path = Path(vertices, [Path.MOVETO, Path.LINETO] * len(points))
+    path.should_simplify = False
+    return PathPatch(
+        path, fill=False, edgecolor=colour, lw=4.5, capstyle="round", alpha=0.75, snap=False
+    )
+
+
+def clients_figure(report: Report, base: str, pool: str) -> Figure:
+    """`client_panel` of every method."""
+    points = client_points(report, base, pool)
+    wide = min(4, len(points))
+    tall = -(-len(points) // wide)
+    figure = Figure(figsize=(2.5 * wide + 0.2, 2.4 * tall + 0.4), layout="constrained")
+    axes = list(figure.subplots(tall, wide, squeeze=False).ravel())
+    for ax, (method, found) in zip(axes, points.items(), strict=False):
+        draw_clients(ax, report, found)
+        ax.set_title(method, fontsize=9)
+    for ax in axes[len(points) :]:
+        ax.set_visible(False)
+    figure.suptitle(
+        f"Base {base}, pool {pool}: a dot per client, before and after; dark: high rank"
+    )
+    return figure
+
+
+def structure_figure(
+    grid: Grid, kept: Mapping[str, Matrix], rank: int, r_max: int, *, difference: bool = False
+) -> Figure:
+    """Kept ranks by module and layer: a panel per language; or each less the mean of them."""
+    mean = np.mean(list(kept.values()), axis=0)
+    shown = {"mean of languages": mean, **kept}
+    if difference:
+        shown = {name: value - mean for name, value in kept.items()}
+    titled = {f"{name}  {family(name)}".strip(): value for name, value in shown.items()}
+    figure = _grids(grid, titled, r_max, difference=difference)
+    what = "less the mean of the languages" if difference else "mean over a language's clients"
+    figure.suptitle(f"Ranks kept in each layer at r = {rank}: {what}")
+    return figure
+
+
+def overview_figure(grid: Grid, means: Mapping[int, Matrix], r_max: int) -> Figure:
+    """Kept ranks by module and layer, mean over all languages: a panel per budget."""
+    titled = {f"budget r = {rank}": value for rank, value in means.items()}
+    figure = _grids(grid, titled, r_max)
+    figure.suptitle(f"Where the ranks go: kept of {r_max} in each layer, mean over languages")
+    return figure
+
+
+def _grids(
+    grid: Grid, shown: Mapping[str, Matrix], r_max: int, *, difference: bool = False
+) -> Figure:
+    """Panels of modules × layers on one colour scale."""
+    most = max(0.5, *(float(np.abs(value).max()) for value in shown.values()))
+    span: dict[str, Any] = {"vmin": 0, "vmax": min(r_max, most), "cmap": "Blues"}
+    if difference:
+        span = {"vmin": -most, "vmax": most, "cmap": "PuOr"}
+    wide = min(4, len(shown))
+    tall = -(-len(shown) // wide)
+    width, height = 0.9 + 0.15 * len(grid.layers), 0.5 + 0.18 * len(grid.modules)
+    figure = Figure(figsize=(wide * width + 2.0, tall * height + 0.6), layout="constrained")
+    axes = list(figure.subplots(tall, wide, squeeze=False, sharex=True, sharey=True).ravel())
+    for ax, (name, value) in zip(axes, shown.items(), strict=False):
+        cells = np.array(grid.spread(value), dtype=float)
+        drawn = ax.pcolormesh(cells, edgecolors="#e4e4e4", linewidth=0.3, **span)
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(False)
+    axes[0].set_yticks(np.arange(len(grid.modules)) + 0.5, grid.modules)
+    axes[0].invert_yaxis()
+    step = 1 if len(grid.layers) <= 14 else 4
+    axes[0].set_xticks(np.arange(0, len(grid.layers), step) + 0.5, grid.layers[::step])
+    for ax in axes[len(shown) :]:
+        ax.set_visible(False)
+    figure.supxlabel("layer (–: outside the layers)", fontsize=8)
+    figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.01, label="ranks")
+    return figure
+
+
+def likeness_figure(names: Sequence[str], alike: Matrix) -> Figure:
+    """Correlation between languages, in clustered order, with their families."""
+    size = 1.8 + 0.28 * len(names)
+    figure, ax = panel(size + 1.2, size)
+    drawn = ax.pcolormesh(alike, vmin=-1, vmax=1, cmap="PuOr", edgecolors="white", linewidth=0.3)
+    labels = [f"{family(name)}  {name}".strip() for name in names]
+    ax.set_yticks(np.arange(len(names)) + 0.5, labels)
+    ax.set_xticks(np.arange(len(names)) + 0.5, names, rotation=90)
+    ax.invert_yaxis()
+    ax.grid(False)
+    figure.colorbar(drawn, ax=ax, label="correlation", shrink=0.8)
+    figure.suptitle("How alike languages are by λ, less what all share", fontsize=9)
+    return figure
+
+
+Series = dict[str, tuple[list[float], list[float]]]
+"""Round and value by name of the line."""
+
+
+def line_chart(series: Series, label: str, across: str = "round") -> Figure:
+    """Lines over rounds."""
+    figure, ax = panel()
+    for number, (name, (x, y)) in enumerate(series.items()):
+        style: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "ls": LINES[number // len(COLOURS) % len(LINES)],
+        }
+        ax.plot(x, y, label=name, marker="o", ms=2.5, lw=1.2, **style)
+    ax.set_xlabel(across)
+    ax.set_ylabel(label)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if len(series) > 1:
+        columns = 1 if max(map(len, series)) > 24 else 2
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
+        figure.set_size_inches(3.4, 2.5 + 0.14 * -(-len(series) // columns))
+    return figure
+
+
+def training_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, Figure]]:
+    """(Name, title, figure) of what metrics.jsonl tells over rounds, where it tells it."""
+    wanted = (
+        ("base-loss", "Base model: training loss", "loss", "base", "loss"),
+        ("psg-loss", "PSG: distance of λ̂ from the λ of stage 1", "PSG loss", "psg", "psg-loss"),
+        ("stage1-first", "Stage 1: loss at its first steps", "loss", "psg", "stage1-first"),
+        ("stage1-last", "Stage 1: loss at its last steps", "loss", "psg", "stage1-last"),
+        ("norm", "PSG: median length of a client's change", "norm", "psg", "norm"),
+        ("fedl2p-loss", "FedL2P: validation loss", "loss", "fedl2p", "validation-loss"),
+        ("epsilon", "Privacy: ε spent", "ε", "psg", "epsilon"),
+    )
+    for name, title, label, phase, key in wanted:
+        found = _series(trainings, lambda t, phase=phase: t.rounds.get(phase, []), key)
+        if found:
+            yield name, title, line_chart(found, label)
+
+
+def structure_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, Figure]]:
+    """(Name, title, figure) of what structure.json tells over rounds."""
+    wanted = (
+        ("level", "Mean λ̂", "λ̂"),
+        ("spread", "Spread of λ̂ between the ranks of a client", "standard deviation / mean"),
+        ("personal", "Spread of λ̂ of a rank between clients", "standard deviation / mean"),
+    )
+    for name, title, label in wanted:
+        if found := _series(trainings, lambda t: t.structure, name):
+            yield name, title, line_chart(found, label)
+    overlap: Series = {}
+    for training in trainings:
+        for entry in training.structure:
+            for rank, value in entry["overlap"].items():
+                name = f"{training.name} r = {rank}".strip()
+                x, y = overlap.setdefault(name, ([], []))
+                x.append(entry["round"])
+                y.append(100 * float(value))
+    if overlap:
+        title = "Kept ranks that two clients share (mean over pairs)"
+        yield "overlap", title, line_chart(overlap, "%")
+
+
+def _series(trainings: Sequence[Training], entries: Any, key: str) -> Series:
+    found: Series = {}
+    for training in trainings:
+        points = [
+            (entry["round"], entry[key])
+            for entry in entries(training)
+            if isinstance(entry.get(key), int | float)
+        ]
+        if points:
+            found[training.name or key] = ([p[0] for p in points], [p[1] for p in points])
+    return found

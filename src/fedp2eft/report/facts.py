@@ -1,0 +1,70 @@
+"""What a page and the terminal say of a run beside its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from fedp2eft.report.source import Report
+
+
+def facts(report: Report) -> Iterator[tuple[str, str]]:
+    """What was run, name and text."""
+    s, c = report.settings, report.comparison
+    yield "data", s.data.dataset + (f" ({s.data.path})" if s.data.path else "")
+    languages = sorted({name for line in c.lines for name in line.languages})
+    if languages:
+        yield "languages", f"{len(languages)}: {_words(languages)}"
+    pools: dict[str, int] = {}
+    for cell in report.cells:
+        pools[cell["pool"]] = max(pools.get(cell["pool"], 0), len(cell["clients"]))
+    if pools:
+        yield "clients", ", ".join(f"{pools[pool]} {pool}" for pool in c.pools if pool in pools)
+    yield "base model", f"{s.model.name} ({s.model.task})"
+    yield "base training", f"{_words(c.bases)}, {s.base.rounds} rounds"
+    yield (
+        "adapter",
+        f"{s.adapter.target_modules}, r_max {s.adapter.r_max}, budgets {_words(c.ranks)}",
+    )
+    yield "PSG", f"{s.federation.rounds} rounds of {s.federation.clients_per_round} clients"
+    yield "seeds", _words(c.seeds)
+    if s.privacy.on:
+        p = s.privacy
+        yield "privacy", f"{p.clipping} clipping, noise {p.noise_multiplier:g}, δ {p.delta:g}"
+    if machines := [name for name in c.machines if name]:
+        yield "machine", "; ".join(machines)
+    for versions in c.versions:
+        if versions:
+            yield "versions", ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def costs(report: Report) -> Iterator[list[str]]:
+    """For each training and phase: rounds, seconds, MB up and down in all."""
+    for training in report.trainings:
+        for phase, rounds in training.rounds.items():
+            seconds = [line["seconds"] for line in rounds if line.get("seconds") is not None]
+            up, down = (sum(line.get(f"bytes-{w}", 0) for line in rounds) for w in ("up", "down"))
+            taken = f"{sum(seconds):,.1f}" if seconds else "–"
+            sent = (f"{up / 1e6:,.1f}", f"{down / 1e6:,.1f}")
+            yield [training.name or "this run", phase, str(len(rounds)), taken, *sent]
+
+
+def fault_counts(report: Report) -> dict[str, int]:
+    """Lines of faults.jsonl by kind."""
+    counts: dict[str, int] = {}
+    for line in report.faults:
+        counts[str(line["kind"])] = counts.get(str(line["kind"]), 0) + 1
+    return counts
+
+
+def left_out(report: Report) -> Iterator[tuple[str, int, str, str]]:
+    """(Phase, round, client, reason) of every update that a round did without."""
+    for training in report.trainings:
+        for phase, rounds in training.rounds.items():
+            for line in rounds:
+                left = line.get("left-out")
+                for client, reason in (left if isinstance(left, dict) else {}).items():
+                    yield phase, line["round"], str(client), str(reason)
+
+
+def _words(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,232 @@
+"""The page of a run or comparison: one HTML file that asks nothing of anybody."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from fedp2eft.experiment.figures import MARKS, STYLE, look_of, shade
+from fedp2eft.experiment.layout import language_table, long_table, notes
+from fedp2eft.federation.faults import MEANING
+from fedp2eft.reading import as_dict
+from fedp2eft.report import charts
+from fedp2eft.report.facts import costs, facts, fault_counts, left_out
+from fedp2eft.report.families import family
+from fedp2eft.report.source import Report, Training
+from fedp2eft.report.structure import grid_of, kept_by_language, likeness
+from fedp2eft.report.svg import inline
+
+MOST_CLIENTS, MOST_ROWS, MOST_FAULTS = 40, 8, 500
+"""What a page shows of generations (clients, rows each) and of faults; it says so."""
+
+
+MARKS_AS_TEXT = dict(zip(MARKS, "●■◆▲▼✚✖★◀▶⬢♦⬟⬤⬡", strict=True))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure with what it is shown under."""
+
+    svg: Markup
+    title: str
+    method: int | None = None
+
+
+@dataclass
+class Scores:
+    """All that is about one base and pool."""
+
+    base: str
+    pool: str
+    table: Any
+    languages: Any
+    accuracy: Panel
+    bars: list[Panel] = field(default_factory=list)
+    dots: list[Panel] = field(default_factory=list)
+
+
+def page(report: Report, *, refresh: int = 0) -> str:
+    """The page.
+
+    Args:
+        report: What to show.
+        refresh: Seconds after which the page loads itself anew; 0: never.
+    """
+    script = (files("fedp2eft.report") / "page.js").read_text(encoding="utf-8")
+    style = (files("fedp2eft.report") / "page.css").read_text(encoding="utf-8")
+    loader = PackageLoader("fedp2eft.report", "")
+    # All text is escaped, but that marked as Markup: our own SVG, style and script.
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    with rc_context(STYLE):
+        return environment.get_template("page.html").render(
+            report=report,
+            comparison=report.comparison,
+            settings=report.settings,
+            refresh=refresh,
+            style=Markup(style),
+            script=Markup(script),
+            script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
+            facts=list(facts(report)),
+            yaml=yaml.safe_dump(as_dict(report.settings), sort_keys=False, allow_unicode=True),
+            methods=_methods(report),
+            ranks=[(rank, _css(shade(_ranks(report), rank))) for rank in _ranks(report)],
+            scores=list(_scores(report)),
+            notes=notes(report.comparison),
+            structure=structure_data(report),
+            likenesses=list(_likenesses(report)),
+            structure_charts=_panels(charts.structure_charts(report.trainings)),
+            training_charts=_panels(charts.training_charts(report.trainings)),
+            costs=list(costs(report)),
+            generations=generations(report),
+            faults=report.faults[-MOST_FAULTS:],
+            fault_counts=fault_counts(report),
+            meaning=MEANING,
+            left_out=list(left_out(report)),
+        )
+
+
+def _ranks(report: Report) -> list[int]:
+    return report.comparison.ranks
+
+
+def _css(colour: tuple[float, float, float]) -> str:
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colour)
+
+
+def _methods(report: Report) -> list[dict[str, Any]]:
+    """Those that have a number, with the colour of their marks."""
+    ranked = {line.method: line.rank > 0 for line in report.comparison.lines}
+    made = []
+    for number, name in enumerate(report.comparison.methods):
+        if name in ranked:
+            look = look_of(number, name)
+            mark = MARKS_AS_TEXT[look["marker"]] if ranked[name] else "┅"
+            made.append({"number": number, "name": name, "colour": look["color"], "mark": mark})
+    return made
+
+
+def _scores(report: Report) -> Iterator[Scores]:
+    c = report.comparison
+    for base in c.bases:
+        for pool in c.pools:
+            here = {line.method for line in c.lines if (line.base, line.pool) == (base, pool)}
+            if not here:
+                continue
+            figure = charts.accuracy_panel(report, base, pool)
+            title = f"{pool} clients" + (f", base {base}" if len(c.bases) > 1 else "")
+            made = Scores(
+                base, pool, long_table(c, base, pool), language_table(c, base, pool),
+                _panel(figure, title),
+            )  # fmt: skip
+            points = charts.client_points(report, base, pool)
+            for number, method in enumerate(c.methods):
+                if method == "base" or method not in here:
+                    continue
+                figure = charts.language_panel(report, base, pool, method)
+                made.bars.append(_panel(figure, method, number))
+                if method in points:
+                    figure = charts.client_panel(report, points[method])
+                    made.dots.append(_panel(figure, method, number))
+            yield made
+
+
+def _panel(figure: Figure, title: str, method: int | None = None) -> Panel:
+    return Panel(inline(figure, title), title, method)
+
+
+def _panels(made: Iterator[tuple[str, str, Figure]]) -> list[Panel]:
+    return [_panel(figure, title) for _, title, figure in made]
+
+
+def _asked(report: Report) -> Iterator[Training]:
+    return (training for training in report.trainings if training.lambdas)
+
+
+def structure_data(report: Report) -> list[dict[str, Any]]:
+    """Kept ranks for the page's own heat map: by training, rank, language, module, layer."""
+    found = []
+    for training in _asked(report):
+        assert training.lambdas is not None
+        grid = grid_of(training.lambdas.layers)
+        r_max = next(iter(training.lambdas.lam.values())).shape[1]
+        ranks = {}
+        for rank in (rank for rank in _ranks(report) if 1 <= rank <= r_max):
+            kept = kept_by_language(training.lambdas, rank)
+            ranks[str(rank)] = {
+                name: [[_rounded(v) for v in row] for row in grid.spread(value)]
+                for name, value in kept.items()
+            }
+        if ranks:
+            found.append(
+                {
+                    "name": training.name or "this run",
+                    "modules": grid.modules,
+                    "layers": grid.layers,
+                    "r_max": r_max,
+                    "families": {n: family(n) for n in sorted(training.lambdas.languages.values())},
+                    "ranks": ranks,
+                }
+            )
+    return found
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _likenesses(report: Report) -> Iterator[dict[str, Any]]:
+    for training in _asked(report):
+        assert training.lambdas is not None
+        names, alike = likeness(training.lambdas)
+        if names:
+            rows = [
+                {"name": name, "family": family(name), "cells": [_shaded(v) for v in row]}
+                for name, row in zip(names, alike.tolist(), strict=True)
+            ]
+            yield {"training": training.name or "this run", "names": names, "rows": rows}
+
+
+def _shaded(value: float) -> dict[str, str]:
+    """A correlation with its colour: orange below 0, purple above, as strong as it is large."""
+    hue = "var(--more)" if value >= 0 else "var(--less)"
+    colour = f"color-mix(in srgb, {hue} {abs(value):.0%}, var(--back))"
+    return {"text": f"{value:+.2f}", "colour": colour}
+
+
+def generations(report: Report) -> dict[str, Any]:
+    """What the methods wrote, side by side: by client a table of prompts × methods."""
+    clients = []
+    for name, read in list(report.generations.items())[:MOST_CLIENTS]:
+        read = sorted(read, key=lambda one: (one.get("method") != "base", str(one.get("method")),
+                                             int(one.get("rank") or 0)))  # fmt: skip
+        heads = [_head(one) for one in read]
+        prompts: dict[tuple[str, str], dict[str, str]] = {}
+        for one, head in zip(read, heads, strict=True):
+            for row in one["rows"]:
+                key = (str(row.get("prompt", "")), str(row.get("reference", "")))
+                prompts.setdefault(key, {})[head] = str(row.get("generated", ""))
+        rows = [[*key, *(cells.get(h, "–") for h in heads)] for key, cells in prompts.items()]
+        about = " · ".join(str(read[0][k]) for k in ("language", "pool") if read[0].get(k))
+        clients.append(
+            {"name": name, "about": about, "heads": heads, "rows": rows[:MOST_ROWS],
+             "all": len(rows)}
+        )  # fmt: skip
+    return {"clients": clients, "all": len(report.generations)}
+
+
+def _head(one: dict[str, Any]) -> str:
+    rank = one.get("rank")
+    return str(one.get("method", "")) + (f" r={rank}" if rank else "")

@@ -1,0 +1,244 @@
+"""A page says what the results say, shows what there is, and nothing in it is code but ours."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from pages import Seen, add_line, copied, write_comparison
+
+from fedp2eft.cli import main
+from fedp2eft.errors import UserError
+from fedp2eft.experiment.tables import write_tables
+from fedp2eft.files import read_json, write_json
+from fedp2eft.report.page import page
+from fedp2eft.report.source import read_report
+from fedp2eft.report.write import write_report
+
+EVIL = "<script>alert(1)</script>\"'$&"
+
+
+def page_of(folder: Path) -> Seen:
+    return Seen(page(read_report(folder, ask=False)))
+
+
+@pytest.fixture(scope="module")
+def seen(finished) -> Seen:
+    """The page of a whole run."""
+    return page_of(finished.folder)
+
+
+def test_numbers_of_a_run_are_those_of_its_results(seen, finished):
+    results = read_json(finished.folder / "results.json")
+    pools = list(dict.fromkeys(row["pool"] for row in results))
+    for number, pool in enumerate(pools):
+        table, languages = seen.rows(f"table-{number}"), seen.rows(f"languages-{number}")
+        for row in (row for row in results if row["pool"] == pool):
+            mine = {
+                each["mean"]: each
+                for each in table
+                if each["method"] == row["method"] and int(each["rank"]) in (row["rank"], 1, 2)
+                and row["rank"] in (0, int(each["rank"]))
+            }  # fmt: skip
+            assert set(mine) == {f"{100 * row['mean']:.1f}"}
+            for each in mine.values():
+                assert each["worst language"] == f"{100 * row['worst_language']:.1f}"
+                assert each["worst client"] == f"{100 * row['worst_client']:.1f}"
+                assert each["parameters"] == f"{row['parameters']:,.0f}"
+            for each in languages:
+                if (each["method"], int(each["rank"])) == (row["method"], row["rank"]):
+                    told = {name: f"{100 * value:.1f}" for name, value in row["languages"].items()}
+                    assert {name: each[name] for name in told} == told
+
+
+def test_numbers_of_a_comparison_are_those_of_its_results(tmp_path):
+    folder = write_comparison(tmp_path / "c")
+    write_tables(folder)
+    made, lines = page_of(folder), read_json(folder / "results.json")["lines"]
+    assert len(lines) == 3
+    for line in lines:
+        row = next(r for r in made.rows("table-0") if r["method"] == line["method"])
+        mean = line["mean"]
+        assert row["mean"] == f"{100 * mean['mean']:.1f} ± {100 * mean['half_width']:.1f}"
+    assert "notes" not in made.sections
+    assert "x86_64, 1 threads" in made.text
+
+
+def test_sections_of_a_run(seen):
+    assert seen.sections == ["run", "results", "structure", "rounds", "training", "cost"]
+
+
+def test_kept_ranks_on_the_page_are_those_of_the_adapters(seen, finished):
+    (training,) = json.loads(seen.data["structure-data"])
+    total = 0.0
+    for client in ("de-seen-00", "de-seen-01", "de-unseen-00"):
+        facts = read_json(finished.folder / "adapters" / client / "fedp2eft-r2" / "fedp2eft.json")
+        total += facts["ranks"]["bert.encoder.layer.1.attention.self.value"] / 3
+    module = training["modules"].index("attention.self.value")
+    shown = training["ranks"]["2"]["de"][module][training["layers"].index("1")]
+    assert shown == pytest.approx(total, abs=1e-3)
+
+
+def test_what_only_some_runs_have(finished, tmp_path):
+    folder = copied(finished.folder, tmp_path / "run")
+    for method, rank, said in (("base", 0, "Hallo"), ("fedp2eft", 2, "Guten Tag")):
+        rows = [{"prompt": "Hello", "reference": "Hallo Welt", "generated": said}]
+        about = {"client": "de-seen-00", "language": "de", "method": method, "rank": rank}
+        path = folder / "generations" / f"{method}-r{rank}" / "de-seen-00.json"
+        write_json(path, {**about, "pool": "seen", "rows": rows})
+    add_line(folder / "faults.jsonl", {"kind": "refused", "client": "fr-seen-00", "reason": "NaN"})
+    add_line(
+        folder / "metrics.jsonl",
+        {"phase": "psg", "round": 4, "epsilon": 1.5, "left-out": {"fr-seen-01": "late"}},
+    )
+    made = page_of(folder)
+    assert made.sections[-2:] == ["generations", "faults"]
+    tables = list(made.tables.values())
+    assert [["prompt", "reference", "base", "fedp2eft r=2"],
+            ["Hello", "Hallo Welt", "Hallo", "Guten Tag"]] in tables  # fmt: skip
+    assert ["refused", "fr-seen-00", "NaN"] in [row for table in tables for row in table]
+    assert ["psg", "4", "fr-seen-01", "late"] in [row for table in tables for row in table]
+    assert "Privacy: ε spent" in made.text
+
+
+def test_text_of_the_data_is_never_code(finished, tmp_path):
+    clean = page_of(finished.folder)
+    folder = copied(finished.folder, tmp_path / "run")
+    for path in folder.glob("cells/*/de-seen-00.json"):
+        write_json(path, read_json(path) | {"client": EVIL, "language": EVIL})
+    rows = [{"prompt": EVIL, "reference": EVIL, "generated": EVIL}]
+    write_json(
+        folder / "generations" / "base-r0" / "x.json",
+        {"client": EVIL, "language": EVIL, "pool": "seen", "method": EVIL, "rank": 0, "rows": rows},
+    )
+    add_line(folder / "faults.jsonl", {"kind": "refused", "client": EVIL, "reason": EVIL})
+    settings = (folder / "settings.yaml").read_text(encoding="utf-8")
+    text = settings.replace("labels: []", f"labels: [{json.dumps(EVIL)}, b]")
+    assert text != settings
+    (folder / "settings.yaml").write_text(text, encoding="utf-8")
+    made = page_of(folder)
+    assert sum(tag == "script" for tag, _ in made.tags) == 2
+    assert sum(tag == "script" for tag, _ in clean.tags) == 2
+    assert made.data["code"] == clean.data["code"]
+    assert "<script>alert" not in made.text
+    assert "&lt;script&gt;alert(1)" in made.text
+    assert EVIL in made.tables["languages-0"][0]
+    assert not [name for _, attrs in made.tags for name in attrs if name.startswith("on")]
+
+
+def test_nothing_is_asked_of_anybody(seen):
+    assert "://" not in re.sub(r"<pre>.*?</pre>", "", seen.text, flags=re.DOTALL)
+    for tag, attrs in seen.tags:
+        assert tag not in ("img", "iframe", "object", "embed")
+        for name in ("src", "href", "xlink:href", "action"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:,")), (tag, attrs)
+    policy = next(a["content"] for t, a in seen.tags if a.get("http-equiv", "").startswith("Cont"))
+    assert policy.startswith("default-src 'none'")
+
+
+def test_a_run_that_is_half_done(finished, tmp_path):
+    folder = copied(finished.folder, tmp_path / "run")
+    (folder / "results.json").unlink()
+    shutil.rmtree(folder / "cells" / "fedp2eft-r2")
+    (folder / "cells" / "fedp2eft-r1" / "de-seen-00.json").unlink()
+    (folder / "cells" / "lora-r1" / "de-seen-00.json").write_text(
+        '{"client": "de', encoding="utf-8"
+    )
+    told = " ".join(read_report(folder, ask=False).notes)
+    assert "no results.json yet" in told
+    assert "cells/lora-r1/de-seen-00.json is damaged" in told
+    assert "fedp2eft r=1: 3 of 4 seen clients" in told
+    assert "seen/fedp2eft-r2, unseen/fedp2eft-r2" in told
+    assert page_of(folder).sections[0] == "notes"
+
+
+def test_a_run_that_has_just_begun(finished, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(finished.folder / "settings.yaml", folder)
+    lines = (finished.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True)
+    (folder / "metrics.jsonl").write_text(lines[0] + '{"phase": "ba', encoding="utf-8")
+    made = page_of(folder)
+    assert made.sections == ["notes", "run", "training", "cost"]
+    assert "1 of 2 rounds of base are done." in made.text
+    assert "No client is scored yet." in made.text
+
+
+@pytest.mark.parametrize("damage", ["{", "[1", '"text"', "\x00"])
+def test_damaged_results(finished, tmp_path, damage):
+    folder = copied(finished.folder, tmp_path / "run")
+    (folder / "results.json").write_text(damage, encoding="utf-8")
+    made = page_of(folder)
+    assert "results.json is damaged" in made.text
+    assert made.rows("table-0")
+
+
+def test_other_damaged_files_are_left_out(finished, tmp_path):
+    folder = copied(finished.folder, tmp_path / "run")
+    for name in ("structure.json", "machine.json", "lambda.safetensors", "faults.jsonl"):
+        (folder / name).write_bytes(b"\x00{]")
+    write_json(folder / "generations" / "base-r0" / "x.json", {"rows": [1]})
+    made = page_of(folder)
+    assert "generations/base-r0/x.json is damaged" in made.text
+    assert made.sections == ["notes", "run", "results", "training", "cost"]
+
+
+def test_missing_cells_of_a_comparison_are_named(tmp_path):
+    folder = write_comparison(tmp_path / "c", without=("standard-fl/s2/seen/fedp2eft-r2",))
+    made = page_of(folder)
+    assert "1 cells of the comparison are not computed yet: standard-fl/s2/seen/fedp2eft-r2." in (
+        made.text
+    )
+    assert next(r for r in made.rows("table-0") if r["method"] == "fedp2eft")["seeds"] == "1"
+
+
+def test_folders_that_hold_nothing(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["show", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "There is no folder" in lines[0]
+    assert "holds no run or comparison: it has no settings.yaml" in lines[1]
+    (tmp_path / "settings.yaml").write_text("- 1", encoding="utf-8")
+    with pytest.raises(UserError, match=r"settings\.yaml is damaged or not a run's"):
+        read_report(tmp_path)
+
+
+def test_report_writes_page_and_figures(tmp_path, capsys):
+    folder = write_comparison(tmp_path / "c")
+    assert main(["report", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert f"Page: {folder / 'report.html'}" in told
+    names = {path.stem for path in (folder / "report").iterdir()}
+    assert names == {
+        "accuracy-standard-fl",
+        "difference-standard-fl",
+        "languages-standard-fl-seen",
+        "clients-standard-fl-seen",
+    }
+    for name in names:
+        assert (folder / "report" / f"{name}.png").read_bytes()[1:4] == b"PNG"
+        assert "<svg" in (folder / "report" / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def test_the_page_says_the_same_each_time(finished, tmp_path):
+    for name in ("a", "b"):
+        write_report(write_comparison(tmp_path / name / "c"))
+    left, right = ((tmp_path / name / "c" / "report.html").read_text() for name in ("a", "b"))
+    strip = re.compile(r"\bf\d+-")  # figures are counted over a process
+    assert strip.sub("", left) == strip.sub("", right)
+
+
+def test_show_prints_the_essentials(finished, capsys):
+    assert main(["show", str(finished.folder)]) == 0
+    told = capsys.readouterr().out
+    assert "3 rounds of 2 clients" in told
+    row = next(r for r in read_json(finished.folder / "results.json")
+               if (r["method"], r["rank"], r["pool"]) == ("lora", 2, "unseen"))  # fmt: skip
+    line = next(line for line in told.splitlines() if "│ lora" in line)
+    assert f"{100 * row['mean']:.1f}" in line
+    assert "Cost of training" in told
