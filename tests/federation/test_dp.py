@@ -280,6 +280,16 @@ def test_a_secret_sample_is_another_each_time() -> None:
     assert all(len(set(sample)) == 5 for sample in samples)
 
 
+def test_a_round_with_a_secret_sample_is_counted_before_it_is_allowed() -> None:
+    def first_round_within(epsilon: float | None) -> Privacy:
+        settings = PrivacySettings("fixed", sampling="secret", epsilon=epsilon)
+        return Privacy(settings, members(), 5, 42, TRAIN_PSG)
+
+    spent = first_round_within(None).epsilon({}, 1)
+    assert first_round_within(1.001 * spent).allows(1)
+    assert not first_round_within(0.999 * spent).allows(1)
+
+
 def test_training_ends_with_the_budget(tmp_path: Path) -> None:
     notes = Notes()
     options = {**FIXED, "privacy__epsilon": 6.0, "privacy__noise_multiplier": 2.0}
