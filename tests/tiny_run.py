@@ -245,7 +245,7 @@ def command(*arguments: object) -> list[str]:
 def in_process(*arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own and wait for it."""
     return subprocess.run(
-        command(*arguments), env=environment(**extra), capture_output=True, text=True, timeout=120,
+        command(*arguments), env=environment(**extra), capture_output=True, text=True, timeout=600,
         check=False,
     )  # fmt: skip
 
@@ -255,7 +255,7 @@ def plain_python(code: str, *arguments: object) -> str:
     guard = "import sys\nsys.modules['fedp2eft'] = None\n"
     done = subprocess.run(
         [sys.executable, "-c", guard + code, *[str(a) for a in arguments]],
-        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        env=environment(), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
