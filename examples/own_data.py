@@ -5,7 +5,7 @@
 ROWS has the columns `client`, `language`, `pool` (seen or unseen), `text` and `label`;
 docs/own-data.md has the others that it may have. Without it one is written from the package
 descriptions: two clients a language of German and French, and two unseen ones. MODEL is any
-encoder, a folder or a hub id. A third of the quickstart's work: a minute or two on two cores.
+encoder, a folder or a hub id. It takes about a minute and a half of one core.
 """
 
 from __future__ import annotations

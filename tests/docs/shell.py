@@ -14,6 +14,7 @@ from fedp2eft.commands import run as runs
 from fedp2eft.reading import Parser, read_yaml, settings_from
 
 ROOT = Path(__file__).parents[2]
+PRESET = ROOT / "src" / "fedp2eft" / "presets" / "quickstart.yaml"
 LONG = ("quickstart", "train", "compare", "build-libreoffice-help")
 ELSEWHERE = {
     "export": "sets a variable",
@@ -53,12 +54,12 @@ def understood(words: list[str]) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise ParsedError
 
-    def settings(config: str, run: str | None, options: list[str], watch: bool) -> None:
-        settings_from(read_yaml(config), options)
+    def settings(config: str, run: str | None, options: list[str], *_: Any) -> None:
+        settings_from(read_yaml(PRESET if config == "CONFIG" else config), options)
         raise ParsedError
 
-    def preset(run: str, options: list[str], watch: bool) -> None:
-        settings(str(ROOT / "src/fedp2eft/presets/quickstart.yaml"), run, options, watch)
+    def preset(run: str, options: list[str], *_: Any) -> None:
+        settings("CONFIG", run, options)
 
     with (
         patch.object(Parser, "instantiate_classes", stop),

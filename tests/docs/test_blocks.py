@@ -72,8 +72,9 @@ def test_every_block_of_a_page_works(
     page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(desk)
-    namespace = namespace_of(page)
+    namespace: dict[str, Any] = {}
     for block in blocks_of(page):
+        namespace |= namespace_of(page)  # an earlier block may have had names for other things
         if block.reason:
             with capsys.disabled():
                 print(f"\n{block.where} not run: {block.reason}")
