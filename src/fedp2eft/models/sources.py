@@ -48,6 +48,8 @@ HUB_FILES = [
 ]
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_SECONDS = 5.0
+HASHED = "sha256:"
+"""What a revision that `hash_weights` gave begins with."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def hash_weights(folder: Path) -> str:
     for file in weight_files(folder):
         with file.open("rb") as stream:
             hashlib.file_digest(stream, lambda: digest)  # goes on with the one digest
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return f"{HASHED}{digest.hexdigest()[:16]}"
 
 
 def _local(name: str, folder: Path, revision: str | None) -> ModelSource:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fedp2eft.errors import UserError
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.first_position import only_first_position
 from fedp2eft.tasks.task import Scores
 
 
@@ -71,7 +72,8 @@ class Classification:
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of a batch, float32."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits: Tensor = model(**inputs).logits
+        with only_first_position(model):
+            logits: Tensor = model(**inputs).logits
         return F.cross_entropy(logits.float(), batch["labels"])
 
     @torch.inference_mode()
@@ -90,7 +92,8 @@ class Classification:
             for chosen in data.by_length(batch_size):
                 batch = self.batch(data, chosen)
                 batch.pop("labels")
-                parts.append(model(**batch).logits.float().cpu())
+                with only_first_position(model):
+                    parts.append(model(**batch).logits.float().cpu())
                 rows.append(torch.from_numpy(chosen))
         finally:
             model.train(training)
