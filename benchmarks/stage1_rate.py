@@ -30,7 +30,8 @@ def products(bt: BTLora, data: Encoded, order: list[np.ndarray]) -> list[tuple[i
     """(m, k, n, how often) of every matrix product of stage 1, over real positions.
 
     A frozen linear layer costs x·W forward and g·Wᵀ backward; A and B cost both, and their own
-    gradient. The first layer's inputs need no gradient, which is left out of the count.
+    gradient. The first layer's inputs need no gradient, and the last block is computed at the first
+    position alone after its attention: what is left out there is left out of the count.
     """
     shapes: dict[tuple[int, int, int], int] = {}
 
@@ -45,7 +46,9 @@ def products(bt: BTLora, data: Encoded, order: list[np.ndarray]) -> list[tuple[i
         tokens = int(lengths.sum())
         for number, (name, module) in enumerate(bt.linears):
             assert isinstance(module, nn.Linear)
-            pooled = module.out_features == LABELS or "pooler" in name
+            last = f"layer.{config.num_hidden_layers - 1}." in name and ".self." not in name
+            # One position a row: the head, and the last block after its attention.
+            pooled = module.out_features == LABELS or "pooler" in name or last
             first = number < 3  # query, key and value of the first layer
             m = len(rows) if pooled else tokens
             d_in, d_out = module.in_features, module.out_features

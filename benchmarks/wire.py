@@ -1,9 +1,10 @@
 """What the numbers of φ travel in, and what that does to accuracy, over the quickstart's rounds.
 
-    python benchmarks/wire.py OUT [--seeds 42] [--wires fp32 bf16 int8]
+    python benchmarks/wire.py OUT [--seeds 42] [--wires fp32 bf16 int8] [--languages 6]
 
 The base is trained once a seed; each wire then starts from it. One JSON line a run goes to
-OUT/wire.jsonl; runs that are there are not computed again. About 3 minutes a run on two cores.
+OUT/wire.jsonl; runs that are there are not computed again. About 3 minutes a run on two cores with
+all six of the quickstart's languages.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--wires", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--languages", type=int, default=6, help="the first so many")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "wire.jsonl"
@@ -33,6 +35,7 @@ def main() -> None:
     for seed in options.seeds:
         preset: dict[str, Any] = read_yaml(str(files("fedp2eft") / "presets" / "quickstart.yaml"))
         preset["seed"] = seed
+        preset["data"]["languages"] = preset["data"]["languages"][: options.languages]
         base = options.out / f"base-{seed}"
         only_base = preset | {
             "federation": preset["federation"] | {"rounds": 0},
@@ -55,6 +58,7 @@ def main() -> None:
             found = {
                 "seed": seed,
                 "wire": wire,
+                "languages": options.languages,
                 "machine": machine(),
                 "means": {f"{row.pool} r={row.rank}": round(row.mean, 4) for row in results.rows},
                 "psg_loss": [round(line["psg-loss"], 4) for line in psg],
