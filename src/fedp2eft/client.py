@@ -125,6 +125,7 @@ def descend(
     """
     losses: list[float] = []
     batches = iter(order)
+    read_once = _gates_read_once(model)
     with _training(model, settings.dropout, seed):
         while group := list(islice(batches, settings.accumulate)):
             if zero is None:
@@ -136,7 +137,7 @@ def descend(
             for rows in group:
                 rest = prior
                 for part, share in parts_of(rows) if parts_of else [(rows, 1.0)]:
-                    with _gates_read_once(model):
+                    with read_once():
                         loss = loss_of(part) * share
                         if rest:
                             loss, rest = loss + rest(), None
@@ -392,15 +393,15 @@ def local_order(rows: int, epochs: int, batch_size: int, seed: int) -> Iterator[
     return epoch_batches(rows, epochs, batch_size, seed)
 
 
-def _gates_read_once(model: nn.Module) -> AbstractContextManager[None]:
-    """PEFT reads each gated A more than once per forward; this computes it once.
+def _gates_read_once(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """PEFT reads each gated A more than once per forward; what this opens computes it once.
 
     Not under gradient checkpointing: the second forward, in the backward pass, must do exactly what
-    the first did.
+    the first did. (Asked once a run: transformers looks through all modules to answer.)
     """
     if getattr(model, "is_activation_checkpointing", False):
-        return nullcontext()
-    return parametrize.cached()
+        return nullcontext
+    return parametrize.cached
 
 
 def adamw(groups: list[dict[str, object]]) -> torch.optim.Optimizer:

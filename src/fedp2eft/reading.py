@@ -120,6 +120,12 @@ def settings_from(raw: Mapping[str, Any], options: list[str] | None = None) -> S
     return Settings(**{f.name: getattr(made, f.name) for f in fields(Settings)})
 
 
+@lru_cache(maxsize=4)
+def settings_of_json(text: str) -> Settings:
+    """`settings_from` of JSON; kept, for reading takes half a second and a run's parts all do."""
+    return settings_from(json.loads(text))
+
+
 def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain JSON values."""
     value: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
@@ -142,7 +148,7 @@ def settings_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
 @lru_cache(maxsize=4)
 def _resolved(text: str) -> dict[str, Any]:
     """The whole of settings given as JSON; kept, for every message of a run asks for the same."""
-    return as_dict(settings_from(json.loads(text)))
+    return as_dict(settings_of_json(text))
 
 
 def app_file(path: str) -> Path:

@@ -24,7 +24,7 @@ from fedp2eft.federation.workspace import shared_workspace
 from fedp2eft.files import write_text
 from fedp2eft.generator import PSG
 from fedp2eft.methods import check_trained_for
-from fedp2eft.reading import settings_from, settings_of_run
+from fedp2eft.reading import settings_of_json, settings_of_run
 
 app = ServerApp()
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
     if not config.get("run"):
         raise UserError("The run config names no run folder: add run='runs/NAME'.")
     folder = Path(str(config["run"]))
-    experiment = settings_from(settings)
+    experiment = settings_of_json(json.dumps(settings))
     for method in experiment.evaluation.methods:
         check_trained_for(method, experiment)
     again = (folder / "settings.yaml").exists()

@@ -326,9 +326,9 @@ def shared_workspace(
         run: The run folder, or None where this process has none.
         node_json: The node config as JSON, of a SuperNode that reads its own client's file.
     """
-    from fedp2eft.reading import settings_from
+    from fedp2eft.reading import settings_of_json
 
-    settings = settings_from(json.loads(settings_json))
+    settings = settings_of_json(settings_json)
     node = json.loads(node_json) if node_json else None
     return Workspace(settings, Path(run) if run else None, node)
 

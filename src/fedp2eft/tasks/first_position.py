@@ -29,7 +29,7 @@ def only_first_position(model: nn.Module) -> Iterator[None]:
         yield
         return
 
-    def first(_module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def first(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         attended, residual = inputs
         return attended[:, :1], residual[:, :1]
 
@@ -42,12 +42,10 @@ def only_first_position(model: nn.Module) -> Iterator[None]:
 
 def _after_last_attention(model: nn.Module) -> nn.Module | None:
     """What follows the attention of the last block, given its output and the block's input."""
-    if getattr(model, "is_activation_checkpointing", False):
-        return None
     whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = getattr(getattr(whole, "config", None), "model_type", None)
     if kind not in _READS_FIRST:
         return None
     block: Any = whole.base_model.encoder.layer[-1]
     found: nn.Module = block.attention.output
-    return found
+    return None if block.gradient_checkpointing else found
