@@ -42,7 +42,9 @@ def only_first_position(model: nn.Module) -> Iterator[None]:
 
 def _after_last_attention(model: nn.Module) -> nn.Module | None:
     """What follows the attention of the last block, given its output and the block's input."""
-    whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    if hasattr(whole, "get_base_model"):  # an adapter's wrapper
+        whole = whole.get_base_model()
     kind = getattr(getattr(whole, "config", None), "model_type", None)
     if kind not in _READS_FIRST:
         return None
