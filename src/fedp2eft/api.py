@@ -48,7 +48,12 @@ from fedp2eft.reading import settings_from
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import EvaluationSettings, LocalSettings, Settings, TaskName, check_rank
 from fedp2eft.tasks import Scores, Task, make_task
+from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.generation import check_room
+from fedp2eft.tasks.generation import generate as generate_texts
+from fedp2eft.tasks.prompts import Prompts
+from fedp2eft.tasks.text_scores import check_scorers, text_scores
 
 Rows = str | Path
 """A JSON lines, CSV or Parquet file."""
@@ -217,13 +222,16 @@ def evaluate(
     batch_size: int = 64,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
+    generate: bool = False,
+    max_new_tokens: int = 256,
 ) -> Scores:
     """Score a base model, with or without a PEFT adapter, on labelled rows.
 
     Class names are those of the model's config. With a `target_column` the model is a causal LM,
     scored on the responses in that column. Inputs are cut at `max_length` tokens; where none is
     given, at the length that the adapter was made with, or else at 128 (a causal LM: 1024) or what
-    the model reads.
+    the model reads. With `generate` the causal LM answers every prompt, greedily with at most
+    `max_new_tokens` tokens, and the texts are scored too.
 
     Raises:
         UserError: Bad rows, a label that the model does not know, or an adapter that does not fit.
@@ -231,6 +239,10 @@ def evaluate(
     source = resolve_model(str(model))
     config = load_config(source)
     kind: TaskName = "causal_lm" if target_column else "classification"
+    if generate and not target_column:
+        raise UserError("Only a causal LM generates: name the column of responses, target_column.")
+    if generate:
+        check_scorers()
     labels = () if target_column else tuple(config.id2label[i] for i in sorted(config.id2label))
     answers = _Answers(kind, label_column, target_column or "")
     train = _rows(data, tuple(text_columns or ("text",)), answers, labels)
@@ -243,7 +255,14 @@ def evaluate(
     base, task, tokenizer = _load(source, kind, len(labels), max_length, precision, device)
     if adapter is not None:
         base = _with_adapter(base, adapter)
-    return task.score(base, _encode(task, tokenizer, train), batch_size)
+    scores = task.score(base, _encode(task, tokenizer, train), batch_size)
+    if not generate:
+        return scores
+    assert isinstance(task, CausalLM)
+    check_room(config, max_length, max_new_tokens)
+    questions = list(task.questions(Prompts(tokenizer), *_texts(train)))
+    texts = generate_texts(base, tokenizer, questions, max_new_tokens, batch_size)
+    return replace(scores, texts=text_scores(texts, [asked.reference for asked in questions]))
 
 
 def export(
@@ -331,11 +350,16 @@ def _load(
 
 
 def _encode(task: Task, tokenizer: Any, federation: Federation) -> Encoded:
+    return task.encode(tokenizer, *_texts(federation))
+
+
+def _texts(federation: Federation) -> tuple[list[Sequence[Any]], Sequence[Any]]:
+    """The text columns of all rows, and their answers."""
     rows = np.concatenate([federation.clients[0].train, federation.clients[0].test])
     columns = federation.rows(rows)
-    texts = [columns[name] for name in federation.text_columns]
+    texts: list[Sequence[Any]] = [columns[name] for name in federation.text_columns]
     kind = "classification" if federation.labels else "causal_lm"
-    return task.encode(tokenizer, texts, federation.answers(rows, kind))
+    return texts, federation.answers(rows, kind)
 
 
 def _own_part(

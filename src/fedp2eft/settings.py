@@ -324,6 +324,9 @@ class EvaluationSettings:
         pools: Client pools to personalize and score.
         save_adapters: Keep every FedP²EFT adapter in the run folder.
         layout: Layout of kept adapters.
+        generate: Have every personalized causal LM answer its client's test prompts, greedily, and
+            score the texts (ROUGE, METEOR, chrF) beside the response loss.
+        max_new_tokens: Most tokens of a generated text.
     """
 
     methods: list[str] = field(default_factory=lambda: ["base", "lora", "fedp2eft"])
@@ -331,6 +334,11 @@ class EvaluationSettings:
     pools: list[PoolName] = field(default_factory=lambda: ["seen", "unseen"])
     save_adapters: bool = True
     layout: Literal["portable", "compact"] = "portable"
+    generate: bool = False
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "evaluation.max_new_tokens must be 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -452,6 +460,11 @@ class Settings:
         for rank in self.evaluation.ranks:
             check_rank(rank, self.adapter.r_max)
         self.privacy.check(self.aggregation, self.federation.wire)
+        require(
+            self.model.task == "causal_lm" or not self.evaluation.generate,
+            "evaluation.generate needs a model that answers in text: set it to false, or "
+            "model.task to causal_lm.",
+        )
         require(
             "fedl2p" not in self.evaluation.methods or self.fedl2p.rank <= self.adapter.r_max,
             f"fedl2p.rank is {self.fedl2p.rank}; give at most adapter.r_max = "

@@ -88,6 +88,8 @@ def evaluate(
     batch_size: int = 64,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
+    generate: bool = False,
+    max_new_tokens: int = 256,
 ) -> None:
     """Score a base model, with or without an adapter, on rows with a class or a response each.
 
@@ -104,6 +106,9 @@ def evaluate(
         batch_size: Rows per batch.
         precision: Numbers of the base.
         device: "auto", "cpu" or "cuda".
+        generate: Have the causal LM answer every prompt, greedily, and score the texts (ROUGE,
+            METEOR, chrF).
+        max_new_tokens: Most tokens of a generated text.
     """
     from fedp2eft import api
 
@@ -118,6 +123,8 @@ def evaluate(
         batch_size=batch_size,
         precision=precision,
         device=device,
+        generate=generate,
+        max_new_tokens=max_new_tokens,
     )
     print(scores)
 

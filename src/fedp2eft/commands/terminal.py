@@ -22,7 +22,7 @@ from rich.table import Table
 from fedp2eft.federation.reporting import LogReporter, Reporter, report_to
 
 if TYPE_CHECKING:
-    from fedp2eft.federation.results import Results
+    from fedp2eft.federation.results import Results, Row
 
 PHASES = {
     "base": "base model",
@@ -129,6 +129,28 @@ def show_results(results: Results) -> None:
             rank = str(row.rank) if row.rank else "–"
             table.add_row(row.method, rank, *map(metric.shown, cells))
         console.print(table)
+        if rows[0].further_means:
+            _show_further(console, pool, rows)
+
+
+def _show_further(console: Console, pool: str, rows: list[Row]) -> None:
+    """The other metrics of a causal LM, mean over languages."""
+    from fedp2eft.federation.metrics import METRICS
+
+    title = f"Perplexity, scores of generated texts (%), {pool} clients, mean over languages"
+    names = [name for name in METRICS if any(name in row.further_means for row in rows)]
+    table = Table(
+        title=title if len(names) > 1 else f"Perplexity, {pool} clients", title_justify="left"
+    )
+    for name in ("method", "rank", *names):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        shown = (
+            METRICS[name].shown(row.further_means[name]) if name in row.further_means else "–"
+            for name in names
+        )
+        table.add_row(row.method, str(row.rank) if row.rank else "–", *shown)
+    console.print(table)
 
 
 LOAD = """from transformers import {auto}

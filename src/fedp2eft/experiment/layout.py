@@ -91,6 +91,22 @@ def language_table(comparison: Comparison, base: str, pool: str) -> Table:
     return Table(title, ["rank", "method", *languages], rows)
 
 
+def further_table(comparison: Comparison, base: str, pool: str) -> Table | None:
+    """(Rank, method) × the other metrics of a causal LM; None where nothing has any."""
+    lines = list(budgets(comparison, base, pool))
+    told = [line.further_means for _, _, line in lines if line]
+    names = [name for name in METRICS if any(name in means for means in told)]
+    if not names:
+        return None
+    rows = []
+    for rank, method, line in lines:
+        made = [line.further_means.get(name) if line else None for name in names]
+        cells = [score(one, METRICS[name]) for one, name in zip(made, names, strict=True)]
+        rows.append([str(rank), method, *cells])
+    title = f"Perplexity per token, scores of texts in %, base {base}, pool {pool}"
+    return Table(title, ["rank", "method", *names], rows)
+
+
 def unit(metric: Metric) -> str:
     """What the tables and figures show the metric in."""
     return "%" if metric.higher else "nats per token"
@@ -146,7 +162,9 @@ def tables(comparison: Comparison) -> list[Table]:
             compact_table(comparison, base),
             *(long_table(comparison, base, pool) for pool in comparison.pools),
             *(language_table(comparison, base, pool) for pool in comparison.pools),
+            *(further_table(comparison, base, pool) for pool in comparison.pools),
         )
+        if table
     ]
 
 

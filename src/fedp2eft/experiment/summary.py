@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
@@ -79,6 +79,9 @@ class Line:
         differences: To the references, at every budget that both have.
         cost: What it costs.
         metric: Name of the metric; a key of `fedp2eft.federation.metrics.METRICS`.
+        further: A causal LM's other metrics by name, each by language: perplexity, and the scores
+            of generated texts.
+        further_means: Their plain means over languages.
     """
 
     base: str
@@ -94,6 +97,8 @@ class Line:
     differences: tuple[Difference, ...]
     cost: Cost
     metric: str
+    further: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    further_means: dict[str, Estimate] = field(default_factory=dict)
 
     def difference(self, to: str, rank: int) -> Difference | None:
         """The difference to a reference at its budget `rank`."""
@@ -197,11 +202,9 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, Facts]]) -> Line:
         assert made is not None
         return made
 
-    by_language: dict[str, dict[int, float]] = defaultdict(dict)
-    for seed, row in rows.items():
-        for language, value in row.languages.items():
-            by_language[language][seed] = value
-    languages = {name: estimate(seeds) for name, seeds in sorted(by_language.items())}
+    # Texts count where every seed has them: a mean over other seeds than the loss's misleads.
+    first, *others = (row.further for row in rows.values())
+    further = [name for name in first if all(name in other for other in others)]
     worse = {s: r.worse_than_base for s, r in rows.items() if r.worse_than_base is not None}
     return Line(
         base=base,
@@ -209,7 +212,7 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, Facts]]) -> Line:
         method=method,
         rank=rank,
         clients=fmean(row.clients for row in rows.values()),
-        languages={name: made for name, made in languages.items() if made},
+        languages=dict(sorted(_by_name({s: row.languages for s, row in rows.items()}).items())),
         mean=over_seeds("mean"),
         worst_language=over_seeds("worst_language"),
         worst_client=over_seeds("worst_client"),
@@ -229,7 +232,21 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, Facts]]) -> Line:
             peak_memory=max(facts["peak_memory"] for facts in mine.values()),
         ),
         metric=next(iter(rows.values())).metric,
+        further={n: _by_name({s: row.further[n] for s, row in rows.items()}) for n in further},
+        further_means=_by_name(
+            {s: {n: row.further_means[n] for n in further} for s, row in rows.items()}
+        ),
     )
+
+
+def _by_name(values: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
+    """Values by seed and name as estimates by name."""
+    by_name: dict[str, dict[int, float]] = defaultdict(dict)
+    for seed, named in values.items():
+        for name, value in named.items():
+            by_name[name][seed] = value
+    made = {name: estimate(seeds) for name, seeds in by_name.items()}
+    return {name: one for name, one in made.items() if one}
 
 
 def _difference(

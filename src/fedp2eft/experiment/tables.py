@@ -14,6 +14,7 @@ from fedp2eft.experiment.facts import read_cells
 from fedp2eft.experiment.layout import budgets, notes, tables
 from fedp2eft.experiment.statistics import Estimate
 from fedp2eft.experiment.summary import REFERENCES, Comparison, Line, summarize
+from fedp2eft.federation.metrics import METRICS
 from fedp2eft.federation.run_folder import read_settings
 from fedp2eft.files import write_json, write_text
 from fedp2eft.reading import settings_from
@@ -105,30 +106,38 @@ def escape(text: str) -> str:
 def as_csv(comparison: Comparison) -> str:
     """One row for every (base, pool, rank, method) that the tables show; empty where missing.
 
-    Shares, accuracies among them, are numbers from 0 to 1, losses are in nats per token, costs in
-    seconds and bytes.
+    Shares, accuracies and scores of texts among them, are numbers from 0 to 1, losses are in nats
+    per token, costs in seconds and bytes.
     """
-    metric = comparison.metric.name.replace(" ", "_")
+    metric = _column(comparison.metric.name)
+    told = [line.further_means for line in comparison.lines]
+    further = [name for name in METRICS if any(name in means for means in told)]
     places = list(product(comparison.bases, comparison.pools))
     languages = sorted({name for place in places for name in comparison.languages(*place)})
     head = (
         ["base", "pool", "rank", "method", "seeds", "clients"]
         + [f"{name}{end}" for name in _SHARES for end in ("", "_half_width")]
         + [f"to_{to}{end}" for to in REFERENCES for end in ("", "_low", "_high")]
-        + [*_COSTS, *(f"{metric}_{name}" for name in languages)]
+        + [*_COSTS, *(f"{metric}_{name}" for name in languages), *map(_column, further)]
     )
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(head)
     for place in places:
         for rank, method, line in budgets(comparison, *place):
-            numbers = _numbers(line, rank, languages) if line else []
+            numbers = _numbers(line, rank, languages, further) if line else []
             row = [*place, rank, method, *numbers]
             writer.writerow(row + [None] * (len(head) - len(row)))
     return out.getvalue()
 
 
-def _numbers(line: Line, rank: int, languages: Sequence[str]) -> list[float | None]:
+def _column(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _numbers(
+    line: Line, rank: int, languages: Sequence[str], further: Sequence[str]
+) -> list[float | None]:
     numbers: list[float | None] = [len(line.mean.seeds), line.clients]
     for name in _SHARES:
         made: Estimate | None = getattr(line, name)
@@ -138,4 +147,5 @@ def _numbers(line: Line, rank: int, languages: Sequence[str]) -> list[float | No
         numbers += [difference.value, difference.low, difference.high] if difference else [None] * 3
     numbers += [getattr(line.cost, name) for name in _COSTS]
     scores = [line.languages.get(name) for name in languages]
+    scores += [line.further_means.get(name) for name in further]
     return numbers + [score.mean if score else None for score in scores]

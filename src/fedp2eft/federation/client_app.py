@@ -51,6 +51,7 @@ from fedp2eft.federation.messages import (
 )
 from fedp2eft.federation.node import keep_base, kept_base, own_folder
 from fedp2eft.federation.reporting import current
+from fedp2eft.federation.texts import answering
 from fedp2eft.federation.workspace import Workspace, shared_workspace
 from fedp2eft.methods import METHODS, ClientSide, method_named
 from fedp2eft.methods.fedl2p.method import train_round as train_meta_net
@@ -230,7 +231,9 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     s = workspace.settings
     method, rank = what_is_asked(message, workspace)
     start = time.perf_counter()
-    outcome = METHODS[method].fit(client_side(workspace, message, name), rank)
+    client = client_side(workspace, message, name)
+    client = replace(client, answer=answering(workspace, name, method, rank))
+    outcome = METHODS[method].fit(client, rank)
     scores = outcome.scores.numbers()
     metrics: dict[str, MetricRecordValues] = {
         EXAMPLES: scores.pop("examples"),
@@ -240,7 +243,6 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     }
     keep = s.evaluation
     if outcome.weights and method == "fedp2eft" and keep.save_adapters and workspace.run:
-        client = workspace.client(name)
         save_adapter(
             workspace.private.carried(workspace, name, outcome.weights),
             workspace.run / "adapters" / name / f"{method}-r{rank}",
@@ -252,7 +254,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
                 "method": method,
                 "rank": rank,
                 "client": name,
-                "language": client.language,
+                "language": workspace.client(name).language,
                 "task": s.model.task,
                 "labels": list(workspace.labels),
                 "max_length": s.local.max_length,

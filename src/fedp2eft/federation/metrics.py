@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fedp2eft.tasks.text_scores import METEOR, PLAIN_METEOR
 
 Cell = Mapping[str, Any]
 """Scores of one client, by the names of `Scores.numbers`."""
@@ -20,20 +23,25 @@ class Metric:
         name: As tables head it.
         unit: Which count of a cell is its weight.
         higher: Whether more is better.
+        summed: Which number of a cell is the sum over its units; none where its loss is the mean.
+        exponential: Whether `value` is the exponential of the mean.
     """
 
     name: str
     unit: str
     higher: bool
+    summed: str = ""
+    exponential: bool = False
 
     def total(self, cell: Cell) -> float:
-        """The sum of which `value` is the mean over units: rows classified right, or nats."""
-        return float(cell["correct"] if self.higher else cell["loss"] * cell[self.unit])
+        """The sum over a client's units: rows classified right, nats, or scores of texts."""
+        return float(cell[self.summed] if self.summed else cell["loss"] * cell[self.unit])
 
     def value(self, cells: Iterable[Cell]) -> float:
         """The metric of one client or of several together; at least one unit."""
         cells = list(cells)
-        return sum(map(self.total, cells)) / float(sum(cell[self.unit] for cell in cells))
+        mean = sum(map(self.total, cells)) / float(sum(cell[self.unit] for cell in cells))
+        return math.exp(min(mean, 700.0)) if self.exponential else mean
 
     def worst(self, values: Iterable[float]) -> float:
         """The worst of several values."""
@@ -44,15 +52,34 @@ class Metric:
         return value < other if self.higher else value > other
 
     def shown(self, value: float) -> str:
-        """A value as tables show it: accuracy in percent, loss in nats."""
+        """A value as tables show it: shares and scores of texts in percent, loss in nats."""
         return f"{100 * value:.1f}" if self.higher else f"{value:.3f}"
 
 
-ACCURACY = Metric("accuracy", "examples", higher=True)
+ACCURACY = Metric("accuracy", "examples", higher=True, summed="correct")
 RESPONSE_LOSS = Metric("response loss", "tokens", higher=False)
-METRICS = {metric.name: metric for metric in (ACCURACY, RESPONSE_LOSS)}
+PERPLEXITY = Metric("perplexity", "tokens", higher=False, exponential=True)
+TEXTS = tuple(
+    Metric(name, "examples", higher=True, summed=key)
+    for name, key in (
+        ("ROUGE-1", "rouge1"),
+        ("ROUGE-2", "rouge2"),
+        ("ROUGE-L", "rougeL"),
+        ("METEOR", METEOR),
+        ("METEOR without synonyms", PLAIN_METEOR),
+        ("chrF", "chrf"),
+    )
+)
+METRICS = {metric.name: metric for metric in (ACCURACY, RESPONSE_LOSS, PERPLEXITY, *TEXTS)}
 
 
 def metric_of(cell: Cell) -> Metric:
     """What a cell's task is judged by."""
     return RESPONSE_LOSS if "tokens" in cell else ACCURACY
+
+
+def further_metrics(cells: Sequence[Cell]) -> tuple[Metric, ...]:
+    """What is told beside `metric_of`: only what every one of the cells has."""
+    if metric_of(cells[0]) is ACCURACY:
+        return ()
+    return (PERPLEXITY, *(m for m in TEXTS if all(m.summed in cell for cell in cells)))

@@ -5,6 +5,7 @@ Its node config names the folder with `keep`. Every run has one of its own in th
 <keep>/<client>/<16 digits>/settings.yaml      the run's settings
                             base/              its base model, and which one (received.json)
                             adapters/<client>/ the client's PEFT adapters
+                            generations/       what its models answered, where that was asked for
                             clients/<client>/  the client's own part of the base, and what rounding
                                                kept back
 """

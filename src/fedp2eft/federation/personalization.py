@@ -34,6 +34,7 @@ from fedp2eft.federation.metrics import metric_of
 from fedp2eft.federation.reporting import Reporter
 from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.methods import METHODS
+from fedp2eft.tasks.text_scores import TEXT_SCORES
 
 Shared = Mapping[str, Mapping[str, Tensor]]
 """Numbers by name of each federation ("psg", "fedl2p")."""
@@ -192,6 +193,10 @@ def scores_of(reply: Message) -> dict[str, Any]:
     scores = {"examples": examples, "loss": _number(metrics, "loss")}
     scores |= {name: whole(metrics, name) for name in (*units, "parameters")}
     scores["seconds"] = _number(metrics, "seconds")
+    texts = {name: _number(metrics, name) for name in TEXT_SCORES if name in metrics}
+    if max(texts.values(), default=0.0) > examples * (1 + 1e-6):
+        raise UserError(f"each of {examples} texts scores at most 1, and its sums are {texts}.")
+    scores |= texts
     if scores.get("correct", 0) > examples:
         raise UserError(f"{scores['correct']} of {examples} rows cannot be right.")
     return scores

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.metrics import ACCURACY, metric_of
+from fedp2eft.federation.metrics import ACCURACY, further_metrics, metric_of
 from fedp2eft.files import read_json, write_json
 
 
@@ -33,6 +33,9 @@ class Row:
         clients: Clients scored.
         parameters: Mean number of adapter parameters of a client.
         metric: Its name; a key of `metrics.METRICS`.
+        further: Other metrics of a causal LM by name, each by language and pooled in the same way:
+            perplexity, and what generated texts score, 0 to 1, the mean over a language's rows.
+        further_means: Their plain means over languages.
     """
 
     method: str
@@ -46,6 +49,8 @@ class Row:
     clients: int
     parameters: float
     metric: str = ACCURACY.name
+    further: dict[str, dict[str, float]] = field(default_factory=dict)
+    further_means: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,10 @@ def row_of(
     languages = {name: metric.value(spoken[name]) for name in sorted(spoken)}
     each = {cell["client"]: metric.value([cell]) for cell in cells}
     known = [name for name in each if name in base]
+    further = {
+        other.name: {name: other.value(spoken[name]) for name in sorted(spoken)}
+        for other in further_metrics(cells)
+    }
     worse = sum(metric.is_worse(each[name], base[name]) for name in known)
     return Row(
         method=method,
@@ -136,4 +145,6 @@ def row_of(
         clients=len(cells),
         parameters=sum(cell["parameters"] for cell in cells) / len(cells),
         metric=metric.name,
+        further=further,
+        further_means={name: sum(v.values()) / len(v) for name, v in further.items()},
     )

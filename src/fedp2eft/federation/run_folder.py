@@ -10,6 +10,8 @@ psg/               the trained PSG
 fedl2p/            the trained meta-net of FedL2P, where that is a method
 cells/             one small file per client, method and rank budget
 adapters/<client>/ the clients' PEFT adapters
+generations/       what the clients' models answered, where `evaluation.generate` is set
+                   (`fedp2eft.federation.texts`)
 clients/<client>/  what stays on a client: its own part of the base (base.kind feddpa-t, dept-spec),
                    and what rounding kept back of its φ (`wire` other than fp32)
 results.json       the tables
@@ -110,7 +112,7 @@ class RunFolder:
         if settings_file.exists():
             check_same(self.path, read_settings(settings_file), wanted, FREE)
             self._check_rounds()
-        for part in ("checkpoints", "cells/*", "adapters/*", "clients/*"):
+        for part in ("checkpoints", "cells/*", "adapters/*", "generations/*", "clients/*"):
             for folder in self.path.glob(part):
                 sweep(folder)
         sweep(self.path)
@@ -237,6 +239,8 @@ class RunFolder:
             if method in digests and isinstance(cell, dict) and cell.get("phi") != digests[method]:
                 adapter = self.path / "adapters" / path.stem / path.parent.name
                 shutil.rmtree(adapter, ignore_errors=True)
+                texts = self.path / "generations" / path.parent.name / path.name
+                texts.unlink(missing_ok=True)
                 path.unlink()
 
 

@@ -45,6 +45,8 @@ from fedp2eft.profiles import PROFILES, Profile
 from fedp2eft.settings import Settings
 from fedp2eft.tasks import Task, make_task
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.generation import check_room
+from fedp2eft.tasks.text_scores import check_scorers
 
 
 class Workspace:
@@ -68,6 +70,8 @@ class Workspace:
         run: Path | None = None,
         node: Mapping[str, NodeValue] | None = None,
     ) -> None:
+        if settings.evaluation.generate:
+            check_scorers()  # now, not after hours of training
         self.settings = settings
         self.run = run
         self.node = node
@@ -239,6 +243,9 @@ class Workspace:
             gradient_checkpointing=self.settings.model.gradient_checkpointing,
         )
         self._check_dropout(base)
+        if self.settings.evaluation.generate:
+            new_tokens = self.settings.evaluation.max_new_tokens
+            check_room(base.config, self.settings.local.max_length, new_tokens)
         self._frozen = dict(base.named_parameters())
         clamp = self.profile.clamp_forward
         prior = self.settings.local.prior

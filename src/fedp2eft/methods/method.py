@@ -38,6 +38,8 @@ class ClientSide:
         prepared: What the method's surveys of the seen clients gave so far.
         adalora: Settings of AdaLoRA.
         tuning: Settings of the tuned controls.
+        answer: Has a model answer the prompts of the test rows, keeps the texts, and gives the sums
+            of their scores; None where nothing is to be generated.
     """
 
     bt: BTLora
@@ -53,12 +55,14 @@ class ClientSide:
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
     adalora: AdaLoraSettings = field(default_factory=AdaLoraSettings)
     tuning: TuningSettings = field(default_factory=TuningSettings)
+    answer: Callable[[nn.Module], Mapping[str, float]] | None = None
 
     def score(self, model: nn.Module) -> Scores:
         """Scores of a model on the client's test rows; of no rows where there are none."""
         if not len(self.test):
             return self.task.unscored()
-        return self.task.score(model, self.test, self.settings.eval_batch_size)
+        scores = self.task.score(model, self.test, self.settings.eval_batch_size)
+        return replace(scores, texts=self.answer(model)) if self.answer else scores
 
     def order(self, settings: LocalSettings) -> list[NDArray]:  # type: ignore[type-arg]
         """Mini-batches of this client's fine-tuning."""
@@ -92,7 +96,7 @@ class ClientSide:
         """
         data = self.train
         kept, held = local_validation_split(data.labels, share, rng_for(self.seed, "held-out rows"))
-        return replace(self, train=data.select(kept), test=data.select(held))
+        return replace(self, train=data.select(kept), test=data.select(held), answer=None)
 
     def fit(
         self,

@@ -8,7 +8,7 @@ does for every task).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fedp2eft.errors import UserError
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.generation import Question
 from fedp2eft.tasks.prompts import Prompts
 from fedp2eft.tasks.task import Scores
 
@@ -58,17 +59,25 @@ class CausalLM:
         """
         prompts = Prompts(tokenizer)
         rows, starts, cut = [], [], 0
-        for *parts, answer in zip(*texts, answers, strict=True):
-            chat = not isinstance(answer, str)
-            prompt = prompts.prompt(answer[:-1] if chat else "\n\n".join(parts))
-            if len(prompt) >= self.max_length:
-                continue
-            row = prompt + prompts.response(answer[-1]["content"] if chat else answer)
+        for asked in self.questions(prompts, texts, answers):
+            row = [*asked.tokens, *prompts.response(asked.reference)]
             cut += len(row) > self.max_length
             rows.append(row[: self.max_length])
-            starts.append(len(prompt))
+            starts.append(len(asked.tokens))
         encoded = Encoded.from_rows(rows, [0] * len(rows), starts=starts)
         return replace(encoded, dropped=len(answers) - len(rows), cut=cut)
+
+    def questions(
+        self, prompts: Prompts, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
+    ) -> Iterator[Question]:
+        """The rows that `encode` keeps, with the whole of their responses."""
+        for *parts, answer in zip(*texts, answers, strict=True):
+            chat = not isinstance(answer, str)
+            said = [turn["content"] for turn in answer] if chat else [*parts, answer]
+            shown = "\n\n".join(said[:-1])
+            tokens = prompts.prompt(answer[:-1] if chat else shown)
+            if len(tokens) < self.max_length:
+                yield Question(shown, tokens, said[-1])
 
     def batch(self, data: Encoded, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
         """Model inputs, padded on the right to the longest of these rows; `labels` of that shape.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -25,12 +25,15 @@ class Scores:
         loss: Mean cross-entropy in nats: per row of a classification, per response token of a
             causal LM.
         tokens: Response tokens scored, end tokens included; None for a classification.
+        texts: Sums over the rows of what generated texts score (`text_scores.TEXT_SCORES`), by
+            name; None where none were generated.
     """
 
     examples: int
     correct: int | None
     loss: float
     tokens: int | None = None
+    texts: Mapping[str, float] | None = None
 
     @property
     def accuracy(self) -> float:
@@ -49,6 +52,7 @@ class Scores:
             "examples": self.examples,
             "loss": self.loss,
             **{name: value for name, value in known.items() if value is not None},
+            **(self.texts or {}),
         }
 
     def __str__(self) -> str:
@@ -56,7 +60,11 @@ class Scores:
             share = f"Accuracy {self.accuracy:.1%} ({self.correct} of {self.examples})"
             return f"{share}, loss {self.loss:.4f}"
         counted = f"{self.tokens} tokens of {self.examples} rows"
-        return f"Response loss {self.loss:.4f} ({counted}), perplexity {self.perplexity:.4g}"
+        told = f"Response loss {self.loss:.4f} ({counted}), perplexity {self.perplexity:.4g}"
+        means = [
+            f"{name} {value / self.examples:.4f}" for name, value in (self.texts or {}).items()
+        ]
+        return "\n".join([told, *([f"Generated: {', '.join(means)}"] if means else [])])
 
     def facts(self) -> dict[str, float | None]:
         """What is told of them by name; None where no row was scored."""
