@@ -11,14 +11,14 @@ their kept ranks stays, in the same measure for the PSG of round 0 ("untrained")
 
 One line per cell goes to benchmarks/results/privacy_curve.jsonl; lines that are there are not
 computed again. The first cell takes about as long as the quickstart, the others half of
-it. Further arguments are settings: `--data.max_train=24 --federation.rounds=2` makes it cheaper.
+it. Cheaper: a base that is there (`--base RUN/base`), and settings, which further arguments are
+(`--data.max_train=24 --federation.rounds=2`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 from hashlib import sha256
@@ -59,11 +59,11 @@ def cell_settings(preset: dict[str, Any], seed: int, level: float, norm: float |
     return settings_from(raw, options)
 
 
-def measure(settings: Settings, folder: Path, base: Path) -> dict[str, Any]:
-    """One run; its scores and what it spent. Its base is that of the run folder `base`."""
-    if base != folder and not (folder / "base").exists():
+def measure(settings: Settings, folder: Path, base: Path | None) -> dict[str, Any]:
+    """One run; its scores and what it spent. Its base is `base`, or else its own."""
+    if base and not (folder / "base").exists():
         RunFolder(folder, settings).close()
-        shutil.copytree(base / "base", folder / "base", copy_function=os.link)
+        shutil.copytree(base, folder / "base")
     results = train(settings, folder)
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     rounds = [line for line in map(json.loads, text.splitlines()) if line["phase"] == "psg"]
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/privacy-curve"))
     parser.add_argument("--config", default=str(files("fedp2eft") / "presets" / "quickstart.yaml"))
+    parser.add_argument("--base", type=Path, help="of the one seed, trained before")
     asked, options = parser.parse_known_args()
     preset = read_yaml(asked.config)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ def main() -> None:
                 norm = cells[(seed, 0.0)]["norm"] if level else None
                 settings = cell_settings(preset, seed, level, norm, options)
                 folder = asked.runs / f"s{seed}-z{level:g}"
-                found = measure(settings, folder, plain)
+                found = measure(settings, folder, plain / "base" if level else asked.base)
                 if moved is None:
                     without = cell_settings(preset, seed, 0.0, None, options)
                     moved = Moved(without, plain.resolve())
