@@ -41,7 +41,7 @@ from fedp2eft.settings import Settings
 RESULTS = Path(__file__).parent / "results" / "privacy_curve.jsonl"
 LEVELS = (0.01, 0.1, 1.0, 4.0)  # noise multipliers
 RANK = 2
-WITHOUT_PHI = ["base", "lora", "fedp2eft-random"]
+WITHOUT_PHI = ["base", "lora"]
 
 
 def cell_settings(preset: dict[str, Any], seed: int, level: float, norm: float | None,
