@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
@@ -17,7 +18,6 @@ def report(reporter) -> None:
     reporter.advance("psg", "loss 0.5")
     reporter.note("Half of it is done.")
     reporter.start("personalize", 1, 0)
-    reporter.part("personalize", 0.5, "nobody reads this")
     reporter.advance("personalize", "lora de-seen-00 50%")
 
 
@@ -44,7 +44,15 @@ def test_bars():
     shown = out.getvalue()
     for text in ("PSG 2/3 loss 0.5", "clients 1/1 lora de-seen-00 50%", "Half of it is done."):
         assert text in shown
-    assert "nobody reads this" not in shown
+
+
+@pytest.mark.parametrize("phase", ["psg", "personalize"])  # a client may write texts for minutes
+def test_a_bar_says_who_is_at_work(phase):
+    with Progress(console=Console(file=io.StringIO(), force_terminal=True)) as bars:
+        reporter = BarReporter(bars)
+        reporter.start(phase, 3, 1)
+        reporter.part(phase, 0.5, "de-seen-00")
+        assert bars.tasks[0].fields["text"] == "de-seen-00 50%"
 
 
 def test_bars_where_the_output_is_a_terminal(monkeypatch, capsys):

@@ -56,7 +56,7 @@ class BarReporter:
 
     def part(self, phase: str, fraction: float, text: str) -> None:
         """Say which client is at work."""
-        if phase in self._tasks and phase != "personalize":
+        if phase in self._tasks:
             self._progress.update(self._tasks[phase], text=f"{text} {fraction:.0%}")
 
     def note(self, text: str) -> None:
