@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+from watching import FinishedRun, watched
+
 if TYPE_CHECKING:
     from fedp2eft.models.sources import ModelSource
-    from fedp2eft.settings import Settings
     from tiny_run import World
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,15 +21,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-
-
-@dataclass
-class FinishedRun:
-    """A whole tiny run: its folder, every message with its reply, and how often what was called."""
-
-    folder: Path
-    messages: list[tuple[Any, Any]] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)
 
 
 @pytest.fixture(scope="session")
@@ -96,35 +86,3 @@ def all_methods(
         tuning__lrs=[3e-3, 2e-2], tuning__taus=[0.5, 1.0],
     )  # fmt: skip
     return watched(settings, tmp_path_factory.mktemp("all-methods") / "run")
-
-
-def watched(settings: Settings, folder: Path) -> FinishedRun:
-    """Run an experiment and keep every message."""
-    from fedp2eft.experiment.train import train
-    from fedp2eft.federation import workspace
-    from fedp2eft.federation.local import LocalGrid
-    from fedp2eft.tasks.classification import Classification
-
-    done = FinishedRun(folder)
-    run_client, encode = LocalGrid._run_client, Classification.encode
-    load_base, features = workspace.load_base, workspace.features
-
-    def recording(grid: Any, message: Any) -> Any:
-        reply = run_client(grid, message)
-        done.messages.append((message, reply))
-        return reply
-
-    def counted(name: str, function: Any) -> Any:
-        def call(*args: Any, **options: Any) -> Any:
-            done.calls[name] += 1
-            return function(*args, **options)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalGrid, "_run_client", recording)
-        patch.setattr(Classification, "encode", counted("encode", encode))
-        patch.setattr(workspace, "load_base", counted("load_base", load_base))
-        patch.setattr(workspace, "features", counted("features", features))
-        train(settings, done.folder)
-    return done

@@ -12,7 +12,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from conftest import FinishedRun, watched
 from fedp2eft.adapters.btlora import common_A
 from fedp2eft.federation.messages import TRAIN_BASE
 from fedp2eft.federation.results import read_results
@@ -20,6 +19,7 @@ from fedp2eft.seeding import derive_seed
 from fedp2eft.settings import Settings
 from tiny_chat import make_chat_world
 from tiny_run import SEEN, World
+from watching import FinishedRun, watched
 
 ROUNDS, RANK, ALPHA = 2, 2, 6.0
 SCALE = ALPHA / RANK

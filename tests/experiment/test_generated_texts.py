@@ -10,7 +10,6 @@ import pytest
 from test_causal_run import cells, rows_of
 from transformers import AutoModelForCausalLM
 
-from conftest import FinishedRun, watched
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.messages import PERSONALIZE
@@ -21,6 +20,7 @@ from fedp2eft.models.loading import load_tokenizer, resolve_model
 from fedp2eft.tasks.text_scores import METEOR, PLAIN_METEOR, text_scores
 from tiny_chat import WORDS, make_chat_world
 from tiny_run import CLIENTS, World, plain_python
+from watching import FinishedRun, watched
 
 SCORES = {"rouge1", "rouge2", "rougeL", "chrf"}
 NEW = 5

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from conftest import FinishedRun, watched
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.messages import PERSONALIZE, TRAIN_FEDL2P, array_digest, to_arrays
@@ -23,6 +22,7 @@ from fedp2eft.federation.rounds import has_stalled
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
 from fedp2eft.settings import Settings
 from tiny_run import SEEN, World, assert_same, outcome, vocabulary
+from watching import FinishedRun, watched
 
 ROUNDS = 3
 META = {"rounds": ROUNDS, "patience": 50, "rank": 2, "hidden": 6, "steps": 2, "init_lr": 1e-2}

@@ -23,12 +23,12 @@ import torch
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from conftest import FinishedRun
 from fedp2eft.errors import UserError
 from fedp2eft.federation.client_app import client_name
 from fedp2eft.federation.workspace import Workspace
 from fedp2eft.reading import app_file
 from tiny_run import CLIENTS, World, environment
+from watching import FinishedRun
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 START_SECONDS, RUN_SECONDS = 60, 300

@@ -13,7 +13,6 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from conftest import watched
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation import client_app, workspace
 from fedp2eft.federation.client_mods import tell_errors
@@ -28,6 +27,7 @@ from fedp2eft.federation.messages import (
 )
 from fedp2eft.methods.method import ClientSide
 from tiny_run import World, vocabulary
+from watching import watched
 
 BLOCK = 3  # numbers in a row that must not be found
 CLIPPED = {"clipping": "fixed", "clip_on": "client", "test_seed": 1, "noise_multiplier": 0.01}

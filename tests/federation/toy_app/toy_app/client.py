@@ -10,6 +10,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedp2eft.federation.orphan import end_with_parent
+
 app = ClientApp()
 
 
@@ -24,6 +26,7 @@ def describe(message: Message, context: Context) -> Message:
 @app.train("psg")
 def train(message: Message, context: Context) -> Message:
     """Leaves a mark, sleeps for its `sleep` seconds from round `from` on, then moves by a third."""
+    end_with_parent()  # one that sleeps would outlive the test
     node = context.node_config
     round_ = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
     if "mark" in node:
