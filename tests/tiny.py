@@ -8,12 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    CamembertConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    XLMRobertaConfig,
 )
 
 from fedp2eft.adapters.btlora import BTLora
@@ -24,6 +29,10 @@ from fedp2eft.tasks.encoded import Encoded
 
 VOCABULARY, LONGEST, CLASSES = 40, 16, 3
 TASK = Classification(pad_id=0, max_length=LONGEST)
+_LIKE_ROBERTA = {
+    "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig, "camembert": CamembertConfig,
+}  # fmt: skip
+ENCODERS = ["bert", *_LIKE_ROBERTA]
 
 
 def tiny(kind: str, dropout: float = 0.1, width: int = 16):
@@ -53,6 +62,22 @@ def tiny(kind: str, dropout: float = 0.1, width: int = 16):
             bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
+
+
+def classifier(kind: str, attention: str = "eager") -> PreTrainedModel:
+    """A classifier of one of `ENCODERS` in float64 without dropout."""
+    if kind == "bert":
+        model = tiny("bert", dropout=0.0)
+    else:
+        torch.manual_seed(3)
+        config = _LIKE_ROBERTA[kind](
+            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=24, max_position_embeddings=LONGEST + 2, num_labels=CLASSES,
+            pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        model = AutoModelForSequenceClassification.from_config(config)
+    model.set_attn_implementation(attention)
+    return model.double()
 
 
 def tiny_rows(lengths: Sequence[int], seed: int = 0) -> Encoded:

@@ -25,7 +25,7 @@ from fedp2eft.generator import LOG_LAMBDA, PSG
 from fedp2eft.profiles import Profile
 from fedp2eft.settings import GeneratorSettings, LocalSettings
 from fedp2eft.tasks.encoded import Encoded, epoch_batches
-from fedp2eft.tasks.task import Task
+from fedp2eft.tasks.task import RowsLoss, Task
 
 Rows = NDArray  # type: ignore[type-arg]
 PartsOf = Callable[[Rows], Sequence[tuple[Rows, float]]]
@@ -33,6 +33,8 @@ Order = Sequence[Sequence[int]] | Sequence[NDArray]  # type: ignore[type-arg]
 OnStep = Callable[[float], None]
 # What one more pass through the model costs on a CPU, in positions (benchmarks/split.py).
 PASS_TOKENS = 128
+# Tokens of one pass of packed rows: what it keeps for its backward pass grows with them.
+MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,21 @@ def not_finite(loss: float, step: int) -> DivergedError:
     )
 
 
-def length_parts(task: Task, data: Encoded) -> PartsOf | None:
-    """How to cut a mini-batch: by length on a CPU, where a position of padding costs its full time.
+def rows_loss(task: Task, model: nn.Module, data: Encoded) -> tuple[RowsLoss, PartsOf | None]:
+    """The task loss of some rows, and how a mini-batch is cut before it: see `descend`.
 
-    A GPU takes a whole mini-batch in less time than its parts.
+    On a CPU a position of padding costs its full time: rows are packed where the model takes that,
+    cut into parts of similar length where it does not. A GPU takes a whole mini-batch in less time
+    than its parts.
     """
+    packed = task.packed_loss(model, data)
+    if packed is not None:
+        return packed, lambda rows: data.passes(rows, MOST_TOKENS)
+    return lambda rows: task.loss(model, task.batch(data, rows)), length_parts(task, data)
+
+
+def length_parts(task: Task, data: Encoded) -> PartsOf | None:
+    """Parts of similar length on a CPU, None elsewhere."""
     if torch.device(task.device).type != "cpu":
         return None
     return lambda rows: data.parts(rows, PASS_TOKENS)
@@ -214,8 +226,10 @@ def stage1(
         ]
     )
 
-    def loss_of(rows: NDArray) -> Tensor:  # type: ignore[type-arg]
-        return settings.alpha_task * task.loss(bt.model, task.batch(data, rows))
+    task_loss, parts_of = rows_loss(task, bt.model, data)
+
+    def loss_of(rows: Rows) -> Tensor:
+        return settings.alpha_task * task_loss(rows)
 
     def prior() -> Tensor:
         return bt.penalty(len(data), settings.alpha_s, settings.alpha_p, settings.alpha)
@@ -230,7 +244,7 @@ def stage1(
         zero=None if profile.zero_lambda_grad else weights,
         seed=seed,
         on_step=on_step,
-        parts_of=length_parts(task, data),
+        parts_of=parts_of,
         prior=prior,
     )
 
@@ -333,16 +347,17 @@ def personalize(
         groups: list[dict[str, object]] = [{"params": weights, "lr": settings.personalize_lr}]
         if rates is not None:
             groups = rate_groups(weights, rates[keep.any(dim=1)])
+        loss_of, parts_of = rows_loss(task, bt.model, data)
         losses = descend(
             bt.model,
-            lambda rows: task.loss(bt.model, task.batch(data, rows)),
+            loss_of,
             order,
             adamw(groups),
             weights,
             settings,
             seed=seed,
             on_step=on_step,
-            parts_of=length_parts(task, data),
+            parts_of=parts_of,
         )
         fitted = Fitted(trimmed.weights(), trimmed.lam.cpu(), losses)
         if not fitted.weights.is_finite():

@@ -4,40 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    CamembertConfig,
-    DistilBertConfig,
-    RobertaConfig,
-    XLMRobertaConfig,
-)
+from transformers import AutoModelForSequenceClassification, DistilBertConfig
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.settings import AdapterSettings
 from fedp2eft.tasks.first_position import only_first_position
-from tiny import CLASSES, LONGEST, TASK, VOCABULARY, disturb, double_adapter, tiny, tiny_rows
+from tiny import (
+    CLASSES,
+    ENCODERS,
+    LONGEST,
+    TASK,
+    VOCABULARY,
+    classifier,
+    disturb,
+    double_adapter,
+    tiny,
+    tiny_rows,
+)  # fmt: skip
 
 DATA = tiny_rows([5, LONGEST - 2, 3])
 ROWS = np.arange(len(DATA))
-KINDS = {"roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig, "camembert": CamembertConfig}
-
-
-def classifier(kind: str) -> Any:
-    if kind == "bert":
-        return tiny("bert", dropout=0.0).double()
-    torch.manual_seed(3)
-    config = KINDS[kind](
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=LONGEST + 2, num_labels=CLASSES,
-        pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return AutoModelForSequenceClassification.from_config(config).double()
 
 
 @contextmanager
@@ -50,9 +41,9 @@ def positions_of(model: nn.Module) -> Iterator[list[int]]:
     yield seen
 
 
-@pytest.mark.parametrize("kind", ["bert", *KINDS])
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_loss_and_every_gradient_stay_the_same(kind: str, monkeypatch) -> None:
-    bt = BTLora(classifier(kind).double(), AdapterSettings(r_max=4))
+    bt = BTLora(classifier(kind), AdapterSettings(r_max=4))
     bt.lam.data = bt.lam.data.double()
     bt.reset(0.5)
     disturb(bt)

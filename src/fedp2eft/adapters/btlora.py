@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.adapters.clamp import clamp_straight_through
 from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers
+from fedp2eft.adapters.low_rank import fuse
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
@@ -99,6 +100,7 @@ class BTLora:
         clamp = self._limits if clamp_forward else None
         for row, layer in enumerate(self.layers):
             layer.gate(self.lam, row, clamp, log=self._log)
+            fuse(layer.module)
         self.model.train(training)  # PEFT's wrapper is in training mode whatever the base is in
         self._common_A = [common_A(layer.name, layer.A, s.seed) for layer in self.layers]
         self._B0: list[Tensor] | None = None

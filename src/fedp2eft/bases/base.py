@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.bases.parts import Part, Replacement
-from fedp2eft.client import OnStep, adamw, descend, local_order
+from fedp2eft.client import OnStep, adamw, descend, local_order, rows_loss
 from fedp2eft.settings import BaseSettings, Settings
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.task import Task
@@ -60,15 +60,16 @@ class LocalWork:
         for parameter in weights:
             parameter.requires_grad_(True)
         device = weights[0].device.type
+        task_loss, parts_of = rows_loss(self.task, model, self.data)
 
         def loss_of(rows: NDArray) -> Tensor:  # type: ignore[type-arg]
             with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-                return self.task.loss(model, self.task.batch(self.data, rows))
+                return task_loss(rows)
 
         optimizer = adamw([{"params": weights, "lr": lr}])
         losses = descend(
             model, loss_of, self.order(), optimizer, weights, local,
-            seed=self.seed, on_step=self.on_step,
+            seed=self.seed, on_step=self.on_step, parts_of=parts_of,
         )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         return sum(losses) / max(1, len(losses))

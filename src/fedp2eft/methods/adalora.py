@@ -20,14 +20,13 @@ import re
 from dataclasses import dataclass
 
 import torch
-from numpy.typing import NDArray
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.gates import adapted_layers
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
-from fedp2eft.client import adamw, descend
+from fedp2eft.client import adamw, descend, rows_loss
 from fedp2eft.errors import DivergedError, UserError
 from fedp2eft.methods.method import ClientSide, Outcome
 from fedp2eft.seeding import derive_seed
@@ -82,10 +81,7 @@ def adalora(client: ClientSide, rank: int) -> Outcome:
         model = wrap(base, client.bt, schedule, s.orth)
         weights = [p for p in model.parameters() if p.requires_grad]
         step = 0
-
-        def loss_of(rows: NDArray) -> Tensor:  # type: ignore[type-arg]
-            fit = client.task.loss(model, client.task.batch(client.train, rows))
-            return fit + s.orth * orthogonality(model)
+        loss_of, parts_of = rows_loss(client.task, model, client.train)
 
         def allocate(loss: float) -> None:
             nonlocal step
@@ -98,8 +94,10 @@ def adalora(client: ClientSide, rank: int) -> Outcome:
 
         optimizer = adamw([{"params": weights, "lr": s.lr}])
         descend(
-            model, loss_of, order, optimizer, weights, settings, seed=client.seed, on_step=allocate
-        )
+            model, loss_of, order, optimizer, weights, settings,
+            seed=client.seed, on_step=allocate, parts_of=parts_of,
+            prior=lambda: s.orth * orthogonality(model),
+        )  # fmt: skip
         fitted = adapter_weights(model, client.bt)
         if not fitted.is_finite():
             raise DivergedError("The AdaLoRA adapter holds NaN: lower adalora.lr.")

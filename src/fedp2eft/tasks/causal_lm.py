@@ -112,6 +112,9 @@ class CausalLM:
         """Mean cross-entropy over the response tokens of a batch, float32."""
         return F.cross_entropy(*self._predictions(model, batch))
 
+    def packed_loss(self, model: nn.Module, data: Encoded) -> None:
+        """None: decoders take padded rows."""
+
     def _predictions(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (tokens × vocabulary, float32) and targets (tokens) of all response tokens.
 

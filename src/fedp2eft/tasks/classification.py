@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from fedp2eft.errors import UserError
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.first_position import only_first_position
-from fedp2eft.tasks.task import Scores
+from fedp2eft.tasks.packed import can_pack, pack, packed_logits
+from fedp2eft.tasks.task import RowsLoss, Scores
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ class Classification:
         with only_first_position(model):
             logits: Tensor = model(**inputs).logits
         return F.cross_entropy(logits.float(), batch["labels"])
+
+    def packed_loss(self, model: nn.Module, data: Encoded) -> RowsLoss | None:
+        """`loss` of rows by their numbers, without padding: on a CPU, for encoders like BERT."""
+        if torch.device(self.device).type != "cpu" or not can_pack(model):
+            return None
+
+        def loss_of(indices: NDArray[np.int64]) -> Tensor:
+            inputs, packing, order = pack(data, indices)
+            logits = packed_logits(model, inputs, packing)
+            return F.cross_entropy(logits.float(), torch.from_numpy(data.labels[order]))
+
+        return loss_of
 
     @torch.inference_mode()
     def logits(self, model: nn.Module, data: Encoded, batch_size: int) -> Tensor:

@@ -141,12 +141,33 @@ class Encoded:
         cuts = [len(order)]
         while cuts[-1]:
             cuts.append(int(start[cuts[-1]]))
-        weights = self.weights(order)
-        shares = [
-            (order[low:high], float(weights[low:high].sum() / weights.sum()))
-            for high, low in reversed(list(pairwise(cuts)))
-        ]
-        return [(part, share) for part, share in shares if share]
+        return self._shared([order[low:high] for high, low in reversed(list(pairwise(cuts)))])
+
+    def _shared(self, parts: Sequence[NDArray[np.int64]]) -> list[tuple[NDArray[np.int64], float]]:
+        """Parts of a mini-batch with their share of its mean loss, but those that have none."""
+        weights = [int(self.weights(part).sum()) for part in parts]
+        shares = [weight / sum(weights) for weight in weights]
+        return [(part, share) for part, share in zip(parts, shares, strict=True) if share]
+
+    def passes(
+        self, indices: Sequence[int] | NDArray[np.int64], most: int
+    ) -> list[tuple[NDArray[np.int64], float]]:
+        """Rows of one mini-batch in as few passes as hold at most so many tokens each.
+
+        Args:
+            indices: Row numbers of the mini-batch.
+            most: Tokens of a pass; a row alone may be longer.
+
+        Returns:
+            Row numbers of each pass, longest first, and its share of the mini-batch's mean loss.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        order = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
+        passes = -(-int(self.lengths[order].sum()) // most)
+        ends = self.lengths[order].cumsum()
+        # Of about equal size, so that no pass is left with a row or two.
+        number = (ends - 1) * passes // ends[-1]
+        return self._shared([order[number == i] for i in range(passes)])
 
     def weights(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """How much each row counts in the mean loss of a batch: one, or its response's tokens."""

@@ -18,36 +18,40 @@ _READS_FIRST = ("bert", "camembert", "roberta", "xlm-roberta")
 
 
 @contextmanager
-def only_first_position(model: nn.Module) -> Iterator[None]:
+def only_first_position(model: nn.Module, starts: Tensor | None = None) -> Iterator[None]:
     """Cut the hidden states of the last block to the first position while this is open.
 
     Nothing happens to models of other kinds, or under gradient checkpointing, which runs the block
     again after this has closed.
+
+    Args:
+        model: With or without an adapter around it.
+        starts: Where each row starts, where the rows stand end to end in one.
     """
-    last = _after_last_attention(model)
-    if last is None:
+    encoder = reads_first(model)
+    if encoder is None:
         yield
         return
 
-    def first(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        attended, residual = inputs
-        return attended[:, :1], residual[:, :1]
+    def first(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Of the attention's output and the block's input."""
+        if starts is None:
+            return tuple(states[:, :1] for states in inputs)
+        return tuple(states[0, starts].unsqueeze(1) for states in inputs)
 
-    handle = last.register_forward_pre_hook(first)
+    handle = encoder.encoder.layer[-1].attention.output.register_forward_pre_hook(first)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _after_last_attention(model: nn.Module) -> nn.Module | None:
-    """What follows the attention of the last block, given its output and the block's input."""
+def reads_first(model: nn.Module) -> Any | None:
+    """The encoder of a classifier that reads its first position alone; None where it is another."""
     whole: Any = model
     if hasattr(whole, "get_base_model"):  # an adapter's wrapper
         whole = whole.get_base_model()
-    kind = getattr(getattr(whole, "config", None), "model_type", None)
-    if kind not in _READS_FIRST:
+    if getattr(getattr(whole, "config", None), "model_type", None) not in _READS_FIRST:
         return None
-    block: Any = whole.base_model.encoder.layer[-1]
-    found: nn.Module = block.attention.output
-    return None if block.gradient_checkpointing else found
+    encoder = whole.base_model
+    return None if encoder.encoder.layer[-1].gradient_checkpointing else encoder

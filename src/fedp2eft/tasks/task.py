@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedp2eft.tasks.encoded import Encoded
+
+RowsLoss = Callable[[NDArray[np.int64]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,12 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The task loss of a batch, float32."""
+
+    def packed_loss(self, model: nn.Module, data: Encoded) -> RowsLoss | None:
+        """The task loss of rows by their numbers, from one pass without padding.
+
+        None where this model or device takes no packed rows.
+        """
 
     def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:
         """Scores of a model on the rows; at least one row."""

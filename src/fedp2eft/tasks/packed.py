@@ -1,0 +1,257 @@
+"""Rows end to end in one pass, with no padding ("packing"), through encoders of BERT's shape.
+
+Every layer but attention works position by position and so sees real positions alone. Attention
+stays inside a row: rows of similar length attend together, padded to the longest of them. In the
+last block only each row's first position asks, for the classifier reads no other. Loss and
+gradients are those of padded rows up to rounding.
+
+transformers hands attention over to a function of the user's through `AttentionInterface`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.first_position import only_first_position, reads_first
+
+ATTENTION = "packed_rows"
+# What one more block costs on a CPU, in positions of padding inside attention.
+BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that attend together.
+
+    Args:
+        start: Their first position in the packed row.
+        stop: The position after their last.
+        rows: How many they are.
+        width: Positions of the longest.
+        places: The packed position behind each of rows · width places, the row's first one where
+            the row has ended; None where all rows are `width` long.
+        real: Which of these places are no padding, rows × width.
+        kept: Their numbers.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    width: int
+    places: Tensor | None
+    real: Tensor | None
+    kept: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: NDArray[np.int64], start: int) -> Block:
+        """Rows of these lengths, packed from `start` on."""
+        rows, width, stop = len(lengths), int(lengths.max()), start + int(lengths.sum())
+        if (lengths == width).all():
+            return cls(start, stop, rows, width, None, None, None)
+        real = np.arange(width) < lengths[:, None]
+        firsts = start + lengths.cumsum() - lengths
+        places = np.repeat(firsts[:, None], width, axis=1)
+        places[real] = np.arange(start, stop)
+        masks = (places.ravel(), real, np.flatnonzero(real))
+        return cls(start, stop, rows, width, *map(torch.from_numpy, masks))
+
+    @property
+    def firsts(self) -> Tensor | slice:
+        """The packed position of each row's first."""
+        if self.places is None:
+            return slice(self.start, self.stop, self.width)
+        return self.places[:: self.width]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Positions × heads × d as rows × heads × width × d."""
+        mine = values[self.start : self.stop] if self.places is None else values[self.places]
+        return mine.view(self.rows, self.width, *values.shape[1:]).transpose(1, 2)
+
+    def packed(self, values: Tensor) -> Tensor:
+        """The real ones of rows × heads × width × d as positions × heads × d."""
+        flat = values.transpose(1, 2).reshape(-1, values.shape[1], values.shape[3])
+        return flat if self.kept is None else flat[self.kept]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows stand in the packed row.
+
+    Args:
+        blocks: Rows that attend together, in order.
+        starts: The first position of each row.
+    """
+
+    blocks: Sequence[Block]
+    starts: Tensor
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether `packed_logits` takes this model, whose attention must be the plain one."""
+    encoder = reads_first(model)
+    return encoder is not None and encoder.config._attn_implementation == "eager"
+
+
+def pack(
+    data: Encoded, indices: Sequence[int] | NDArray[np.int64]
+) -> tuple[dict[str, Tensor], Packing, NDArray[np.int64]]:
+    """The given rows end to end, longest first.
+
+    Returns:
+        input_ids, position_ids counted from 0, and token_type_ids where the rows have them, each
+        1 × positions; how they stand; row numbers in their order.
+    """
+    parts = [part for part, _ in data.parts(indices, BLOCK_TOKENS)]
+    order = np.concatenate(parts)
+    lengths = data.lengths
+    ends = lengths[order].cumsum()
+    starts = ends - lengths[order]
+    blocks: list[Block] = []
+    for part in parts:
+        blocks.append(Block.of(lengths[part], blocks[-1].stop if blocks else 0))
+    position = np.arange(ends[-1]) - np.repeat(starts, lengths[order])
+    where = position + np.repeat(data.offsets[order], lengths[order])
+    inputs = {"input_ids": data.tokens[where], "position_ids": position}
+    if data.types is not None:
+        inputs["token_type_ids"] = data.types[where]
+    rows = {name: torch.from_numpy(values).long()[None] for name, values in inputs.items()}
+    return rows, Packing(blocks, torch.from_numpy(starts)), order
+
+
+def packed_logits(model: nn.Module, inputs: dict[str, Tensor], packing: Packing) -> Tensor:
+    """Logits of packed rows, rows × classes, in their order.
+
+    Args:
+        model: One that `can_pack`, on the CPU.
+        inputs: From `pack`.
+        packing: From `pack`.
+    """
+    encoder = reads_first(model)
+    assert encoder is not None
+    # RoBERTa counts positions from the one after its padding's.
+    first = getattr(encoder.embeddings, "padding_idx", -1) + 1
+    inputs = {**inputs, "position_ids": inputs["position_ids"] + first}
+    with _attending_packed(encoder.config), only_first_position(model, packing.starts):
+        logits: Tensor = model(**inputs, packing=packing).logits
+    return logits
+
+
+@contextmanager
+def _attending_packed(config: Any) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    packing: Packing,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query, key and value are 1 × heads × positions × d."""
+    encoder: Any = module
+    last = encoder.layer_idx == encoder.config.num_hidden_layers - 1
+    # a view, whose gradient is one too
+    packed = [states.squeeze(0).transpose(0, 1) for states in (query, key, value)]
+    own: Tensor = _Attention.apply(*packed, packing.blocks, scaling, dropout, last)  # type: ignore[no-untyped-call]
+    return own.unsqueeze(0), None
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(Q·Kᵀ·scaling)·V inside each row; positions × heads × d.
+
+    With `first_only` zero everywhere but at the first position of each row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: Sequence[Block],
+        scaling: float,
+        dropout: float,
+        first_only: bool,
+    ) -> Tensor:
+        out = torch.zeros_like(query) if first_only else torch.empty_like(query)
+        query = query * scaling
+        saved: list[Tensor | None] = []
+        with torch.autocast(query.device.type, enabled=False):
+            for block in blocks:
+                q, k, v = (block.spread(states) for states in (query, key, value))
+                if first_only:
+                    q = q[:, :, :1]
+                scores = q @ k.mT
+                if block.real is not None:
+                    least = torch.finfo(scores.dtype).min
+                    scores.masked_fill_(~block.real[:, None, None], least)
+                p, drop = scores.softmax(dim=-1), None
+                if dropout:
+                    drop = F.dropout(torch.ones_like(p), dropout)
+                own = (p if drop is None else p * drop) @ v
+                if first_only:
+                    out[block.firsts] = own.squeeze(2)
+                else:
+                    out[block.start : block.stop] = block.packed(own)
+                saved += [q, k, v, p, drop]
+        ctx.save_for_backward(*saved)
+        ctx.blocks, ctx.scaling, ctx.first_only = blocks, scaling, first_only
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries = torch.zeros_like(grad) if ctx.first_only else torch.empty_like(grad)
+        keys, values = torch.empty_like(grad), torch.empty_like(grad)
+        for number, block in enumerate(ctx.blocks):
+            q, k, v, p, drop = ctx.saved_tensors[5 * number : 5 * number + 5]
+            if ctx.first_only:
+                own = grad[block.firsts].unsqueeze(2)
+            else:
+                own = block.spread(grad)
+                if block.real is not None:
+                    own = own.masked_fill(~block.real[:, None, :, None], 0.0)
+            to_p = own @ v.mT
+            if drop is not None:
+                to_p = to_p * drop
+            to_scores = torch.ops.aten._softmax_backward_data(to_p, p, -1, p.dtype)
+            at = slice(block.start, block.stop)
+            to_query = to_scores @ k * ctx.scaling
+            if ctx.first_only:
+                queries[block.firsts] = to_query.squeeze(2)
+            else:
+                queries[at] = block.packed(to_query)
+            keys[at] = block.packed(to_scores.mT @ q)
+            values[at] = block.packed((p if drop is None else p * drop).mT @ own)
+        return queries, keys, values, None, None, None, None
+
+
+def _no_mask(*_args: Any, **_options: Any) -> None:
+    """Packed rows need none: no position sees another row's."""
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
