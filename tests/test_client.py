@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -356,6 +357,7 @@ def test_a_round_is_prediction_then_stage1_then_stage2(layerwise) -> None:
     disturb(bt)  # what an earlier client left behind does not matter
     got = train_round(bt, TASK, DATA, xi, psg, order, STEADY, generator, PAPER)
     assert got.stage1_losses == losses
+    assert sum(astuple(got.stage1_terms)) == pytest.approx(losses[-1])
     assert got.examples == 6
     assert got.psg_loss == psg_loss
     assert torch.equal(got.lam, lam.expand(-1, 2))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.btlora import BTLora, PriorLoss
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.errors import DivergedError, UserError
@@ -38,8 +38,23 @@ MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
+class LossTerms:
+    """L of one optimiser step as the sum of its terms, each with its weight.
+
+    Args:
+        task: α_task · task loss.
+        significance: What holds B at its start.
+        sparsity: What λ itself costs.
+    """
+
+    task: float = 0.0
+    significance: float = 0.0
+    sparsity: float = 0.0
+
+
+@dataclass(frozen=True)
 class Round:
-    """What a client's round gives. Only φ and N leave the client.
+    """What a client's round gives. φ, N and the losses leave the client, λ^s does not.
 
     Args:
         phi: φ after stage 2.
@@ -47,6 +62,7 @@ class Round:
         psg_loss: Mean over the steps of stage 2 of Σ|λ̂ − λ^s|.
         stage1_losses: L at every optimiser step of stage 1.
         lam: λ^s, L × r_max.
+        stage1_terms: What the last of `stage1_losses` is the sum of; zeros where there is none.
     """
 
     phi: dict[str, Tensor]
@@ -54,6 +70,7 @@ class Round:
     psg_loss: float
     stage1_losses: list[float]
     lam: Tensor
+    stage1_terms: LossTerms
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,7 @@ def descend(
     on_step: OnStep | None = None,
     parts_of: PartsOf | None = None,
     prior: Callable[[], Tensor] | None = None,
+    on_last: OnStep | None = None,
 ) -> list[float]:
     """Run an optimiser over mini-batches; the one training loop of the package.
 
@@ -118,6 +136,7 @@ def descend(
         parts_of: Rows of a mini-batch that go through the model together, with their share of its
             loss; the gradients add up to those of the whole mini-batch. All at once by default.
         prior: What the rows have no part in, added to the loss of every mini-batch.
+        on_last: Called after the last step with its loss without `prior`.
 
     Returns:
         The loss of every optimiser step (mean over its mini-batches).
@@ -126,6 +145,8 @@ def descend(
         DivergedError: The loss is not finite.
     """
     losses: list[float] = []
+    fits: list[Tensor] = []
+    size = 0
     batches = iter(order)
     read_once = _gates_read_once(model)
     with _training(model, settings.dropout, seed):
@@ -135,15 +156,16 @@ def descend(
             else:
                 for parameter in zero:
                     parameter.grad = None
-            total = 0.0
+            total, fits, size = 0.0, [], len(group)
             for rows in group:
                 rest = prior
                 for part, share in parts_of(rows) if parts_of else [(rows, 1.0)]:
                     with read_once():
                         loss = loss_of(part) * share
+                        fits.append(loss.detach())  # read once, at the end
                         if rest:
                             loss, rest = loss + rest(), None
-                        loss = loss / len(group)
+                        loss = loss / size
                     loss.backward()  # type: ignore[no-untyped-call]
                     total += loss.item()
             if not math.isfinite(total):
@@ -153,6 +175,8 @@ def descend(
             losses.append(total)
             if on_step:
                 on_step(total)
+    if on_last and losses:
+        on_last(sum(fit.item() for fit in fits) / size)
     return losses
 
 
@@ -212,11 +236,12 @@ def stage1(
     *,
     seed: int = 0,
     on_step: OnStep | None = None,
+    on_terms: Callable[[LossTerms], None] | None = None,
 ) -> list[float]:
     """Minimise L over (A, B, λ) from the adapter as it stands; returns L of every step.
 
-    λ^s is in `bt.lam` afterwards. (Paper algorithm 1, client side; objective in
-    `fedp2eft.adapters.btlora`.)
+    λ^s is in `bt.lam` afterwards. `on_terms` is called after the last step with the terms of its L.
+    (Paper algorithm 1, client side; objective in `fedp2eft.adapters.btlora`.)
     """
     weights = bt.A + bt.B
     optimizer = adamw(
@@ -231,8 +256,16 @@ def stage1(
     def loss_of(rows: Rows) -> Tensor:
         return settings.alpha_task * task_loss(rows)
 
+    last: PriorLoss
+
     def prior() -> Tensor:
-        return bt.penalty(len(data), settings.alpha_s, settings.alpha_p, settings.alpha)
+        nonlocal last
+        last = bt.prior_loss(len(data), settings.alpha_s, settings.alpha_p, settings.alpha)
+        return last.total
+
+    def tell(task_loss: float) -> None:
+        if on_terms:
+            on_terms(LossTerms(task_loss, *(term.item() for term in last.terms())))
 
     return descend(
         bt.model,
@@ -246,6 +279,7 @@ def stage1(
         on_step=on_step,
         parts_of=parts_of,
         prior=prior,
+        on_last=tell,
     )
 
 
@@ -307,10 +341,15 @@ def train_round(
     with torch.no_grad():
         lam = psg.lambda_for(xi)
     bt.reset(lam.to(bt.lam.device))
-    losses = stage1(bt, task, data, order, settings, profile, seed=seed, on_step=on_step)
+    terms = [LossTerms()]
+    losses = stage1(
+        bt, task, data, order, settings, profile,
+        seed=seed, on_step=on_step, on_terms=terms.append,
+    )  # fmt: skip
     target = bt.lambda_of(bt.lam, profile.clamp_target).detach().cpu().clone()
     psg_loss = stage2(psg, xi, target, generator)
-    return Round(psg.numbers(), len(data), psg_loss, losses, bt.rank_lambda().cpu())
+    lam = bt.rank_lambda().cpu()
+    return Round(psg.numbers(), len(data), psg_loss, losses, lam, terms[-1])
 
 
 def personalize(

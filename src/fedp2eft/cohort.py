@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.cohort import CohortLora
-from fedp2eft.client import OnStep, Round, not_finite
+from fedp2eft.client import LossTerms, OnStep, Round, not_finite
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
 from fedp2eft.profiles import Profile
@@ -127,16 +127,12 @@ def train_cohort(
     found: list[Round | UserError] = [UserError()] * len(clients)
     for place, c in enumerate(ranked):
         mine = losses[place]
-        found[c] = (
-            mine
-            if isinstance(mine, UserError)
-            else Round(
-                phis[place],
-                len(clients[c].data),
-                psg_losses[place],
-                mine,
-                bt.rank_lambda(lora.lam[place]).cpu(),
-            )
+        if isinstance(mine, UserError):
+            found[c] = mine
+            continue
+        lam = bt.rank_lambda(lora.lam[place]).cpu()
+        found[c] = Round(
+            phis[place], len(clients[c].data), psg_losses[place], mine[0], lam, mine[1]
         )
     return found
 
@@ -150,7 +146,7 @@ def cohort_stage1(
     profile: Profile,
     *,
     on_step: OnStep | None = None,
-) -> list[list[float] | UserError]:
+) -> list[tuple[list[float], LossTerms] | UserError]:
     """Minimise every client's own L over its (A, B, λ); λ^s is in `lora.lam` afterwards.
 
     Args:
@@ -163,7 +159,8 @@ def cohort_stage1(
         on_step: Called with the mean of L over the clients that took the step.
 
     Returns:
-        For each client, L at every step; or an error where it was not finite.
+        For each client, L at every step and the terms of the last (zeros without a step); or an
+        error where it was not finite.
     """
     assert all(len(a.order) >= len(b.order) for a, b in pairwise(clients))
     size = settings.accumulate
@@ -175,12 +172,14 @@ def cohort_stage1(
     optimizer = _AdamW(lora.tensors(), settings.lr, settings.lambda_lr)
     lambda_gradient = torch.zeros_like(lora.lam)
     losses: list[list[float]] = [[] for _ in clients]
+    terms = [LossTerms()] * len(clients)
     errors: dict[int, UserError] = {}
     with _evaluating(bt.model), lora.active():
         for step in range(max((len(group) for group in groups), default=0)):
             now = [group[step] for group in groups if len(group) > step]
             leaves = lora.leaves(len(now))
             total, gradients = torch.zeros_like(lora.lam[: len(now), 0, 0]), None
+            fits, priors = torch.zeros_like(total), []
             for at in range(max(map(len, now))):
                 rows = [group[at] for group in now if len(group) > at]
                 count = len(rows)
@@ -189,11 +188,14 @@ def cohort_stage1(
                 prior = lora.penalty(
                     leaves, examples[:count], settings.alpha_s, settings.alpha_p, settings.alpha
                 )
+                priors.append(prior)
                 share = torch.tensor([len(group) for group in now[:count]]).to(total.device)
-                loss = (settings.alpha_task * fit + prior) / share
+                fit = settings.alpha_task * fit
+                loss = (fit + prior.total) / share
                 # A layer that the model does not use has no gradient, as it has none alone.
                 part = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
                 total[:count] += loss.detach()
+                fits[:count] += fit.detach() / share
                 gradients = (
                     list(part)
                     if gradients is None
@@ -211,9 +213,14 @@ def cohort_stage1(
                 if not math.isfinite(value) and client not in errors:
                     errors[client] = not_finite(value, step + 1)
                 losses[client].append(value)
+            if ending := [c for c, group in enumerate(groups) if len(group) == step + 1]:
+                # all clients of the step are in its first mini-batch, and the prior is one for all
+                told = torch.stack([fits, *priors[0].terms()], dim=1).tolist()
+                for client in ending:
+                    terms[client] = LossTerms(*told[client])
             if on_step:
                 on_step(sum(values) / len(values))
-    return [errors.get(client, losses[client]) for client in range(len(clients))]
+    return [errors.get(c, (losses[c], terms[c])) for c in range(len(clients))]
 
 
 def _losses(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import cache
 from itertools import chain
 from unittest.mock import patch
@@ -150,6 +150,10 @@ def check_same(
         if want.stage1_losses:
             a, b = torch.tensor(got.stage1_losses), torch.tensor(want.stage1_losses)
             note("loss", (a - b) / b.abs())
+        mine, theirs = (torch.tensor(astuple(done.stage1_terms)) for done in (got, want))
+        note("loss", (mine - theirs) / theirs.abs().clamp(min=1e-3))
+        last = want.stage1_losses[-1] if want.stage1_losses else 0.0
+        assert float(theirs.sum()) == pytest.approx(last, rel=1e-5)
         assert got.lam.shape == want.lam.shape
         note("lambda", got.lam - want.lam)
         note("lambda", lam2 - lam)

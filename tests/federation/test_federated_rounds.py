@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,18 @@ from fedp2eft.errors import UserError
 from fedp2eft.federation.aggregation import SeededFedAvg
 from fedp2eft.federation.exchange import Member, roster
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import ABOUT, ARRAYS, EXAMPLES, METRICS, TRAIN_PSG
+from fedp2eft.federation.messages import (
+    ABOUT,
+    ARRAYS,
+    EXAMPLES,
+    METRICS,
+    TRAIN_PSG,
+    TRAINING_METRICS,
+)
 from fedp2eft.federation.reporting import LogReporter
 from fedp2eft.federation.rounds import run_rounds
 from fedp2eft.federation.run_folder import RunFolder
+from fedp2eft.files import read_lines
 from fedp2eft.settings import FederationSettings, Settings
 
 NAMES = [f"c{i:02d}" for i in range(8)]
@@ -85,8 +94,9 @@ def adding_app(spoil: str = "") -> ClientApp:
             arrays["v"][1] = np.nan
         record = ArrayRecord({key: Array(value) for key, value in arrays.items()})
         metrics = MetricRecord(
-            {EXAMPLES: examples, "psg-loss": float(examples)}
-            | {"stage1-first": 0.0, "stage1-last": 0.0}
+            {EXAMPLES: examples}
+            | dict.fromkeys(TRAINING_METRICS[TRAIN_PSG], 0.0)
+            | {"psg-loss": float(examples), "stage1-task": examples / 2}
         )
         about = ConfigRecord({"client": name})
         content = RecordDict({ARRAYS: record, METRICS: metrics, ABOUT: about})
@@ -123,6 +133,35 @@ def test_the_order_of_replies_changes_no_bit(tmp_path: Path) -> None:
     assert all(torch.equal(one[key], other[key]) for key in FIRST)
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("one", "other")]
     assert metrics[0] == metrics[1]
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [line for _, line in read_lines(folder / "metrics.jsonl") if line]
+
+
+def test_metrics_are_means_weighted_by_examples(tmp_path: Path) -> None:
+    run(tmp_path / "run", adding_app(), rounds=2)
+    for line in metrics_of(tmp_path / "run"):
+        sample = sampled(SeededFedAvg(members(), 3, 42, TRAIN_PSG), int(line["round"]))
+        sizes = [numbers_of(name, 1)[1] for name in sample]
+        assert line["psg-loss"] == pytest.approx(sum(n * n for n in sizes) / sum(sizes))
+        assert line["stage1-task"] == pytest.approx(line["psg-loss"] / 2)
+        assert line["stage1-significance"] == 0.0
+
+
+def test_a_run_without_the_terms_of_stage_1_goes_on(tmp_path: Path) -> None:
+    """Earlier versions did not keep them."""
+    whole = run(tmp_path / "whole", adding_app(), rounds=3)
+    run(tmp_path / "run", adding_app(), rounds=2)
+    file = tmp_path / "run" / "metrics.jsonl"
+    kept = {"phase", "round", "psg-loss", "stage1-first", "stage1-last", "norm", "clients"}
+    old = [{k: v for k, v in line.items() if k in kept} for line in metrics_of(file.parent)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in old), encoding="utf-8")
+    more = run(tmp_path / "run", adding_app(), rounds=3)
+    assert all(torch.equal(whole[key], more[key]) for key in FIRST)
+    lines = metrics_of(tmp_path / "run")
+    assert lines[:2] == old
+    assert lines[2] == metrics_of(tmp_path / "whole")[2]
 
 
 def test_nan_in_a_reply_stops_the_run_and_names_client_and_round(tmp_path: Path) -> None:

@@ -25,9 +25,12 @@ from tiny_run import CLIENTS, LABELS, R_MAX, SEEN, UNSEEN, vocabulary
 SCALARS = {
     DESCRIBE: {"num-examples", "num-tests"},
     TRAIN_BASE: {"num-examples", "loss"},
-    TRAIN_PSG: {"num-examples", "psg-loss", "stage1-first", "stage1-last"},
+    TRAIN_PSG: {
+        "num-examples", "psg-loss", "stage1-first", "stage1-last", "stage1-task",
+        "stage1-significance", "stage1-sparsity",
+    },
     PERSONALIZE: {"num-examples", "correct", "loss", "parameters", "seconds"},
-}
+}  # fmt: skip
 NAMES = {DESCRIBE: {"client", "language", "pool"}}
 
 LAYERS, RATES, TAUS, HELD_OUT = 14, 2, 2, 3

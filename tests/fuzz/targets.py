@@ -32,7 +32,14 @@ from fedp2eft.federation.client_files import ClientFiles
 from fedp2eft.federation.compression import pack, unpack
 from fedp2eft.federation.exchange import _described
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import ABOUT, ARRAYS, EXAMPLES, METRICS, TRAIN_PSG
+from fedp2eft.federation.messages import (
+    ABOUT,
+    ARRAYS,
+    EXAMPLES,
+    METRICS,
+    TRAIN_PSG,
+    TRAINING_METRICS,
+)
 from fedp2eft.federation.personalization import alike_answers, scores_of
 from fedp2eft.federation.run_folder import read_settings
 from fedp2eft.generator import PSG, PSGConfig
@@ -68,14 +75,18 @@ def reply(content: RecordDict) -> Message:
     return Message(content, 2, TRAIN_PSG)
 
 
+def trained() -> dict[str, int | float]:
+    """What a client tells of a round."""
+    return {EXAMPLES: 3, **dict.fromkeys(TRAINING_METRICS[TRAIN_PSG], 0.1)}
+
+
 def an_array(data: bytes) -> None:
     """The bytes of one array of φ, on every wire, as the server and a survey read them."""
     for wire in ("fp32", "bf16", "int8"):
         record = pack(LIKE, wire)  # type: ignore[arg-type]
         old = record["w"]
         record["w"] = Array(dtype=old.dtype, shape=old.shape, stype=old.stype, data=data)
-        told = MetricRecord({EXAMPLES: 3, "psg-loss": 0.1, "stage1-first": 0.1, "stage1-last": 0.1})
-        content = RecordDict({ARRAYS: record, METRICS: told})
+        content = RecordDict({ARRAYS: record, METRICS: MetricRecord(trained())})
         for read in (
             lambda: unpack(record, LIKE, wire, "φ"),  # type: ignore[arg-type]  # noqa: B023
             lambda: offer_of("c", reply(content), LIKE, wire, "round 1"),  # type: ignore[arg-type]  # noqa: B023
@@ -236,7 +247,7 @@ def seeds(name: str) -> tuple[bytes, ...]:
         trap = Array(np.array([1.5, 2.5])).data
         return (*arrays, trap, trap.replace(b"<f8", b"|O "))
     if name == "metrics":
-        told = {EXAMPLES: 3, "psg-loss": 0.1, "stage1-first": 0.1, "stage1-last": 0.1}
+        told = trained()
         scored = {EXAMPLES: 3, "correct": 2, "loss": 0.5, "parameters": 7, "seconds": 0.1}
         return tuple(MetricRecord(one).deflate() for one in (told, scored, told | {"norm_bit": 1}))
     if name == "about":

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -39,6 +40,33 @@ from fedp2eft.settings import AdapterSettings, Prior
 
 FULL = "sparse-rank"
 GAMMA_RATE = 100.0
+
+
+@dataclass(frozen=True)
+class PriorLoss:
+    """The prior's part of L, of one client or of each of several clients.
+
+    Under the normalized prior mean/λ is the significance and log λ the sparsity.
+
+    Args:
+        total: What the task's loss is added to.
+        ranks: Significance and sparsity of every rank, (clients ×) L × r_max each; detached.
+        alphas: Their weights.
+        examples: N, a number or one per client.
+    """
+
+    total: Tensor
+    ranks: tuple[Tensor, Tensor]
+    alphas: tuple[float, float]
+    examples: int | Tensor
+
+    def terms(self) -> tuple[Tensor, Tensor]:
+        """Significance and sparsity as they are in L: their sum is `total` up to rounding."""
+        significance, sparsity = (
+            alpha * value.sum(dim=(-2, -1)) / self.examples
+            for alpha, value in zip(self.alphas, self.ranks, strict=True)
+        )
+        return significance, sparsity
 
 
 class BTLora:
@@ -178,6 +206,10 @@ class BTLora:
             alpha_p: Weight of the sparsity penalty.
             alpha: Weight of the normalized prior, which takes the place of both.
         """
+        return self.prior_loss(examples, alpha_s, alpha_p, alpha).total
+
+    def prior_loss(self, examples: int, alpha_s: float, alpha_p: float, alpha: float) -> PriorLoss:
+        """`penalty` with its terms."""
         change = (
             self.B if self._B0 is None else [B - B0 for B, B0 in zip(self.B, self._B0, strict=True)]
         )
@@ -192,8 +224,8 @@ class BTLora:
         alpha_s: float,
         alpha_p: float,
         alpha: float,
-    ) -> Tensor:
-        """`penalty` of one client, or of each of several, from the changes of its B.
+    ) -> PriorLoss:
+        """`prior_loss` of one client, or of each of several, from the changes of its B.
 
         Args:
             columns: ‖B_l[:,i] − B0_l[:,i]‖₁, (clients ×) L × r_max.
@@ -312,7 +344,7 @@ def _layer_weights(layer: AdaptedLayer, A: Tensor, B: Tensor, lam: Tensor) -> La
 
 def penalties(
     columns: Tensor, lam: Tensor, examples: int | Tensor, alpha_s: float, alpha_p: float
-) -> Tensor:
+) -> PriorLoss:
     """Significance plus sparsity of one client, or of each of several clients.
 
     Args:
@@ -322,14 +354,17 @@ def penalties(
         alpha_s: Weight of the significance penalty.
         alpha_p: Weight of the sparsity penalty.
     """
-    significance = (columns / lam).sum(dim=(-2, -1))
-    sparsity = (GAMMA_RATE * lam + lam.log()).expand_as(columns).sum(dim=(-2, -1))
-    return (alpha_s * significance + alpha_p * sparsity) / examples
+    significance = columns / lam
+    sparsity = (GAMMA_RATE * lam + lam.log()).expand_as(columns)
+    sums = significance.sum(dim=(-2, -1)), sparsity.sum(dim=(-2, -1))
+    total = (alpha_s * sums[0] + alpha_p * sums[1]) / examples
+    ranks = significance.detach(), sparsity.detach()
+    return PriorLoss(total, ranks, (alpha_s, alpha_p), examples)
 
 
 def normalized_penalties(
     means: Tensor, lam: Tensor, examples: int | Tensor, alpha: float
-) -> Tensor:
+) -> PriorLoss:
     """The normalized prior of one client, or of each of several clients.
 
     Args:
@@ -338,7 +373,10 @@ def normalized_penalties(
         examples: N, a number or one per client.
         alpha: Its weight.
     """
-    return alpha * (means / lam + lam.log()).sum(dim=(-2, -1)) / examples
+    significance, sparsity = means / lam, lam.log()
+    total = alpha * (significance + sparsity).sum(dim=(-2, -1)) / examples
+    ranks = significance.detach(), sparsity.detach().expand_as(means)
+    return PriorLoss(total, ranks, (alpha, alpha), examples)
 
 
 def common_A(name: str, like: Tensor, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.btlora import BTLora, PriorLoss
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
@@ -136,7 +136,7 @@ class CohortLora:
         alpha_s: float,
         alpha_p: float,
         alpha: float,
-    ) -> Tensor:
+    ) -> PriorLoss:
         """The prior's part of L of the first `len(examples)` clients, one value each.
 
         Args:

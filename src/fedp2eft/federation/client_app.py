@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from flwr.app import (
@@ -162,6 +162,7 @@ def train_psg(message: Message, context: Context) -> Message:
         "psg-loss": result.psg_loss,
         "stage1-first": result.stage1_losses[0] if result.stage1_losses else 0.0,
         "stage1-last": result.stage1_losses[-1] if result.stage1_losses else 0.0,
+        **{f"stage1-{name}": value for name, value in asdict(result.stage1_terms).items()},
     }
     wire, arrays = s.federation.wire, to_arrays(result.phi)
     if wire != "fp32":

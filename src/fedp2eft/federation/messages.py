@@ -36,7 +36,14 @@ PERSONALIZE = "evaluate.personalize"
 
 TRAINING_METRICS: dict[str, tuple[str, ...]] = {
     TRAIN_BASE: ("loss",),
-    TRAIN_PSG: ("psg-loss", "stage1-first", "stage1-last"),
+    TRAIN_PSG: (
+        "psg-loss",
+        "stage1-first",
+        "stage1-last",  # the sum of these three
+        "stage1-task",
+        "stage1-significance",
+        "stage1-sparsity",
+    ),
     TRAIN_FEDL2P: ("loss", VALIDATION_LOSS),
 }
 """What a reply to each kind of training tells beside N: no more, no less."""

@@ -192,20 +192,32 @@ Series = dict[str, tuple[list[float], list[float]]]
 
 def line_chart(series: Series, label: str, across: str = "round") -> Figure:
     """Lines over rounds."""
-    figure, ax = panel()
-    for number, (name, (x, y)) in enumerate(series.items()):
-        style: dict[str, Any] = {
-            "color": COLOURS[number % len(COLOURS)],
-            "ls": LINES[number // len(COLOURS) % len(LINES)],
-        }
-        ax.plot(x, y, label=name, marker="o", ms=2.5, lw=1.2, **style)
-    ax.set_xlabel(across)
-    ax.set_ylabel(label)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if len(series) > 1:
-        columns = 1 if max(map(len, series)) > 24 else 2
-        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
-        figure.set_size_inches(3.4, 2.5 + 0.14 * -(-len(series) // columns))
+    return line_charts({label: series}, across)
+
+
+def line_charts(charts: Mapping[str, Series], across: str = "round") -> Figure:
+    """Lines of the same names over rounds: a chart per label, one above the other."""
+    tall = 2.5 if len(charts) == 1 else 1.4 * len(charts)
+    figure = Figure(figsize=(3.4, tall), layout="constrained")
+    axes = figure.subplots(len(charts), 1, squeeze=False, sharex=True)[:, 0]
+    for ax, (label, series) in zip(axes, charts.items(), strict=True):
+        for number, (name, (x, y)) in enumerate(series.items()):
+            style: dict[str, Any] = {
+                "color": COLOURS[number % len(COLOURS)],
+                "ls": LINES[number // len(COLOURS) % len(LINES)],
+            }
+            ax.plot(x, y, label=name, marker="o", ms=2.5, lw=1.2, **style)
+        ax.set_ylabel(label)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes[-1].set_xlabel(across)
+    figure.align_ylabels(axes)
+    handles, names = axes[0].get_legend_handles_labels()
+    if len(names) > 1:
+        columns = 1 if max(map(len, names)) > 24 else 2
+        figure.legend(
+            handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=7
+        )
+        figure.set_size_inches(3.4, tall + 0.14 * -(-len(names) // columns))
     return figure
 
 
@@ -224,6 +236,21 @@ def training_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, F
         found = _series(trainings, lambda t, phase=phase: t.rounds.get(phase, []), key)
         if found:
             yield name, title, line_chart(found, label)
+        if name == "stage1-last":
+            yield from _terms_chart(trainings)
+
+
+def _terms_chart(trainings: Sequence[Training]) -> Iterator[tuple[str, str, Figure]]:
+    """The terms of stage 1's last loss, each on a scale of its own: they differ by magnitudes.
+
+    Runs of earlier versions did not keep them.
+    """
+    found = {
+        term: _series(trainings, lambda t: t.rounds.get("psg", []), f"stage1-{term}")
+        for term in ("task", "significance", "sparsity")
+    }
+    if all(found.values()):
+        yield "stage1-terms", "Stage 1: parts of the loss at its last steps", line_charts(found)
 
 
 def structure_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, Figure]]:
