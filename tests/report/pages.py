@@ -106,6 +106,15 @@ def cell(method: str, rank: int, seed: int, better: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def write_texts(run: Path, method: str, rank: int, client: str, said: str) -> None:
+    """What a client's model wrote, in a run folder."""
+    rows = [{"prompt": "Hello", "reference": "Hallo Welt", "generated": said}]
+    about = {"client": client, "language": "de", "pool": "seen", "method": method, "rank": rank}
+    write_json(
+        run / "generations" / f"{method}-r{rank}" / f"{client}.json", {**about, "rows": rows}
+    )
+
+
 def add_line(path: Path, value: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")

@@ -8,16 +8,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pages import Seen, add_line, copied, write_comparison
+from pages import Seen, add_line, copied, write_comparison, write_texts
 
 from fedp2eft.cli import main
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.tables import write_tables
-from fedp2eft.files import read_json, write_json
+from fedp2eft.files import read_json, read_lines, write_json
+from fedp2eft.report import page as page_module
+from fedp2eft.report.charts import training_charts
 from fedp2eft.report.page import page
 from fedp2eft.report.source import read_report
 from fedp2eft.report.write import write_report
 
+NEW = {"stage1-task", "stage1-significance", "stage1-sparsity"}  # later than other metrics
 EVIL = "<script>alert(1)</script>\"'$&"
 
 
@@ -85,10 +88,7 @@ def test_kept_ranks_on_the_page_are_those_of_the_adapters(seen, finished):
 def test_what_only_some_runs_have(finished, tmp_path):
     folder = copied(finished.folder, tmp_path / "run")
     for method, rank, said in (("base", 0, "Hallo"), ("fedp2eft", 2, "Guten Tag")):
-        rows = [{"prompt": "Hello", "reference": "Hallo Welt", "generated": said}]
-        about = {"client": "de-seen-00", "language": "de", "method": method, "rank": rank}
-        path = folder / "generations" / f"{method}-r{rank}" / "de-seen-00.json"
-        write_json(path, {**about, "pool": "seen", "rows": rows})
+        write_texts(folder, method, rank, "de-seen-00", said)
     add_line(folder / "faults.jsonl", {"kind": "refused", "client": "fr-seen-00", "reason": "NaN"})
     add_line(
         folder / "metrics.jsonl",
@@ -102,6 +102,55 @@ def test_what_only_some_runs_have(finished, tmp_path):
     assert ["refused", "fr-seen-00", "NaN"] in [row for table in tables for row in table]
     assert ["psg", "4", "fr-seen-01", "late"] in [row for table in tables for row in table]
     assert "Privacy: ε spent" in made.text
+
+
+def test_texts_of_a_comparison_stand_by_training_and_client(tmp_path, monkeypatch):
+    folder = write_comparison(tmp_path / "c")
+    for seed in (1, 2):
+        run = folder / "runs" / f"standard-fl-s{seed}"
+        for client in ("de-seen-00", "fr-seen-00"):
+            for method, rank in (("fedp2eft", 2), ("base", 0)):
+                write_texts(run, method, rank, client, f"{method} s{seed} {client}")
+    made = page_of(folder)
+    assert made.sections[-1] == "generations"
+    told = [table for table in made.tables.values() if table[0][0] == "prompt"]
+    assert [table[0] for table in told] == [["prompt", "reference", "base", "fedp2eft r=2"]] * 4
+    assert [table[1][2:] for table in told] == [
+        [f"base s{seed} {client}", f"fedp2eft s{seed} {client}"]
+        for seed in (1, 2) for client in ("de-seen-00", "fr-seen-00")
+    ]  # fmt: skip
+    assert [attrs["data-choose"] for tag, attrs in made.tags if tag == "select"].count(
+        "generations"
+    ) == 1
+    assert [a["data-generations"] for _, a in made.tags if "data-generations" in a] == ["0", "1"]
+    monkeypatch.setattr(page_module, "MOST_CLIENTS", 2)
+    assert page_of(folder).text.count("1 of 2 clients.") == 2
+
+
+def drawn_terms(folder: Path) -> list[tuple[str, list[float]]]:
+    """Label and values of each chart of stage 1's terms."""
+    found = training_charts(read_report(folder, ask=False).trainings)
+    axes = [ax for name, _, figure in found if name == "stage1-terms" for ax in figure.axes]
+    return [(ax.get_ylabel(), list(ax.lines[0].get_ydata())) for ax in axes]
+
+
+def test_terms_of_stage_1_are_drawn_where_a_run_has_them(seen, finished, tmp_path):
+    lines = [line for _, line in read_lines(finished.folder / "metrics.jsonl") if line]
+    rounds = [line for line in lines if line["phase"] == "psg"]
+    for line in rounds:
+        terms = [line[f"stage1-{name}"] for name in ("task", "significance", "sparsity")]
+        assert sum(terms) == pytest.approx(line["stage1-last"], rel=1e-4)
+    assert "Stage 1: parts of the loss at its last steps" in seen.text
+    assert drawn_terms(finished.folder) == [
+        (name, [line[f"stage1-{name}"] for line in rounds])
+        for name in ("task", "significance", "sparsity")
+    ]
+    folder = copied(finished.folder, tmp_path / "run")  # as an earlier version left it
+    old = [{k: v for k, v in line.items() if k not in NEW} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    text = page_of(folder).text
+    assert "Stage 1: loss at its last steps" in text
+    assert "Stage 1: parts of the loss" not in text
 
 
 def test_text_of_the_data_is_never_code(finished, tmp_path):

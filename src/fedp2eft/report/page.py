@@ -27,7 +27,7 @@ from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.report.svg import inline
 
 MOST_CLIENTS, MOST_ROWS, MOST_FAULTS = 40, 8, 500
-"""What a page shows of generations (clients, rows each) and of faults; it says so."""
+"""What a page shows of generations (clients in all, rows each) and of faults; it says so."""
 
 
 MARKS_AS_TEXT = dict(zip(MARKS, "●■◆▲▼✚✖★◀▶⬢♦⬟⬤⬡", strict=True))
@@ -90,7 +90,7 @@ def page(report: Report, *, refresh: int = 0) -> str:
             structure_charts=_panels(charts.structure_charts(report.trainings)),
             training_charts=_panels(charts.training_charts(report.trainings)),
             costs=list(costs(report)),
-            generations=generations(report),
+            generations=list(generations(report)),
             faults=report.faults[-MOST_FAULTS:],
             fault_counts=fault_counts(report),
             meaning=MEANING,
@@ -206,25 +206,27 @@ def _shaded(value: float) -> dict[str, str]:
     return {"text": f"{value:+.2f}", "colour": colour}
 
 
-def generations(report: Report) -> dict[str, Any]:
-    """What the methods wrote, side by side: by client a table of prompts × methods."""
-    clients = []
-    for name, read in list(report.generations.items())[:MOST_CLIENTS]:
-        read = sorted(read, key=lambda one: (one.get("method") != "base", str(one.get("method")),
-                                             int(one.get("rank") or 0)))  # fmt: skip
-        heads = [_head(one) for one in read]
-        prompts: dict[tuple[str, str], dict[str, str]] = {}
-        for one, head in zip(read, heads, strict=True):
-            for row in one["rows"]:
-                key = (str(row.get("prompt", "")), str(row.get("reference", "")))
-                prompts.setdefault(key, {})[head] = str(row.get("generated", ""))
-        rows = [[*key, *(cells.get(h, "–") for h in heads)] for key, cells in prompts.items()]
-        about = " · ".join(str(read[0][k]) for k in ("language", "pool") if read[0].get(k))
-        clients.append(
-            {"name": name, "about": about, "heads": heads, "rows": rows[:MOST_ROWS],
-             "all": len(rows)}
-        )  # fmt: skip
-    return {"clients": clients, "all": len(report.generations)}
+def generations(report: Report) -> Iterator[dict[str, Any]]:
+    """What the methods wrote, side by side: by training and client a table of prompts × methods."""
+    most = MOST_CLIENTS // max(1, len(report.generations)) or 1
+    for training, found in report.generations.items():
+        clients = [_client_texts(name, read) for name, read in list(found.items())[:most]]
+        yield {"training": training or "this run", "clients": clients, "all": len(found)}
+
+
+def _client_texts(name: str, read: list[dict[str, Any]]) -> dict[str, Any]:
+    read = sorted(read, key=lambda one: (one.get("method") != "base", str(one.get("method")),
+                                         int(one.get("rank") or 0)))  # fmt: skip
+    heads = [_head(one) for one in read]
+    prompts: dict[tuple[str, str], dict[str, str]] = {}
+    for one, head in zip(read, heads, strict=True):
+        for row in one["rows"]:
+            key = (str(row.get("prompt", "")), str(row.get("reference", "")))
+            prompts.setdefault(key, {})[head] = str(row.get("generated", ""))
+    rows = [[*key, *(cells.get(h, "–") for h in heads)] for key, cells in prompts.items()]
+    about = " · ".join(str(read[0][k]) for k in ("language", "pool") if read[0].get(k))
+    shown = rows[:MOST_ROWS]
+    return {"name": name, "about": about, "heads": heads, "rows": shown, "all": len(rows)}
 
 
 def _head(one: dict[str, Any]) -> str:

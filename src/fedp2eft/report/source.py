@@ -57,7 +57,8 @@ class Report:
         comparison: Scores; of a run as those of a comparison with one base and seed.
         cells: The clients' scores that `comparison` sums up.
         trainings: One or more.
-        generations: By client: what `generations/<method>-r<rank>/<client>.json` hold.
+        generations: By training ("" for the run itself) and client: what
+            `generations/<method>-r<rank>/<client>.json` hold.
         faults: The lines of faults.jsonl.
         notes: What is missing or damaged, a sentence each.
     """
@@ -68,7 +69,7 @@ class Report:
     comparison: Comparison
     cells: list[Facts]
     trainings: list[Training]
-    generations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    generations: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     faults: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -198,16 +199,20 @@ def _structure(path: Path) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict) and entry.keys() >= keys]
 
 
-def _generations(folder: Path, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(folder.glob("generations/*/*.json")):
+def _generations(folder: Path, notes: list[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Those of a run; of a comparison those of the runs in it."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    files = (*folder.glob("generations/*/*.json"), *folder.glob("runs/*/generations/*/*.json"))
+    for path in sorted(files):
+        run = path.parents[2]
         read = read_json(path)
         rows = read.get("rows") if isinstance(read, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             notes.append(f"{path.relative_to(folder)} is damaged and left out.")
             continue
-        found[str(read.get("client", path.stem))].append(read)
-    return dict(found)
+        clients = found.setdefault("" if run == folder else run.name, {})
+        clients.setdefault(str(read.get("client", path.stem)), []).append(read)
+    return found
 
 
 def _faults(folder: Path) -> list[dict[str, Any]]:
