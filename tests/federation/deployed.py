@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from nursery import Started, nursery
 
 from tiny_run import environment
 
@@ -50,18 +51,17 @@ class Deployment:
 
     folder: Path
     port: int = field(default_factory=free_port)
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, Started] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
         return environment(
             PATH=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]),
-            PYTHONPATH=str(Path(__file__).parent / "quick_start"),
             FLWR_HOME=str(self.folder / "flwr"),
             FLWR_TELEMETRY_ENABLED="0",
             FLWR_DISABLE_UPDATE_CHECK="1",
             FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
-            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.1",
+            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.2",
         )
 
     def start_superlink(self) -> None:
@@ -95,11 +95,10 @@ class Deployment:
         )  # fmt: skip
 
     def start(self, name: str, *words: object, cwd: Path | None = None) -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [str(word) for word in words], env=self.environment, cwd=cwd or self.folder,
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+        self.processes[name] = nursery().start(
+            [str(word) for word in words], env=self.environment, cwd=cwd or self.folder,
+            output=self.folder / f"{name}.log", start_new_session=True,
+        )  # fmt: skip
 
     def flwr(self, *words: object) -> str:
         """What a `flwr` command prints."""
@@ -112,11 +111,11 @@ class Deployment:
         return done.stdout
 
     def child(self, name: str, command: str) -> psutil.Process | None:
-        """A process that `name` started, by a part of its command line."""
+        """A process that `name` started, by its command."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.processes[name].pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                    if any(command in word for word in process.cmdline()):
+                    if process.name() == command:
                         return process
         return None
 
