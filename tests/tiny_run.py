@@ -252,7 +252,8 @@ def in_process(*arguments: object, **extra: str) -> subprocess.CompletedProcess[
 
 def plain_python(code: str, *arguments: object) -> str:
     """What a Python process that never imports fedp2eft prints."""
-    guard = "import sys\nsys.modules['fedp2eft'] = None\n"
+    # bitsandbytes is a quarter of a start, and nothing is quantised
+    guard = "import sys\nsys.modules['fedp2eft'] = sys.modules['bitsandbytes'] = None\n"
     done = subprocess.run(
         [sys.executable, "-c", guard + code, *[str(a) for a in arguments]],
         env=environment(), capture_output=True, text=True, timeout=600, check=False,

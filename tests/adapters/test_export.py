@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,42 +11,37 @@ from safetensors.torch import load_file
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import load_adapter, save_adapter
+from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.errors import UserError
 from fedp2eft.settings import AdapterSettings
 from tiny import tiny
+from tiny_run import plain_python
 
 IDS = torch.arange(1, 13).reshape(2, 6)
+
+KINDS = ("bert", "gpt2", "llama", "gpt2+wte")
+LAYOUTS = ("portable", "compact")
 
 PLAIN_PEFT = """
 import sys, json, torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoModelForCausalLM
-kind, base, adapter, out = sys.argv[1:]
-auto = {"bert": AutoModelForSequenceClassification}.get(kind, AutoModelForCausalLM)
-model = auto.from_pretrained(base)
-if adapter != "-":
-    model = PeftModel.from_pretrained(model, adapter)
-model.eval()
-with torch.no_grad():
-    logits = model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits
-assert "fedp2eft" not in sys.modules
-json.dump(logits.double().tolist(), open(out, "w"))
+found = []
+for kind, base, adapter in json.loads(sys.argv[1]):
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    model = PeftModel.from_pretrained(auto.from_pretrained(base), adapter).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits
+    found.append(logits.double().tolist())
+print(json.dumps(found))
 """
 
-
-def in_new_process(kind: str, base: Path, adapter: Path | str, out: Path) -> torch.Tensor:
-    subprocess.run(
-        [sys.executable, "-c", PLAIN_PEFT, kind, str(base), str(adapter), str(out)],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return torch.tensor(json.loads(out.read_text()), dtype=torch.float64)
+Personalized = tuple[str, Path, AdapterWeights, torch.Tensor]
 
 
-@pytest.fixture(scope="module", params=["bert", "gpt2", "llama", "gpt2+wte"])
-def personalized(request, tmp_path_factory):
+def personalize(name: str, folder: Path) -> Personalized:
     """A tiny model with a trimmed adapter whose ranks differ by layer, and its logits."""
-    kind, _, extra = request.param.partition("+")
-    folder = tmp_path_factory.mktemp(kind)
+    kind, _, extra = name.partition("+")
     base = tiny(kind)
     base.save_pretrained(folder / "base")
     targets: str | list[str] = ["c_attn", "c_proj", extra] if extra else "all-linear"
@@ -72,12 +65,36 @@ def personalized(request, tmp_path_factory):
     return kind, folder, weights, logits
 
 
-@pytest.mark.parametrize("layout", ["portable", "compact"])
-def test_plain_peft_gives_the_same_logits(personalized, layout) -> None:
-    kind, folder, weights, logits = personalized
-    adapter = save_adapter(weights, folder / layout, base=str(folder / "base"), layout=layout)
-    loaded = in_new_process(kind, folder / "base", adapter, folder / "out.json")
-    assert torch.allclose(loaded, logits, atol=1e-5, rtol=0)
+@pytest.fixture(scope="module")
+def all_personalized(tmp_path_factory) -> dict[str, Personalized]:
+    return {name: personalize(name, tmp_path_factory.mktemp("model")) for name in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def personalized(request, all_personalized) -> Personalized:
+    return all_personalized[request.param]
+
+
+@pytest.fixture(scope="module")
+def plain_logits(all_personalized) -> dict[tuple[Path, str], torch.Tensor]:
+    """What plain PEFT makes of every layout of every model, in one other process."""
+    asked = [(one, layout) for one in all_personalized.values() for layout in LAYOUTS]
+    given = []
+    for (kind, folder, weights, _), layout in asked:
+        base = str(folder / "base")
+        adapter = save_adapter(weights, folder / layout, base=base, layout=layout)
+        given.append((kind, base, str(adapter)))
+    found = json.loads(plain_python(PLAIN_PEFT, json.dumps(given)))
+    return {
+        (one[1], layout): torch.tensor(logits, dtype=torch.float64)
+        for (one, layout), logits in zip(asked, found, strict=True)
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plain_peft_gives_the_same_logits(personalized, layout, plain_logits) -> None:
+    _, folder, _, logits = personalized
+    assert torch.allclose(plain_logits[folder, layout], logits, atol=1e-5, rtol=0)
 
 
 def test_vllm_rule_gives_the_same_logits(personalized) -> None:
@@ -100,7 +117,7 @@ def test_vllm_rule_gives_the_same_logits(personalized) -> None:
     assert torch.allclose(got, logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layout", ["portable", "compact"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_reading_back_keeps_the_true_ranks(personalized, layout) -> None:
     _, folder, weights, _ = personalized
     adapter = save_adapter(weights, folder / f"again-{layout}", base="b", layout=layout)
