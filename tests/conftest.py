@@ -21,6 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+# No test pulls a plug, and a fifth of a tiny run, or more on a busy disk, is waiting for it.
+os.fsync = lambda file: None
 
 
 @pytest.fixture(scope="session")
