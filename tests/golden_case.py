@@ -84,8 +84,10 @@ class GoldenCase:
             hidden_multiplier=f["hidden_multiplier"], steps=f["psg_steps"], lr=f["psg_lr"]
         )
 
-    def adapter(self, *, clamp_forward: bool = False) -> BTLora:
+    def adapter(self, *, clamp_forward: bool = False, attention: str | None = None) -> BTLora:
         base = AutoModelForSequenceClassification.from_pretrained(self.folder / "model")
+        if attention:
+            base.set_attn_implementation(attention)
         bt = BTLora(base, self.adapter_settings(), clamp_forward=clamp_forward)
         bt.set_common_A(
             {

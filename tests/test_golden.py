@@ -24,11 +24,17 @@ def close(kind: str, got: Tensor, want: Tensor, where: str) -> None:
     assert float(difference.max()) <= TOLERANCE[kind], f"{kind} of {where}"
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # padded rows, and packed ones
 @pytest.mark.parametrize("folder", case_folders(), ids=lambda p: p.name)
-def test_every_number_of_the_reference(folder) -> None:
+def test_every_number_of_the_reference(folder, attention: str) -> None:
     case = GoldenCase.load(folder)
     t, facts = case.tensors, case.facts
-    bt, task, local = case.adapter(), case.task(), case.local_settings()
+    bt, task = case.adapter(attention=attention), case.task()
+    local = case.local_settings()
+    worst.clear()
+    assert (task.packed_loss(bt.model, case.data(case.clients[0], "train")) is None) == (
+        attention == "sdpa"
+    )
     assert list(bt.names) == [plain(n) for n in facts["lora_module_names"]]
     assert [n for n, _ in bt.linears] == [plain(n) for n in facts["feature_linear_names"]]
     psg = case.psg(bt)
