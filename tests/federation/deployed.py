@@ -47,9 +47,13 @@ class Deployment:
 
     Attributes:
         folder: Holds `<name>.log` of each, `server/`, where the SuperLink runs, and Flower's home.
+        simulation: Whether the SuperLink simulates the SuperNodes.
+        extra: More of the processes' environment.
     """
 
     folder: Path
+    simulation: bool = False
+    extra: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     processes: dict[str, Started] = field(default_factory=dict)
 
@@ -62,6 +66,7 @@ class Deployment:
             FLWR_DISABLE_UPDATE_CHECK="1",
             FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
             FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.2",
+            **self.extra,
         )
 
     def start_superlink(self) -> None:
@@ -76,7 +81,8 @@ class Deployment:
         )
         self.start(
             "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1",
-            "--port", self.port, "--database", self.folder / "superlink.db", cwd=server,
+            "--port", self.port, "--database", self.folder / "superlink.db",
+            *["--simulation"] * self.simulation, cwd=server,
         )  # fmt: skip
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self.processes["superlink"].poll() is None:
@@ -104,7 +110,7 @@ class Deployment:
         """What a `flwr` command prints."""
         done = subprocess.run(
             ["flwr", *[str(word) for word in words]], env=self.environment, cwd=self.folder,
-            timeout=START_SECONDS, check=False, text=True,
+            timeout=RUN_SECONDS, check=False, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout
@@ -187,10 +193,10 @@ def careless_first_process() -> Iterator[None]:
 
 
 @contextmanager
-def deployment(folder: Path) -> Iterator[Deployment]:
+def deployment(folder: Path, simulation: bool = False, **extra: str) -> Iterator[Deployment]:
     """A SuperLink of our own, and whatever is started beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = Deployment(folder)
+    made = Deployment(folder, simulation=simulation, extra=extra)
     try:
         made.start_superlink()
         yield made

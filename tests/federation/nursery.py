@@ -135,7 +135,7 @@ def become(words: list[str], env: dict[str, str], cwd: str, output: str, session
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(NAME_PROCESS, words[0].encode(), 0, 0, 0)
     sys.argv = list(words)
-    if words[0].endswith("app"):  # the twin that forked it ends with the process it belongs to
+    if words[0].startswith("flwr-"):  # the twin that forked it ends when its process does
         sys.argv[words.index("--parent-pid") + 1] = str(os.getppid())
     else:
         ours, theirs = Pipe()

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sysconfig
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from deployed import Deployment, deployment
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
@@ -27,114 +18,41 @@ from fedp2eft.errors import UserError
 from fedp2eft.federation.client_app import client_name
 from fedp2eft.federation.workspace import Workspace
 from fedp2eft.reading import app_file
-from tiny_run import CLIENTS, World, environment
+from tiny_run import CLIENTS, World
 from watching import FinishedRun
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
-START_SECONDS, RUN_SECONDS = 60, 300
-
-
-@dataclass(frozen=True)
-class SuperLink:
-    """A SuperLink of our own: its working directory, and the environment to reach it with."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    def run(self, project: Path, run_config: str, federation: str) -> str:
-        """What `flwr run` prints."""
-        done = subprocess.run(
-            [
-                *("flwr", "run", str(project), "--stream"),
-                *("--run-config", run_config, "--federation-config", federation),
-            ],
-            env=self.environment, cwd=project.parent, timeout=RUN_SECONDS, check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        return done.stdout
 
 
 @pytest.fixture
-def superlink(tmp_path: Path) -> Iterator[SuperLink]:
+def simulation(tmp_path: Path) -> Iterator[Deployment]:
+    """A SuperLink that simulates SuperNodes."""
     pytest.importorskip("ray")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    home, folder = tmp_path / "flwr", tmp_path / "server"
-    home.mkdir()
-    folder.mkdir()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "ours"\n[superlink.ours]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n",
-        encoding="utf-8",
-    )
     # A socket's path may have about 100 characters, too few for one below tmp_path.
     ray = tempfile.mkdtemp(prefix="ray", dir="/tmp" if Path("/tmp").is_dir() else None)
-    with_flower = environment(
-        PATH=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]),
-        FLWR_HOME=str(home),
-        FLWR_TELEMETRY_ENABLED="0",
-        FLWR_DISABLE_UPDATE_CHECK="1",
-        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_TMPDIR=ray,
-    )
-    log = tmp_path / "superlink.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1",
-             "--port", str(port)],
-            env=with_flower, cwd=folder, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
     try:
-        wait_until_up(port, process, log)
-        yield SuperLink(folder, with_flower)
+        with deployment(
+            tmp_path / "deployed", simulation=True, RAY_USAGE_STATS_ENABLED="0", RAY_TMPDIR=ray
+        ) as there:
+            yield there
     finally:
-        if process.poll() is None:
-            stop(process.pid)
-            process.wait(10)
         shutil.rmtree(ray, ignore_errors=True)
 
 
-def stop(pid: int) -> None:
-    """End a process and all that it started, Ray's daemons among them."""
-    leader = psutil.Process(pid)
-    family = [leader, *leader.children(recursive=True)]
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, left = psutil.wait_procs(family, timeout=5)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=5)
-
-
-def wait_until_up(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.3)
-    pytest.fail(f"The SuperLink did not start: {log.read_text(encoding='utf-8')}")
-
-
 def test_simulation_gives_the_local_engines_numbers(
-    superlink: SuperLink, world: World, finished: FinishedRun, tmp_path: Path
+    simulation: Deployment, world: World, finished: FinishedRun, tmp_path: Path
 ) -> None:
     project = tmp_path / "project"
     (project / "configs").mkdir(parents=True)
     shutil.copy(PYPROJECT, project)
     shutil.copy(world.config, project / "configs" / "tiny.yaml")
-    said = superlink.run(
-        project,
-        "config='configs/tiny.yaml' run='runs/simulated'",
+    said = simulation.flwr(
+        "run", project, "--stream",
+        "--run-config", "config='configs/tiny.yaml' run='runs/simulated'",
+        "--federation-config",
         f"num-supernodes={len(CLIENTS)} client-resources-num-cpus=1 init-args-num-cpus=2",
-    )
-    run = superlink.folder / "runs" / "simulated"
+    )  # fmt: skip
+    run = simulation.folder / "server" / "runs" / "simulated"
     assert (run / "results.json").exists(), said
     assert str(run) in said
     assert "psg 3/3 loss" in said
