@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.first_position import only_first_position, reads_first
@@ -150,6 +149,10 @@ def packed_logits(model: nn.Module, inputs: dict[str, Tensor], packing: Packing)
 
 @contextmanager
 def _attending_packed(config: Any) -> Iterator[None]:
+    from transformers import AttentionInterface, AttentionMaskInterface  # takes a second
+
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, _no_mask)
     before = config._attn_implementation
     config._attn_implementation = ATTENTION
     try:
@@ -251,7 +254,3 @@ class _Attention(torch.autograd.Function):
 
 def _no_mask(*_args: Any, **_options: Any) -> None:
     """Packed rows need none: no position sees another row's."""
-
-
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
