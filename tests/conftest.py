@@ -24,6 +24,24 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 # No test pulls a plug, and a fifth of a tiny run, or more on a busy disk, is waiting for it.
 os.fsync = lambda file: None
 
+LONG = (
+    "test_faults.py", "test_deployment.py", "test_simulation.py", "test_smollm2_run.py",
+    "test_adapter_commands.py", "test_base_runs.py", "test_resume.py", "test_end_to_end.py",
+    "test_blocks.py", "test_page.py", "test_bad_input.py", "test_killed.py",
+)  # fmt: skip
+"""Files of twenty seconds and more, the longest first."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers take files in the order below, not those of the most tests first."""
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist is installed
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: begun last, one would leave the other workers without work."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
