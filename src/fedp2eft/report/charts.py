@@ -236,8 +236,7 @@ def training_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, F
         found = _series(trainings, lambda t, phase=phase: t.rounds.get(phase, []), key)
         if found:
             yield name, title, line_chart(found, label)
-        if name == "stage1-last":
-            yield from _terms_chart(trainings)
+    yield from _terms_chart(trainings)  # taller than the others, which stand in rows
 
 
 def _terms_chart(trainings: Sequence[Training]) -> Iterator[tuple[str, str, Figure]]:
