@@ -1,7 +1,7 @@
 """A client's round (stage 1 and 2) beside the usual arrangement, on the same rows.
 
     python benchmarks/client_round.py [--model all-MiniLM-L6-v2] [--rows 128] [--max-length 256]
-        [--column text] [--language en] [--runs 5]
+        [--dataset debian-descriptions] [--column text] [--language en] [--runs 5]
 
 The usual arrangement rebuilds the base model from its file for every client and round, copies it
 once more to remember B0, computes ξ in batches of four each time, pads every row to the maximum
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dataset", default="debian-descriptions", help="or libreoffice-help")
     parser.add_argument("--column", default="text", help="text, summary or title")
     parser.add_argument("--language", default="en")
     parser.add_argument("--precisions", nargs="+", default=["auto"])
@@ -147,6 +148,7 @@ def main() -> None:
         options.rows,
         options.max_length,
         model_source(options.model),
+        options.dataset,
         options.column,
         options.language,
     )

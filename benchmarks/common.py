@@ -88,6 +88,7 @@ def client_rows(
     rows: int,
     max_length: int,
     source: ModelSource | None = None,
+    dataset: str = "debian-descriptions",
     column: str = "text",
     language: str = "de",
 ) -> tuple[Classification, Encoded, ModelSource]:
@@ -97,13 +98,14 @@ def client_rows(
         rows: At most so many.
         max_length: Longest input in tokens.
         source: The model; multilingual-e5-small where none is given.
-        column: `text` or `summary` (its first line) of Debian's descriptions, or `title` of
-            LibreOffice's help pages.
+        dataset: `debian-descriptions` or `libreoffice-help`.
+        column: `text`, or the shorter `summary` of Debian's descriptions, `title` of LibreOffice's
+            help pages.
         language: The client's.
     """
     source = source or resolve_model(MODEL)
     tokenizer = load_tokenizer(source)
-    load = load_libreoffice if column == "title" else load_debian
+    load = {"debian-descriptions": load_debian, "libreoffice-help": load_libreoffice}[dataset]
     federation = load(languages=(language,), clients_per_language=1, max_train=rows, max_test=8)
     client = federation.pool("seen")[0]
     task = Classification(tokenizer.pad_token_id or 0, max_length)

@@ -54,7 +54,7 @@ def main() -> None:
         languages=("de",), clients_per_language=1, max_train=options.rows, max_test=8
     )
     rows = federation.rows(federation.pool("unseen")[0].train)
-    whole, steps = [], []
+    whole, steps, listening = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "client.jsonl"
         file.write_text(
@@ -69,7 +69,9 @@ def main() -> None:
             client = client_from_file(file, labels=NAMES, test_fraction=0.0)
             chosen = client.clients[0].train
             data = task.encode(tokenizer, [client.rows(chosen)["text"]], client.label_ids(chosen))
+            before = clock()
             xi = features(bt, task, data, s, PAPER)
+            heard = clock() - before
             lam, keep = structure(psg, xi, options.rank)
             order = local_order(len(data), s.personalize_epochs, s.batch_size, 0)
 
@@ -85,12 +87,15 @@ def main() -> None:
             if run:
                 whole.append(clock() - start)
                 steps.append(marks[-1] - marks[0])
+                listening.append(heard)
     print(machine())
     print(f"{options.rows} rows, rank {options.rank}, {len(marks) - 1} steps, {dtype}")
     print(f"file to adapter: {spread(whole)}")
     print(f"its steps alone: {spread(steps)}")
+    print(f"ξ: {spread(listening)}")
     over = median([a / b - 1 for a, b in zip(whole, steps, strict=True)])
-    print(f"on top of the steps: {over:.0%}")
+    xi_alone = median([a / b for a, b in zip(listening, steps, strict=True)])
+    print(f"on top of the steps: {over:.1%}, of it ξ {xi_alone:.1%}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.lib import format as npy
 
 from fedp2eft.errors import UserError
 from fedp2eft.federation.local import LocalGrid
@@ -16,6 +19,7 @@ from fedp2eft.federation.messages import (
     array_digest,
     from_arrays,
     nbytes,
+    read_array,
     scalars,
     the_arrays,
     the_config,
@@ -72,6 +76,33 @@ def test_what_does_not_fit_is_refused(bad: dict[str, np.ndarray], message: str) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+        np.arange(4, dtype=np.int8),
+        np.float32(3),
+        np.zeros((0, 5), np.float32),
+        np.zeros((1,) * 9 + (2,), np.uint16),
+    ],
+)
+def test_an_array_is_read_where_it_is(value: np.ndarray) -> None:
+    array = Array(np.asarray(value))
+    back = read_array(array, value.dtype.type, value.shape, "x")
+    np.testing.assert_array_equal(back, array.numpy())
+    assert not back.flags.writeable
+    whole = np.frombuffer(array.data, np.uint8)
+    assert np.shares_memory(back, whole) or not back.size
+
+
+def test_a_header_of_another_version_is_read_too() -> None:
+    stream = io.BytesIO()
+    npy.write_array(stream, np.arange(3, dtype=np.float32), version=(2, 0))
+    array = Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=stream.getvalue())
+    assert read_array(array, np.float32, (3,), "x").tolist() == [0, 1, 2]
+
+
 def test_missing_names_are_refused() -> None:
     with pytest.raises(UserError, match="first: 'b'"):
         from_arrays(ArrayRecord({"a": Array(LIKE["a"].numpy())}), LIKE, "φ")
@@ -119,7 +150,6 @@ def test_damaged_bytes_give_numbers_of_the_right_kind_or_an_error(data: st.DataO
 
 
 def test_a_pickled_array_is_never_loaded(tmp_path) -> None:
-    import io
     import pickle
 
     trap = tmp_path / "trap"

@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 from statistics import median
 
+import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -181,12 +182,13 @@ def offer_of(
             f"{shortened(odd)})."
         )
     if wire == "fp32":
-        changes = (values[name].double() - sent[name].double() for name in sent)
+        changes = (values[name] - sent[name] for name in sent)
         arrays = ArrayRecord({name: record[name] for name in sent})
     else:
-        changes = (values[name].double() for name in sent)
+        changes = (values[name] for name in sent)
         arrays = to_arrays({name: sent[name] + values[name] for name in sent})
-    norm = math.sqrt(sum(float((change**2).sum()) for change in changes))
+    norms = [torch.linalg.vector_norm(change, dtype=torch.float64) for change in changes]
+    norm = math.sqrt(sum(float(value) ** 2 for value in norms))
     # Nothing else of the reply is kept: a stray record would stop Flower's aggregation.
     message = copy(reply)
     read = MetricRecord({bit: metrics[bit]}) if bit else MetricRecord()
