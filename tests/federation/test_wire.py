@@ -20,6 +20,7 @@ from fedp2eft.federation.messages import (
     from_arrays,
     nbytes,
     read_array,
+    read_in_place,
     scalars,
     the_arrays,
     the_config,
@@ -101,6 +102,18 @@ def test_a_header_of_another_version_is_read_too() -> None:
     npy.write_array(stream, np.arange(3, dtype=np.float32), version=(2, 0))
     array = Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=stream.getvalue())
     assert read_array(array, np.float32, (3,), "x").tolist() == [0, 1, 2]
+    [again] = read_in_place(ArrayRecord({"a": array}), ["a"]).values()
+    assert again.numpy().tolist() == [0, 1, 2]
+
+
+def test_flower_reads_checked_arrays_where_they_are() -> None:
+    sent = record()
+    shared = read_in_place(sent, ["a"])
+    assert list(shared) == ["a"]
+    assert shared["a"].object_id == sent["a"].object_id
+    whole = np.frombuffer(sent["a"].data, np.uint8)
+    assert np.shares_memory(shared["a"].numpy(), whole)
+    assert not np.shares_memory(sent["a"].numpy(), whole)
 
 
 def test_missing_names_are_refused() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from fedp2eft.federation.messages import (
     METRICS,
     TRAINING_METRICS,
     nbytes,
+    read_in_place,
     scalars,
     the_arrays,
     to_arrays,
@@ -183,7 +184,7 @@ def offer_of(
         )
     if wire == "fp32":
         changes = (values[name] - sent[name] for name in sent)
-        arrays = ArrayRecord({name: record[name] for name in sent})
+        arrays = read_in_place(record, sent)
     else:
         changes = (values[name] for name in sent)
         arrays = to_arrays({name: sent[name] + values[name] for name in sent})

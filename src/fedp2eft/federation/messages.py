@@ -120,11 +120,27 @@ def _in_place(array: Array) -> NDArray[Any]:
     """
     stream = BytesIO(array.data)
     if array.stype != "numpy.ndarray" or npy.read_magic(stream) != (1, 0):
-        return array.numpy()
+        return Array.numpy(array)
     shape, fortran, dtype = npy.read_array_header_1_0(stream, MOST_HEADER)
     if dtype.hasobject:
         raise ValueError("objects")
     return np.ndarray(shape, dtype, array.data, stream.tell(), order="F" if fortran else "C")
+
+
+class _ReadInPlace(Array):
+    """One whose reader shares its bytes; Flower's strategies do not write into what they read."""
+
+    def numpy(self) -> NDArray[Any]:
+        return _in_place(self)
+
+
+def read_in_place(record: ArrayRecord, names: Iterable[str]) -> ArrayRecord:
+    """Arrays of a record that has been checked, whose `numpy()` copies nothing."""
+    shared = ArrayRecord()
+    for name in names:  # one by one: a record makes arrays of its own out of a dictionary
+        array = record[name]
+        shared[name] = _ReadInPlace(array.dtype, array.shape, array.stype, array.data)
+    return shared
 
 
 def alike_arrays(records: Sequence[ArrayRecord], whose: str) -> list[dict[str, Tensor]]:
