@@ -133,6 +133,7 @@ def become(words: list[str], env: dict[str, str], cwd: str, output: str, session
             os.dup2(log, standard)
         os.close(log)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     ctypes.CDLL(None).prctl(NAME_PROCESS, words[0].encode(), 0, 0, 0)
     sys.argv = list(words)
     if words[0].startswith("flwr-"):  # the twin that forked it ends when its process does

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -36,6 +38,8 @@ def test_a_process_ends_with_a_parent_that_nobody_reaps(early: bool) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, CHILD.format(early=sleep)],
         env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # a shell's background jobs ignore SIGINT, and so would this one
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert parent.stdout is not None
     assert parent.stdin is not None
