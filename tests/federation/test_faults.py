@@ -430,22 +430,29 @@ def one_dies_and_one_is_slow(folder: Path, patience: float) -> bool:
 
 def test_a_killed_serverapp_and_a_killed_superlink_go_on_from_their_round(tmp_path: Path) -> None:
     names, number = ("c00", "c01"), 4
+
+    def at_work(round_: int) -> bool:
+        """Whether all clients are inside a round."""
+        marks = [tmp_path / name for name in names]
+        return all(mark.exists() and mark.read_text() == str(round_) for mark in marks)
+
     with careless_first_process(), deployment(tmp_path) as there:
         for name in names:
-            there.start_supernode(name, client=name)
+            slow = {"from": "2", "sleep": "1"}
+            there.start_supernode(name, client=name, mark=str(tmp_path / name), **slow)
         s = toy_settings(number, len(names))
-        there.run_until(lambda: start(there, s), lambda: finished(tmp_path) >= 1)
+        there.run_until(lambda: start(there, s), lambda: at_work(2))
         server_app = there.child("superlink", "flwr-serverapp")
         assert server_app, there.logs()
         server_app.kill()
         there.wait_for(lambda: ended(server_app))
-        assert finished(tmp_path) < number
-        there.run_until(lambda: start(there, s), lambda: finished(tmp_path) >= 2)
+        assert 1 <= finished(tmp_path) < number
+        there.run_until(lambda: start(there, s), lambda: at_work(3))
         server_app = there.child("superlink", "flwr-serverapp")
         there.kill("superlink")
         if server_app:  # it ends when its SuperLink does; its run folder is free then
             there.wait_for(lambda: ended(server_app))
-        assert finished(tmp_path) < number
+        assert 2 <= finished(tmp_path) < number
         there.start_superlink()
         there.run_until(lambda: start(there, s), lambda: finished(tmp_path) == number)
         there.wait_for(lambda: "started-again" in report_or_none(tmp_path / "run"))

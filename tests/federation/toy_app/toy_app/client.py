@@ -25,12 +25,12 @@ def describe(message: Message, context: Context) -> Message:
 
 @app.train("psg")
 def train(message: Message, context: Context) -> Message:
-    """Leaves a mark, sleeps for its `sleep` seconds from round `from` on, then moves by a third."""
+    """Marks the round, sleeps for its `sleep` seconds from round `from` on, moves by a third."""
     end_with_parent()  # one that sleeps would outlive the test
     node = context.node_config
     round_ = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
     if "mark" in node:
-        Path(str(node["mark"])).touch()
+        Path(str(node["mark"])).write_text(str(round_))
     if round_ >= int(node.get("from", 1)):
         time.sleep(float(node.get("sleep", 0)))
     wish = zlib.crc32(str(node["client"]).encode()) % 1000 / 1000
