@@ -98,7 +98,7 @@ def features(
         batches = task.feature_batches(data, settings.eval_batch_size)
     else:
         batches = task.padded_batches(data, profile.feature_batch_size)
-    with bt.model.disable_adapter():
+    with bt.off():
         xi = client_features(bt.model, bt.linears, batches, masked=profile.masked_features)
     if not bool(torch.isfinite(xi).all()):
         raise UserError("ξ holds NaN or infinity: check the client's text and the base model.")

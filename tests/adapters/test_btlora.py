@@ -400,3 +400,20 @@ def test_trim_cuts_the_trained_adapter_to_its_largest_lambda() -> None:
         want = bt.B[row] @ torch.diag(bt.lam[row] * keep[row]) @ bt.A[row]
         assert torch.allclose(layer.B @ torch.diag(layer.lam) @ layer.A, want, atol=1e-6)
     assert weights.scaling == 2.0
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_off_is_the_base_alone_and_ends_with_the_adapter_as_it_was(kind: str) -> None:
+    bt = double_adapter(kind)
+    bt.reset(0.5)
+    disturb(bt)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        on = bt.model(input_ids=ids).logits
+        with bt.model.disable_adapter():
+            want = bt.model(input_ids=ids).logits
+        with bt.off():
+            assert torch.equal(bt.model(input_ids=ids).logits, want)
+        assert torch.equal(bt.model(input_ids=ids).logits, on)
+    assert not torch.equal(on, want)
+    assert all(value.requires_grad for value in (*bt.A, *bt.B, bt.lam))

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from toy import CLIENTS, FIRST, Notes, Numbers, lines, reply_of, train
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.admission import Failures, plain
+from fedp2eft.federation.admission import Failures, _square, plain
 from fedp2eft.federation.exchange import roster
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.messages import ABOUT, EXAMPLES, METRICS
@@ -150,6 +150,12 @@ def test_examples_count_up_to_a_multiple_of_the_median(tmp_path: Path) -> None:
     free = train(tmp_path / "c", boast, 1, 20, peers__max_examples=0)
     alone = train(tmp_path / "d", None, 1, 1, names=[BAD])
     assert all(torch.allclose(free[n], alone[n], atol=1e-6) for n in FIRST)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-3, 1.0, 1e30])
+def test_the_square_of_a_change_of_any_size(scale: float) -> None:
+    change = torch.randn(300, 70, generator=torch.Generator().manual_seed(1)) * scale
+    assert _square(change) == pytest.approx(float((change.double() ** 2).sum()), rel=1e-6)
 
 
 def test_norms_are_compared_with_the_median_of_the_round(tmp_path: Path) -> None:

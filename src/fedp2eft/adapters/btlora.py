@@ -273,6 +273,17 @@ class BTLora:
             yield lent
 
     @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base's own function on `model`: this adapter is left out of every layer.
+
+        PEFT's `disable_adapter` does the same and looks through all modules for its layers.
+        """
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(layer.idle())
+            yield
+
+    @contextmanager
     def bare(self) -> Iterator[nn.Module]:
         """Lend the base model without this adapter, which is put back untouched at the end.
 

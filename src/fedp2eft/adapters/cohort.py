@@ -94,7 +94,7 @@ class CohortLora:
             for row, layer in enumerate(self._bt.layers)
         ]
         try:
-            with self._bt.model.disable_adapter():
+            with self._bt.off():
                 yield
         finally:
             self._products = []

@@ -12,7 +12,6 @@ from copy import copy
 from dataclasses import dataclass
 from statistics import median
 
-import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -188,8 +187,7 @@ def offer_of(
     else:
         changes = (values[name] for name in sent)
         arrays = to_arrays({name: sent[name] + values[name] for name in sent})
-    norms = [torch.linalg.vector_norm(change, dtype=torch.float64) for change in changes]
-    norm = math.sqrt(sum(float(value) ** 2 for value in norms))
+    norm = math.sqrt(sum(map(_square, changes)))
     # Nothing else of the reply is kept: a stray record would stop Flower's aggregation.
     message = copy(reply)
     read = MetricRecord({bit: metrics[bit]}) if bit else MetricRecord()
@@ -197,6 +195,13 @@ def offer_of(
     metrics = {name: metrics[name] for name in expected}
     size = sum(value.numel() for value in sent.values())
     return Offer(client, message, examples, metrics, norm, size, nbytes(record))
+
+
+def _square(change: Tensor) -> float:
+    """Σ change²; in float64, which takes three times as long, where float32 cannot hold it."""
+    flat = change.flatten()
+    found = float(flat @ flat)
+    return found if found and math.isfinite(found) else float((flat.double() ** 2).sum())
 
 
 def within_limits(

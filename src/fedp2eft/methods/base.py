@@ -7,5 +7,5 @@ from fedp2eft.methods.method import ClientSide, Outcome
 
 def base(client: ClientSide, rank: int) -> Outcome:
     """Score the base model as it is; the budget plays no part."""
-    with client.bt.model.disable_adapter():
+    with client.bt.off():
         return Outcome(client.score(client.bt.model), None)

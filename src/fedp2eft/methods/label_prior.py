@@ -61,11 +61,11 @@ def _scores(
     client: ClientSide, data: Encoded, own: Tensor, pooled: Tensor, taus: list[float]
 ) -> list[Scores]:
     """Scores of the rows at every τ; of no rows where there are none."""
-    task, model = classification(client), client.bt.model
+    task, bt = classification(client), client.bt
     if not len(data):
         return [task.unscored()] * len(taus)
-    with model.disable_adapter():
-        logits = task.logits(model, data, client.settings.eval_batch_size)
+    with bt.off():
+        logits = task.logits(bt.model, data, client.settings.eval_batch_size)
     shift = correction(own, pooled)
     return [task.scores_of(logits + tau * shift, data) for tau in taus]
 
