@@ -356,10 +356,8 @@ def _encode(task: Task, tokenizer: Any, federation: Federation) -> Encoded:
 def _texts(federation: Federation) -> tuple[list[Sequence[Any]], Sequence[Any]]:
     """The text columns of all rows, and their answers."""
     rows = np.concatenate([federation.clients[0].train, federation.clients[0].test])
-    columns = federation.rows(rows)
-    texts: list[Sequence[Any]] = [columns[name] for name in federation.text_columns]
     kind = "classification" if federation.labels else "causal_lm"
-    return texts, federation.answers(rows, kind)
+    return federation.texts_and_answers(rows, kind)
 
 
 def _own_part(

@@ -22,6 +22,7 @@ from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.errors import DivergedError, UserError
 from fedp2eft.features import client_features
 from fedp2eft.generator import LOG_LAMBDA, PSG
+from fedp2eft.modes import in_mode
 from fedp2eft.profiles import Profile
 from fedp2eft.settings import GeneratorSettings, LocalSettings
 from fedp2eft.tasks.encoded import Encoded, epoch_batches
@@ -215,15 +216,11 @@ def _training(model: nn.Module, dropout: bool, seed: int) -> Iterator[None]:
     Gradient checkpointing works in training mode alone, so a model that has it is in it without
     dropout too (`workspace` refuses one that would drop out all the same).
     """
-    before = model.training
-    with torch.random.fork_rng(enabled=dropout):
+    training = dropout or getattr(model, "is_activation_checkpointing", False)
+    with torch.random.fork_rng(enabled=dropout), in_mode(model, training):
         if dropout:
             torch.manual_seed(seed)
-        model.train(dropout or getattr(model, "is_activation_checkpointing", False))
-        try:
-            yield
-        finally:
-            model.train(before)
+        yield
 
 
 def stage1(

@@ -8,8 +8,7 @@ at a time up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from fedp2eft.adapters.cohort import CohortLora
 from fedp2eft.client import LossTerms, OnStep, Round, not_finite
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
+from fedp2eft.modes import in_mode
 from fedp2eft.profiles import Profile
 from fedp2eft.settings import GeneratorSettings, LocalSettings
 from fedp2eft.tasks.encoded import Encoded
@@ -174,7 +174,7 @@ def cohort_stage1(
     losses: list[list[float]] = [[] for _ in clients]
     terms = [LossTerms()] * len(clients)
     errors: dict[int, UserError] = {}
-    with _evaluating(bt.model), lora.active():
+    with in_mode(bt.model, training=False), lora.active():
         for step in range(max((len(group) for group in groups), default=0)):
             now = [group[step] for group in groups if len(group) > step]
             leaves = lora.leaves(len(now))
@@ -371,13 +371,3 @@ class _Predict(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.psg.predict(features)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(before)

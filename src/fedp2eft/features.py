@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fedp2eft.modes import in_mode
+
 EPSILON = 1e-5
 
 
@@ -130,15 +132,10 @@ def client_features(
     """
     # A classifier has no head over the vocabulary.
     listener = _Listener(linears, getattr(model, "get_output_embeddings", lambda: None)())
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), listener.listening():
-            for batch in batches:
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
-                listener.expect(inputs["attention_mask"].bool() if masked else None)
-                model(**inputs)
-    finally:
-        model.train(training)
+    with in_mode(model, training=False), torch.inference_mode(), listener.listening():
+        for batch in batches:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            listener.expect(inputs["attention_mask"].bool() if masked else None)
+            model(**inputs)
     pairs = [value for moments in listener.moments for value in moments.pair()]
     return torch.tensor(pairs, dtype=torch.float32)

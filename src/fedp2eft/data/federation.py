@@ -120,6 +120,13 @@ class Federation:
         values: list[Any] = self.table[self.target_column][[int(index) for index in indices]]
         return values
 
+    def texts_and_answers(
+        self, indices: Sequence[int] | Rows, task: str
+    ) -> tuple[list[Sequence[Any]], Sequence[Any]]:
+        """The text columns of those rows, and `answers`: what a task makes tokens of."""
+        rows = self.rows(indices)
+        return [rows[column] for column in self.text_columns], self.answers(indices, task)
+
     def pool(self, name: str) -> tuple[Client, ...]:
         """The clients of one pool, sorted by name; empty where the federation has none.
 

@@ -75,12 +75,12 @@ def from_arrays(record: ArrayRecord, like: Mapping[str, Tensor], whose: str) -> 
     """
     check_names(record, like, whose)
     numbers = {}
-    for name, expected in like.items():
-        value = read_array(record[name], np.float32, tuple(expected.shape), f"{whose}: {name}")
-        if not np.isfinite(value).all():
-            raise TellableError(f"{whose}: {name} holds NaN or infinity.")
-        with catch_warnings():
-            filterwarnings("ignore", "The given NumPy array is not writable")
+    with catch_warnings():
+        filterwarnings("ignore", "The given NumPy array is not writable")
+        for name, expected in like.items():
+            value = read_array(record[name], np.float32, tuple(expected.shape), f"{whose}: {name}")
+            if not np.isfinite(value).all():
+                raise TellableError(f"{whose}: {name} holds NaN or infinity.")
             numbers[name] = torch.from_numpy(value)
     return numbers
 

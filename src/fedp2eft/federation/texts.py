@@ -61,10 +61,9 @@ def answering(
 
 def _questions(workspace: Workspace, name: str) -> list[Question]:
     """The prompts of a client's test rows, those aside that fill the longest input alone."""
-    task, federation = workspace.task, workspace.federation
+    task = workspace.task
     assert isinstance(task, CausalLM)  # the settings refuse another
-    indices = workspace.client(name).test
-    rows = federation.rows(indices)
-    texts = [rows[column] for column in federation.text_columns]
-    answers = federation.answers(indices, workspace.settings.model.task)
-    return list(task.questions(Prompts(workspace.tokenizer), texts, answers))
+    rows = workspace.federation.texts_and_answers(
+        workspace.client(name).test, workspace.settings.model.task
+    )
+    return list(task.questions(Prompts(workspace.tokenizer), *rows))

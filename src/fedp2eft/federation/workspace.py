@@ -139,10 +139,8 @@ class Workspace:
         if key not in self._encoded:
             client = self.client(name)
             indices = client.train if split == "train" else client.test
-            rows = self.federation.rows(indices)
-            texts = [rows[column] for column in self.federation.text_columns]
-            answers = self.federation.answers(indices, self.settings.model.task)
-            data = self._encoded[key] = self.task.encode(self.tokenizer, texts, answers)
+            rows = self.federation.texts_and_answers(indices, self.settings.model.task)
+            data = self._encoded[key] = self.task.encode(self.tokenizer, *rows)
             if data.dropped or data.cut:
                 current().note(
                     f"Client {name}, {split}: of {len(indices)} rows {data.dropped} left out, "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedp2eft.errors import UserError
+from fedp2eft.modes import in_mode
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.generation import Question
 from fedp2eft.tasks.prompts import Prompts
@@ -144,9 +145,7 @@ class CausalLM:
         if not len(data):
             raise UserError("There are no rows to score: give the client's test split some text.")
         sums, tokens = torch.zeros(len(data), dtype=torch.float64), torch.zeros(len(data)).long()
-        training = model.training
-        model.eval()
-        try:
+        with in_mode(model, training=False):
             for chosen in data.by_length(batch_size):
                 batch = self.batch(data, chosen)
                 each = F.cross_entropy(*self._predictions(model, batch), reduction="none").cpu()
@@ -154,8 +153,6 @@ class CausalLM:
                 tokens[torch.from_numpy(chosen)] = counts
                 parts = torch.split(each.double(), counts.tolist())
                 sums[torch.from_numpy(chosen)] = torch.stack([part.sum() for part in parts])
-        finally:
-            model.train(training)
         return sums, tokens
 
     def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:

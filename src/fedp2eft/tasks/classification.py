@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedp2eft.errors import UserError
+from fedp2eft.modes import in_mode
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.first_position import only_first_position
 from fedp2eft.tasks.packed import can_pack, pack, packed_logits
@@ -98,9 +99,7 @@ class Classification:
         """
         if not len(data):
             raise UserError("There are no rows to score: give the client's test split some text.")
-        training = model.training
-        model.eval()
-        try:
+        with in_mode(model, training=False):
             parts, rows = [], []
             for chosen in data.by_length(batch_size):
                 batch = self.batch(data, chosen)
@@ -108,8 +107,6 @@ class Classification:
                 with only_first_position(model):
                     parts.append(model(**batch).logits.float().cpu())
                 rows.append(torch.from_numpy(chosen))
-        finally:
-            model.train(training)
         order = torch.cat(rows)
         result = torch.empty(len(data), parts[0].shape[1])
         result[order] = torch.cat(parts)

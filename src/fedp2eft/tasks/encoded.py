@@ -129,8 +129,7 @@ class Encoded:
         Returns:
             Row numbers of each part, longest first, and its share of the mini-batch's mean loss.
         """
-        chosen = np.asarray(indices, dtype=np.int64)
-        order = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
+        order = self._longest_first(indices)
         lengths = self.lengths[order]
         # least[i] is the cost of the first i rows, start[i] where the last part of them begins
         least, start = np.zeros(len(order) + 1), np.zeros(len(order) + 1, np.int64)
@@ -145,9 +144,14 @@ class Encoded:
 
     def _shared(self, parts: Sequence[NDArray[np.int64]]) -> list[tuple[NDArray[np.int64], float]]:
         """Parts of a mini-batch with their share of its mean loss, but those that have none."""
-        weights = [int(self.weights(part).sum()) for part in parts]
-        shares = [weight / sum(weights) for weight in weights]
+        weights = np.array([self.weights(part).sum() for part in parts])
+        shares = (weights / weights.sum()).tolist()
         return [(part, share) for part, share in zip(parts, shares, strict=True) if share]
+
+    def _longest_first(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers in order of length."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return chosen[np.argsort(-self.lengths[chosen], kind="stable")]
 
     def passes(
         self, indices: Sequence[int] | NDArray[np.int64], most: int
@@ -161,8 +165,7 @@ class Encoded:
         Returns:
             Row numbers of each pass, longest first, and its share of the mini-batch's mean loss.
         """
-        chosen = np.asarray(indices, dtype=np.int64)
-        order = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
+        order = self._longest_first(indices)
         passes = -(-int(self.lengths[order].sum()) // most)
         ends = self.lengths[order].cumsum()
         # Of about equal size, so that no pass is left with a row or two.
@@ -179,7 +182,7 @@ class Encoded:
 
     def by_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
         """Row numbers in batches of similar length, longest first (so memory peaks at once)."""
-        order = np.argsort(-self.lengths, kind="stable")
+        order = self._longest_first(np.arange(len(self)))
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
 

@@ -8,7 +8,8 @@ model's own generation config ends with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from fedp2eft.errors import UserError
+from fedp2eft.modes import in_mode
 from fedp2eft.tasks.prompts import Prompts
 
 
@@ -80,11 +82,7 @@ def generate(
     device = next(model.parameters()).device
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].tokens))
     answers = [""] * len(questions)
-    training = model.training
-    model.eval()
-    # Whatever `wanted` leaves open comes from here: many models ask for sampling and penalties.
-    base.generation_config = GenerationConfig()
-    try:
+    with in_mode(model, training=False), _defaults_of(base, GenerationConfig()):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = len(questions[chosen[0]].tokens)
@@ -105,10 +103,18 @@ def generate(
                 answers[number] = text.strip()
             if progress:
                 progress((start + len(chosen)) / len(order))
+    return answers
+
+
+@contextmanager
+def _defaults_of(base: Any, defaults: Any) -> Iterator[None]:
+    """Whatever a call leaves open comes from there: many models ask for sampling and penalties."""
+    own = base.generation_config
+    base.generation_config = defaults
+    try:
+        yield
     finally:
         base.generation_config = own
-        model.train(training)
-    return answers
 
 
 def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
