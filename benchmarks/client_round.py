@@ -22,12 +22,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedp2eft.adapters.btlora import BTLora, common_A
-from fedp2eft.client import features, local_order, train_round
+from fedp2eft.client.training import features, local_order, train_round
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import ModelSource, load_base
 from fedp2eft.models.precision import resolve_precision
-from fedp2eft.profiles import PAPER
-from fedp2eft.settings import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.profiles import PAPER
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 

@@ -19,13 +19,13 @@ from common import LABELS, alternate, machine, median
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.client import Round, local_order, train_round
-from fedp2eft.cohort import CohortClient, train_cohort, why_alone
+from fedp2eft.client.cohort import CohortClient, train_cohort, why_alone
+from fedp2eft.client.training import Round, local_order, train_round
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import load_base, resolve_model
 from fedp2eft.models.precision import resolve_precision
-from fedp2eft.profiles import PAPER
-from fedp2eft.settings import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.profiles import PAPER
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 

@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from fedp2eft.federation.reporting import LogReporter
-from fedp2eft.reading import settings_from
-from fedp2eft.settings import Settings
+from fedp2eft.progress import LogReporter
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import settings_from
 
 LABELS, LANGUAGES, WORDS = ("animal", "plant", "stone"), ("de", "fr", "ko"), 64
 

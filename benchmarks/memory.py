@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from fedp2eft.experiment.train import train
-from fedp2eft.reading import settings_from
+from fedp2eft.settings.reading import settings_from
 
 WORDS = [f"w{i}" for i in range(60)]
 LABELS = ("a", "b", "c")

@@ -20,12 +20,13 @@ from typing import Any
 
 from common import clock, machine
 
-from fedp2eft import client, features
-from fedp2eft.data import settings as data_settings
+from fedp2eft.client.training import features
+from fedp2eft.client.training import training as client
 from fedp2eft.experiment.train import train
 from fedp2eft.federation import client_app
 from fedp2eft.models import loading, sources
-from fedp2eft.reading import read_yaml, settings_from
+from fedp2eft.settings.experiment import data as data_settings
+from fedp2eft.settings.reading import read_yaml, settings_from
 from fedp2eft.tasks.classification import Classification
 
 MODEL = ("descend", "stage2", "client_features", "logits")

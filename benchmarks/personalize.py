@@ -17,15 +17,15 @@ from common import LABELS, client_rows, clock, machine, median, spread
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import save_adapter
-from fedp2eft.client import features, local_order, personalize, structure
+from fedp2eft.client.training import features, local_order, personalize, structure
 from fedp2eft.data.debian import LABELS as NAMES
 from fedp2eft.data.debian import load_debian
 from fedp2eft.data.files import client_from_file
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import load_base, load_tokenizer
 from fedp2eft.models.precision import resolve_precision
-from fedp2eft.profiles import PAPER
-from fedp2eft.settings import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.profiles import PAPER
 
 
 def main() -> None:

@@ -32,11 +32,11 @@ from torch import Tensor
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.experiment.train import train
 from fedp2eft.federation import client_app
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.federation.workspace import Workspace
+from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.generator import PSG
-from fedp2eft.reading import read_yaml, settings_from
-from fedp2eft.settings import Settings
+from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import read_yaml, settings_from
 
 RESULTS = Path(__file__).parent / "results" / "privacy_curve.jsonl"
 LEVELS = (0.01, 0.1, 1.0, 4.0)  # noise multipliers

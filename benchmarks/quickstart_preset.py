@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedp2eft.experiment.train import train
-from fedp2eft.reading import read_yaml, settings_from
+from fedp2eft.settings.reading import read_yaml, settings_from
 
 HOLDOUT: dict[str, Any] = {"data": {"holdout": 0.25}, "evaluation": {"pools": ["seen"]}}
 BASES: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def main(out: Path) -> None:
 
 
 def _make_run(folder: Path, settings: Any) -> None:
-    from fedp2eft.federation.run_folder import RunFolder
+    from fedp2eft.federation.server.run_folder import RunFolder
 
     RunFolder(folder, settings).close()
 

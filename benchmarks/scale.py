@@ -22,10 +22,10 @@ from common import clock, machine, median
 from many_clients import Silent, experiment, resident
 
 from fedp2eft.experiment.engine import local_engine
-from fedp2eft.federation.exchange import roster
-from fedp2eft.federation.personalization import personalize, prepare
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.federation.server import train_base, train_shared
+from fedp2eft.federation.server.evaluation import personalize, prepare
+from fedp2eft.federation.server.exchange import roster
+from fedp2eft.federation.server.phases import train_base, train_shared
+from fedp2eft.federation.server.run_folder import RunFolder
 
 A_ROUND, PERSONALIZED = 30, 100
 

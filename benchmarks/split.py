@@ -13,12 +13,12 @@ import argparse
 import torch
 from common import LABELS, alternate, client_rows, machine, median, spread
 
-from fedp2eft import client
 from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.client.training import training as client
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
-from fedp2eft.profiles import PAPER
-from fedp2eft.settings import AdapterSettings, LocalSettings
+from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
+from fedp2eft.settings.profiles import PAPER
 
 WHOLE = 1_000_000
 

@@ -18,11 +18,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.client import local_order, stage1
+from fedp2eft.client.training import local_order, stage1
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
-from fedp2eft.profiles import PAPER
-from fedp2eft.settings import LocalSettings
+from fedp2eft.settings.experiment import LocalSettings
+from fedp2eft.settings.profiles import PAPER
 from fedp2eft.tasks.encoded import Encoded
 
 

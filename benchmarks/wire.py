@@ -18,7 +18,7 @@ from typing import Any
 from common import machine
 
 from fedp2eft.experiment.train import train
-from fedp2eft.reading import read_yaml, settings_from
+from fedp2eft.settings.reading import read_yaml, settings_from
 
 
 def main() -> None:

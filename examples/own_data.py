@@ -16,7 +16,7 @@ from pathlib import Path
 
 import fedp2eft
 from fedp2eft.data.debian import load_debian
-from fedp2eft.reading import settings_from
+from fedp2eft.settings.reading import settings_from
 
 
 def example_rows(path: Path) -> Path:

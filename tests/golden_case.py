@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.gates import PEFT_PREFIX
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.settings import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 

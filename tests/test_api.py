@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fedp2eft
-from fedp2eft.client import structure
-from fedp2eft.federation.workspace import Workspace
+from fedp2eft.client.training import structure
+from fedp2eft.runtime.workspace import Workspace
 from tiny_run import R_MAX, World, write_jsonl
 
 

@@ -18,12 +18,12 @@ import torch
 from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedp2eft import client
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.federation.messages import PERSONALIZE, TRAIN_PSG, nbytes
-from fedp2eft.profiles import PAPER
-from fedp2eft.settings import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.client.training import training as client
+from fedp2eft.federation.wire.messages import PERSONALIZE, TRAIN_PSG, nbytes
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.profiles import PAPER
 from tiny import TASK, random_lambda, tiny, tiny_psg, tiny_rows
 from tiny_run import CLIENTS, RANKS, ROUNDS
 

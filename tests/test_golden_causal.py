@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedp2eft.client import stage1
-from fedp2eft.profiles import PROFILES
-from fedp2eft.settings import AdapterSettings, LocalSettings
+from fedp2eft.client.training import stage1
+from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
+from fedp2eft.settings.profiles import PROFILES
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 from tiny import VOCABULARY, double_adapter, random_lambda, tiny

@@ -16,13 +16,13 @@ from torch import Tensor
 import fedp2eft
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.client import features, stage1, stage2, structure, train_round
+from fedp2eft.client.training import features, stage1, stage2, structure, train_round
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.generator import LOG_LAMBDA, PSG
 from fedp2eft.methods import METHODS
-from fedp2eft.profiles import PAPER
-from fedp2eft.settings import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.profiles import PAPER
 from fedp2eft.tasks.encoded import epoch_batches
 from tiny import TASK, disturb, double_adapter, random_lambda, tiny, tiny_psg, tiny_rows
 from tiny_run import World, write_jsonl

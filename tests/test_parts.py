@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedp2eft import client
-from fedp2eft.profiles import PAPER
-from fedp2eft.settings import LocalSettings
+from fedp2eft.client.training import training as client
+from fedp2eft.settings.experiment import LocalSettings
+from fedp2eft.settings.profiles import PAPER
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 from tiny import LONGEST, TASK, double_adapter, tiny_rows

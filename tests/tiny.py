@@ -23,7 +23,7 @@ from transformers import (
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.settings import AdapterSettings, GeneratorSettings, Prior
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, Prior
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 

@@ -16,8 +16,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from fedp2eft.reading import settings_from
-from fedp2eft.settings import Settings
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import settings_from
 
 LABELS = ("animal", "plant", "stone")
 WORDS = {

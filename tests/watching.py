@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from fedp2eft.settings import Settings
+    from fedp2eft.settings.experiment import Settings
 
 
 @dataclass
@@ -25,8 +25,8 @@ class FinishedRun:
 def watched(settings: Settings, folder: Path) -> FinishedRun:
     """Run an experiment and keep every message."""
     from fedp2eft.experiment.train import train
-    from fedp2eft.federation import workspace
     from fedp2eft.federation.local import LocalGrid
+    from fedp2eft.runtime import workspace
     from fedp2eft.tasks.classification import Classification
 
     done = FinishedRun(folder)

@@ -31,7 +31,7 @@ def commands() -> list[str]:
 def help_of(command: str) -> tuple[Any, str]:
     """The parser that a command shows with --help, and what it prints."""
     from fedp2eft import cli
-    from fedp2eft.reading import Parser
+    from fedp2eft.settings.reading import Parser
 
     found: list[Any] = []
 
@@ -50,7 +50,7 @@ def command_reference() -> str:
 
 
 def _command(name: str) -> str:
-    from fedp2eft.settings import Settings
+    from fedp2eft.settings.experiment import Settings
 
     parser, shown = help_of(name)
     title = f"## `fedp2eft {name}`"
@@ -96,7 +96,7 @@ def _settings_note(sections: list[str]) -> str:
 
 def settings_reference() -> str:
     """Markdown: a section for each section of the settings, with a table of its keys."""
-    from fedp2eft.settings import Settings
+    from fedp2eft.settings.experiment import Settings
 
     hints, said = get_type_hints(Settings), _said(Settings)
     plain = [f for f in fields(Settings) if not is_dataclass(hints[f.name])]

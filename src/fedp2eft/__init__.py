@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from fedp2eft.api import Adapter, evaluate, export, personalize
     from fedp2eft.errors import UserError
     from fedp2eft.experiment.train import train
-    from fedp2eft.federation.results import Results
     from fedp2eft.generator import PSG
-    from fedp2eft.settings import Settings
+    from fedp2eft.results.rows import Results
+    from fedp2eft.settings.experiment import Settings
 
 # Names are imported when first used: `import fedp2eft` and the command line's help stay fast.
 _HOME = {
@@ -26,8 +26,8 @@ _HOME = {
     "evaluate": "fedp2eft.api",
     "export": "fedp2eft.api",
     "train": "fedp2eft.experiment.train",
-    "Results": "fedp2eft.federation.results",
-    "Settings": "fedp2eft.settings",
+    "Results": "fedp2eft.results.rows",
+    "Settings": "fedp2eft.settings.experiment",
     "UserError": "fedp2eft.errors",
 }
 

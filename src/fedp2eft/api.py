@@ -24,13 +24,11 @@ from fedp2eft.adapters.export import (
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.bases import BASES, LocalWork
 from fedp2eft.bases.parts import Overlay, Part
-from fedp2eft.cards import MODEL_FACTS
-from fedp2eft.client import features, local_order, structure
-from fedp2eft.client import personalize as fine_tune
+from fedp2eft.client.training import features, local_order, structure
+from fedp2eft.client.training import personalize as fine_tune
 from fedp2eft.data.federation import Federation
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
-from fedp2eft.federation.workspace import choose_device
 from fedp2eft.generator import PSG
 from fedp2eft.models.loading import (
     ModelSource,
@@ -41,12 +39,19 @@ from fedp2eft.models.loading import (
     resolve_model,
     save_model,
 )
-from fedp2eft.models.precision import resolve_precision
+from fedp2eft.models.precision import choose_device, resolve_precision
 from fedp2eft.models.sources import hash_weights
-from fedp2eft.profiles import PROFILES
-from fedp2eft.reading import settings_from
+from fedp2eft.results.cards import MODEL_FACTS
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings import EvaluationSettings, LocalSettings, Settings, TaskName, check_rank
+from fedp2eft.settings.experiment import (
+    EvaluationSettings,
+    LocalSettings,
+    Settings,
+    TaskName,
+    check_rank,
+)
+from fedp2eft.settings.profiles import PROFILES
+from fedp2eft.settings.reading import settings_from
 from fedp2eft.tasks import Scores, Task, make_task
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedp2eft.adapters.clamp import clamp_straight_through
-from fedp2eft.cards import psg_card
 from fedp2eft.errors import UserError
+from fedp2eft.results.cards import psg_card
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings import AdapterSettings, GeneratorSettings, ProfileName
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, ProfileName
 
 GAIN = 1e-6
 HIDDEN_BIAS = 1e-4

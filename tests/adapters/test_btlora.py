@@ -13,9 +13,9 @@ from torch import nn
 
 from fedp2eft.adapters.btlora import BTLora, common_A
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.client import adamw, descend
+from fedp2eft.client.training import adamw, descend
 from fedp2eft.errors import UserError
-from fedp2eft.settings import AdapterSettings, LocalSettings
+from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
 from tiny import (
     TASK,
     disturb,

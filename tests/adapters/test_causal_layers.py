@@ -26,10 +26,10 @@ from transformers import (
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.adapters.export import save_adapter
-from fedp2eft.client import features, personalize
-from fedp2eft.features import EPSILON
-from fedp2eft.profiles import PROFILES
-from fedp2eft.settings import AdapterSettings, LocalSettings
+from fedp2eft.client.features import EPSILON
+from fedp2eft.client.training import features, personalize
+from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
+from fedp2eft.settings.profiles import PROFILES
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 from tiny import VOCABULARY, disturb, random_lambda

@@ -13,7 +13,7 @@ from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import load_adapter, save_adapter
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.errors import UserError
-from fedp2eft.settings import AdapterSettings
+from fedp2eft.settings.experiment import AdapterSettings
 from tiny import tiny
 from tiny_run import plain_python
 

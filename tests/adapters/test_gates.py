@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedp2eft.adapters.btlora import FULL, BTLora
 from fedp2eft.adapters.gates import adapted_layers
-from fedp2eft.settings import AdapterSettings
+from fedp2eft.settings.experiment import AdapterSettings
 from tiny import TASK, disturb, random_lambda, tiny, tiny_rows
 
 KINDS = {

@@ -19,19 +19,20 @@ from transformers import AutoModelForSequenceClassification
 from fedp2eft import api
 from fedp2eft.bases import BASES
 from fedp2eft.bases.parts import ROWS
-from fedp2eft.client import features
+from fedp2eft.client.training import features
 from fedp2eft.errors import UserError
-from fedp2eft.experiment.cells import plan, settings_of
 from fedp2eft.experiment.compare import compare
 from fedp2eft.experiment.train import train
-from fedp2eft.federation import client_app, workspace
+from fedp2eft.federation import client_app
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import PERSONALIZE, TRAIN_BASE, TRAIN_PSG
-from fedp2eft.federation.reporting import LogReporter
-from fedp2eft.federation.workspace import Workspace
+from fedp2eft.federation.wire.messages import PERSONALIZE, TRAIN_BASE, TRAIN_PSG
 from fedp2eft.generator import PSG
 from fedp2eft.methods import ClientSide
-from fedp2eft.settings import Settings
+from fedp2eft.progress import LogReporter
+from fedp2eft.results.plan import plan, settings_of
+from fedp2eft.runtime import workspace
+from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.settings.experiment import Settings
 from fedp2eft.tasks import Scores
 from tiny_run import (
     CLIENTS,

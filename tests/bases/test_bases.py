@@ -13,10 +13,10 @@ from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.bases import BASES, Base, LocalWork, copy_numbers, rate
 from fedp2eft.bases.fedit import lora_layers
 from fedp2eft.bases.parts import ROWS, Overlay, Replacement, own_rows
-from fedp2eft.client import adamw
+from fedp2eft.client.training import adamw
 from fedp2eft.errors import UserError
-from fedp2eft.reading import as_dict, settings_from
-from fedp2eft.settings import AdapterSettings, BaseSettings, LocalSettings, Settings
+from fedp2eft.settings.experiment import AdapterSettings, BaseSettings, LocalSettings, Settings
+from fedp2eft.settings.reading import as_dict, settings_from
 from tiny import TASK, tiny, tiny_rows
 
 ROWS_OF_CLIENT = [6, 9, 4, 12, 7, 5, 8]

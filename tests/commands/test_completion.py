@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, main
-from fedp2eft.settings import Settings
+from fedp2eft.settings.experiment import Settings
 from test_help import options_of
 
 COMMANDS = {*EXPERIMENTS, *(name.split()[0] for name in FUNCTIONS)}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedp2eft import machine
 from fedp2eft.cli import main
+from fedp2eft.commands import machine
 from fedp2eft.models import sources
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, main
 from fedp2eft.commands import adapters, datasets
-from fedp2eft.data.settings import DataSettings
-from fedp2eft.settings import Settings
+from fedp2eft.settings.data import DataSettings
+from fedp2eft.settings.experiment import Settings
 
 
 def options_of(kind: type, prefix: str = "") -> Iterator[str]:

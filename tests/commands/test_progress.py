@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from fedp2eft.commands.terminal import BarReporter, progress
-from fedp2eft.federation.reporting import current
+from fedp2eft.progress import current
 
 
 def report(reporter) -> None:

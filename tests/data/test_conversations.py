@@ -11,8 +11,9 @@ import pytest
 
 from fedp2eft.data.describe import describe
 from fedp2eft.data.files import client_from_file, federation_from_files
-from fedp2eft.data.settings import DataSettings, load_federation
+from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import UserError
+from fedp2eft.settings.data import DataSettings
 from fedp2eft.tasks.causal_lm import CausalLM
 from tiny_chat import chat_tokenizer
 

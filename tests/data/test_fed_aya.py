@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fedp2eft.data.fed_aya import LANGUAGES, UNSEEN_CLIENTS, load_fed_aya
-from fedp2eft.data.settings import DataSettings, load_federation
+from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import UserError
+from fedp2eft.settings.data import DataSettings
 
 
 def rows(place: int, count: int = 10) -> list[dict[str, str]]:

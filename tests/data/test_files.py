@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fedp2eft.data.files import client_from_file, federation_from_files
-from fedp2eft.data.settings import ClientFile
 from fedp2eft.errors import UserError
+from fedp2eft.settings.data import ClientFile
 
 ROWS = [{"text": f"text {n}", "label": ["good", "bad"][n % 4 == 0]} for n in range(40)]
 

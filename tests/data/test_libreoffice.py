@@ -16,8 +16,9 @@ import pytest
 from fedp2eft.cli import main
 from fedp2eft.data.libreoffice import LANGUAGES, load_libreoffice, read_sample
 from fedp2eft.data.libreoffice_build import Page, build, pages_of, read_page
-from fedp2eft.data.settings import DataSettings, load_federation
+from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import UserError
+from fedp2eft.settings.data import DataSettings
 
 HTML = """<!DOCTYPE html><html lang="{language}"><head><title>{title}</title></head><body>
 <header><p class="paragraph">Menu</p></header>

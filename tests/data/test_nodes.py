@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedp2eft.data.nodes import federation_of_node, federation_without_clients
-from fedp2eft.data.settings import DataSettings, load_federation
+from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import TellableError, UserError
+from fedp2eft.settings.data import DataSettings
 
 SETTINGS = DataSettings(dataset="nodes", labels=["b", "a"], seed=5)
 
@@ -42,7 +43,7 @@ def test_a_node_has_its_own_client_and_no_other(rows: Path) -> None:
 
 def test_it_draws_the_rows_that_one_process_with_all_files_draws(rows: Path) -> None:
     files = {"fr-00": {"path": str(rows)}, "de-00": {"path": str(rows)}}
-    from fedp2eft.reading import settings_from
+    from fedp2eft.settings.reading import settings_from
 
     raw = {"dataset": "files", "files": files, "labels": ["b", "a"], "seed": 5}
     both = load_federation(settings_from({"data": raw}).data)

@@ -18,8 +18,9 @@ from fedp2eft.data import registry
 from fedp2eft.data.federation import Federation
 from fedp2eft.data.hub import XNLI
 from fedp2eft.data.partition import partition_pools
-from fedp2eft.data.settings import DataSettings, load_federation
+from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import UserError
+from fedp2eft.settings.data import DataSettings
 
 LABELS = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
 TOPICS = datasets.ClassLabel(

@@ -24,7 +24,7 @@ def desk(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project folder of somebody who has run the quickstart, on a tiny model."""
     from fedp2eft.data.debian import load_debian
     from fedp2eft.experiment.train import train
-    from fedp2eft.reading import read_yaml, settings_from
+    from fedp2eft.settings.reading import read_yaml, settings_from
     from tiny_run import write_jsonl
 
     folder = tmp_path_factory.mktemp("desk")

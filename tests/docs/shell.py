@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from fedp2eft import cli
 from fedp2eft.commands import run as runs
-from fedp2eft.reading import Parser, read_yaml, settings_from
+from fedp2eft.settings.reading import Parser, read_yaml, settings_from
 
 ROOT = Path(__file__).parents[2]
 PRESET = ROOT / "src" / "fedp2eft" / "presets" / "quickstart.yaml"

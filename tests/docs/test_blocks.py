@@ -14,10 +14,10 @@ import yaml
 from blocks import Block, blocks_of, commands_of
 from shell import check
 
-import fedp2eft.settings
+import fedp2eft.settings.experiment
 from fedp2eft.bases import BASES
 from fedp2eft.methods import METHODS
-from fedp2eft.reading import settings_from
+from fedp2eft.settings.reading import settings_from
 from tiny import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,8 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
 def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A page may register a method or base of its own, for itself alone."""
     methods, bases = dict(METHODS), dict(BASES)
-    kinds = (*get_args(fedp2eft.settings.BaseKind), "bitfit")  # docs/own-base.md
-    monkeypatch.setattr(fedp2eft.settings, "BaseKind", Literal[kinds])  # type: ignore[valid-type]
+    kinds = (*get_args(fedp2eft.settings.experiment.BaseKind), "bitfit")  # docs/own-base.md
+    monkeypatch.setattr(fedp2eft.settings.experiment, "BaseKind", Literal[kinds])  # type: ignore[valid-type]
     yield
     for registry, before in ((METHODS, methods), (BASES, bases)):
         registry.clear()

@@ -40,7 +40,7 @@ def test_the_command_reference_has_every_command_and_option() -> None:
 
 
 def test_the_settings_reference_has_every_key_and_says_what_it_is() -> None:
-    from fedp2eft.settings import Settings
+    from fedp2eft.settings.experiment import Settings
 
     text = generated.settings_reference()
     for name, kind in get_type_hints(Settings).items():

@@ -14,11 +14,11 @@ import fedp2eft
 from fedp2eft.cli import main
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
-from fedp2eft.federation.metrics import ACCURACY, RESPONSE_LOSS, metric_of
-from fedp2eft.federation.results import Results, read_results, row_of
-from fedp2eft.federation.workspace import Workspace
 from fedp2eft.models.loading import ModelSource, load_base, load_tokenizer
-from fedp2eft.reading import settings_from
+from fedp2eft.results.metrics import ACCURACY, RESPONSE_LOSS, metric_of
+from fedp2eft.results.rows import Results, read_results, row_of
+from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.settings.reading import settings_from
 from fedp2eft.tasks import make_task
 from tiny_chat import LENGTH, chat_rows, make_chat_world
 from tiny_run import CLIENTS, World, write_jsonl
@@ -169,7 +169,7 @@ def test_rows_left_out_and_responses_cut_are_told_once_a_client(chat: World, tmp
         def note(self, text: str) -> None:
             notes.append(text)
 
-    from fedp2eft.federation.reporting import report_to
+    from fedp2eft.progress import report_to
 
     settings = chat.settings(local__max_length=8)
     workspace = Workspace(settings)

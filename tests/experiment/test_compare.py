@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from fedp2eft.errors import UserError
-from fedp2eft.experiment.cells import Training, claim, plan, settings_of
 from fedp2eft.experiment.compare import compare
 from fedp2eft.experiment.train import train
 from fedp2eft.methods import METHODS, ClientSide, Method, Outcome, Survey
 from fedp2eft.methods.base import base
 from fedp2eft.methods.fedp2eft import fedp2eft
+from fedp2eft.results.plan import Training, claim, plan, settings_of
 from tiny_run import World
 
 SMALL: dict[str, Any] = {
@@ -197,7 +197,7 @@ def test_variants_share_the_base(world: World, tmp_path: Path, monkeypatch: pyte
 
 def work(config: str, folder: str, journal: str, pause: float) -> None:
     """A process of its own that works on the comparison."""
-    from fedp2eft.reading import read_yaml, settings_from
+    from fedp2eft.settings.reading import read_yaml, settings_from
 
     compare(settings_from(read_yaml(config)), folder, Journal(Path(journal), pause))
 

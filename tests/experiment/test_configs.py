@@ -8,11 +8,10 @@ import pytest
 
 import fedp2eft
 from fedp2eft.bases import BASES
-from fedp2eft.data.registry import find
-from fedp2eft.data.settings import load_federation
-from fedp2eft.experiment.cells import plan, settings_of
+from fedp2eft.data.registry import find, load_federation
 from fedp2eft.methods import METHODS, method_named
-from fedp2eft.reading import read_yaml, settings_from
+from fedp2eft.results.plan import plan, settings_of
+from fedp2eft.settings.reading import read_yaml, settings_from
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *Path(fedp2eft.__file__).parent.glob("presets/*")])

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
-from fedp2eft.federation.messages import PERSONALIZE
-from fedp2eft.federation.metrics import METRICS, PERPLEXITY
-from fedp2eft.federation.personalization import scores_of
-from fedp2eft.federation.results import read_results, row_of
+from fedp2eft.federation.server.evaluation import scores_of
+from fedp2eft.federation.wire.messages import PERSONALIZE
 from fedp2eft.models.loading import load_tokenizer, resolve_model
+from fedp2eft.results.metrics import METRICS, PERPLEXITY
+from fedp2eft.results.rows import read_results, row_of
 from fedp2eft.tasks.text_scores import METEOR, PLAIN_METEOR, text_scores
 from tiny_chat import WORDS, make_chat_world
 from tiny_run import CLIENTS, World, plain_python
@@ -133,7 +133,7 @@ def test_sums_that_cannot_be_are_refused(done: FinishedRun) -> None:
 def test_finished_texts_are_not_made_again_and_lost_ones_are(
     chat: World, done: FinishedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedp2eft.federation import texts
+    from fedp2eft.federation.client import texts
 
     made: list[int] = []
     generate = texts.generate
@@ -153,7 +153,7 @@ def test_finished_texts_are_not_made_again_and_lost_ones_are(
 
 
 def test_other_numbers_take_the_texts_away_with_their_cells(done: FinishedRun) -> None:
-    from fedp2eft.federation.run_folder import RunFolder
+    from fedp2eft.federation.server.run_folder import RunFolder
 
     folder = RunFolder.__new__(RunFolder)
     folder.path = done.folder

@@ -91,7 +91,7 @@ def test_ctrl_c_says_how_to_go_on_and_one_process_works_at_a_time(
 
 
 def test_an_interrupt_is_no_users_mistake_to_a_library_user(world: World, tmp_path: Path):
-    from fedp2eft.federation.reporting import LogReporter
+    from fedp2eft.progress import LogReporter
 
     class Impatient(LogReporter):
         def advance(self, phase: str, text: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
-from fedp2eft.federation.reporting import LogReporter
+from fedp2eft.progress import LogReporter
 from tiny_run import World, assert_same, outcome
 
 # Few cells, so that a run takes a second or two.

@@ -12,10 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedp2eft.experiment.train import train
-from fedp2eft.federation.results import Results
-from fedp2eft.models.gguf import SMOLLM2
+from fedp2eft.models.offline.gguf import SMOLLM2
 from fedp2eft.models.sources import ModelSource
-from fedp2eft.reading import settings_from
+from fedp2eft.results.rows import Results
+from fedp2eft.settings.reading import settings_from
 
 NEW = 8
 CLIENT = "en_US-unseen-00"

@@ -25,12 +25,12 @@ from hypothesis import strategies as st
 from toy import CLIENTS, FIRST, Notes, Numbers, lines, reply_of, train
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.admission import Failures, _square, plain
-from fedp2eft.federation.exchange import roster
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import ABOUT, EXAMPLES, METRICS
-from fedp2eft.federation.personalization import alike_answers, scores_of
-from fedp2eft.protection import PeerSettings
+from fedp2eft.federation.server.admission import Failures, _square, plain
+from fedp2eft.federation.server.evaluation import alike_answers, scores_of
+from fedp2eft.federation.server.exchange import roster
+from fedp2eft.federation.wire.messages import ABOUT, EXAMPLES, METRICS
+from fedp2eft.settings.peers import PeerSettings
 
 BAD = "c03"
 

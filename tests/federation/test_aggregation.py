@@ -12,10 +12,10 @@ import torch
 from toy import CLIENTS, FIRST, Numbers, apart, honest, lines, members, train
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.aggregation import memory_of, strategy
-from fedp2eft.federation.messages import TRAIN_PSG
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.protection import AggregationSettings
+from fedp2eft.federation.server.aggregation import memory_of, strategy
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import TRAIN_PSG
+from fedp2eft.settings.peers import AggregationSettings
 
 HOSTILE = CLIENTS[::5]  # 20 %
 KINDS = ["fedavg", "fedmedian", "trimmed-mean", "krum", "multi-krum", "fedavgm", "fedadagrad",
@@ -173,7 +173,7 @@ def test_what_a_server_optimiser_remembers_matters(tmp_path: Path, kind: str) ->
     """Without its memory the run would go on otherwise: the test above can fail."""
     from safetensors.torch import load_file, save_file
 
-    from fedp2eft.federation import checkpoints
+    from fedp2eft.federation.server.phases import checkpoints
 
     whole = train(tmp_path / "whole", None, 5, aggregation__kind=kind)
     train(tmp_path / "run", None, 3, aggregation__kind=kind)

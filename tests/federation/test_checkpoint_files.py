@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedp2eft.federation.checkpoints import Progress, load_checkpoint, save_checkpoint
+from fedp2eft.federation.server.checkpoints import Progress, load_checkpoint, save_checkpoint
 
 NUMBERS = {"w": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([0.1, float("1e-30")])}
 

@@ -13,16 +13,17 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
-from fedp2eft.adapters.cohort import NotPerRowError
-from fedp2eft.client import not_finite
-from fedp2eft.cohort import train_cohort
+from fedp2eft.adapters.stacked import NotPerRowError
+from fedp2eft.client.cohort import train_cohort
+from fedp2eft.client.training import not_finite
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
-from fedp2eft.federation import client_app, cohort
-from fedp2eft.federation.cohort import AUTO_ON_GPU, cohort_size
+from fedp2eft.federation import client_app
+from fedp2eft.federation.client import lookahead as cohort
+from fedp2eft.federation.client.lookahead import AUTO_ON_GPU, cohort_size
 from fedp2eft.federation.local import Cohort, LocalGrid
-from fedp2eft.federation.reporting import LogReporter
-from fedp2eft.settings import FederationSettings
+from fedp2eft.progress import LogReporter
+from fedp2eft.settings.experiment import FederationSettings
 from tiny_run import SEEN, World, assert_same, outcome
 
 

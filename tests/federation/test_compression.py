@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.compression import SCALE, Feedback, pack, unpack
-from fedp2eft.federation.messages import nbytes
+from fedp2eft.federation.wire.compression import SCALE, Feedback, pack, unpack
+from fedp2eft.federation.wire.messages import nbytes
 
 SIZES = {"first.weight": (40, 30), "first.bias": (40,), "prelu": (1,)}
 

@@ -13,18 +13,19 @@ from safetensors.torch import load_file
 from toy import Notes
 
 from fedp2eft.errors import UserError
+from fedp2eft.federation.client.node import own_folder
+from fedp2eft.federation.client.state import shared_state
 from fedp2eft.federation.client_app import app as client_app
-from fedp2eft.federation.delivery import deliver_base
-from fedp2eft.federation.exchange import roster
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import ARRAYS, CONFIG, TAKE_BASE, TRAIN_PSG, to_arrays
-from fedp2eft.federation.node import own_folder
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.federation.server import train_base, train_psg
-from fedp2eft.federation.workspace import Workspace, shared_workspace
+from fedp2eft.federation.server.delivery import deliver_base
+from fedp2eft.federation.server.exchange import roster
+from fedp2eft.federation.server.phases import train_base, train_psg
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, TAKE_BASE, TRAIN_PSG, to_arrays
 from fedp2eft.models.sources import hash_weights
-from fedp2eft.reading import as_dict
-from fedp2eft.settings import Settings
+from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import as_dict
 from tiny_run import LABELS, World, all_rows, write_jsonl
 
 NAMES = ("de-seen-00", "fr-seen-00")
@@ -80,7 +81,7 @@ class Nodes:
 
     def close(self) -> None:
         self.run.close()
-        shared_workspace.cache_clear()
+        shared_state.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["standard-fl", "fedit", "none"])

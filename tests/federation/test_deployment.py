@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from test_simulation import PYPROJECT, cells
 
 from fedp2eft.data.debian import load_debian
-from fedp2eft.data.settings import load_federation
+from fedp2eft.data.registry import load_federation
 from fedp2eft.experiment.train import train
-from fedp2eft.reading import read_yaml, settings_from
-from fedp2eft.settings import Settings
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import read_yaml, settings_from
 from tiny_run import LABELS, World, all_rows, write_jsonl
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deployment"

@@ -18,13 +18,13 @@ from scipy.stats import norm
 from toy import CLIENTS, FIRST, Notes, Numbers, apart, honest, lines, members, train
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.checkpoints import all_checkpoints
-from fedp2eft.federation.client_mods import keep_private
+from fedp2eft.federation.client.mods import keep_private
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import ARRAYS, TRAIN_PSG
-from fedp2eft.federation.privacy import Privacy, ServerQuantile
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.protection import AggregationSettings, PrivacySettings
+from fedp2eft.federation.server.checkpoints import all_checkpoints
+from fedp2eft.federation.server.privacy import Privacy, ServerQuantile
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import ARRAYS, TRAIN_PSG
+from fedp2eft.settings.peers import AggregationSettings, PrivacySettings
 
 QUIET = 1e-9  # a noise multiplier that leaves what is under the noise to be seen
 FIXED: dict[str, Any] = {

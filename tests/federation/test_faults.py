@@ -20,18 +20,18 @@ from toy import CLIENTS, FIRST, Notes, apart, app, lines, members, settings, tra
 
 import fedp2eft
 from fedp2eft.errors import UserError
-from fedp2eft.federation.admission import Failures
-from fedp2eft.federation.aggregation import strategy
-from fedp2eft.federation.checkpoints import load_checkpoint
-from fedp2eft.federation.exchange import roster
-from fedp2eft.federation.faults import Faults, told
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import CONFIG, TRAIN_PSG
-from fedp2eft.federation.presence import wait_for_nodes
-from fedp2eft.federation.rounds import run_rounds
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.reading import as_dict
-from fedp2eft.settings import FederationSettings, Settings
+from fedp2eft.federation.server.admission import Failures
+from fedp2eft.federation.server.aggregation import strategy
+from fedp2eft.federation.server.checkpoints import load_checkpoint
+from fedp2eft.federation.server.exchange import roster
+from fedp2eft.federation.server.faults import Faults, told
+from fedp2eft.federation.server.presence import wait_for_nodes
+from fedp2eft.federation.server.rounds import run_rounds
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import CONFIG, TRAIN_PSG
+from fedp2eft.settings.experiment import FederationSettings, Settings
+from fedp2eft.settings.reading import as_dict
 
 BAD = "c03"
 
@@ -275,7 +275,7 @@ def test_too_few_clients_are_waited_for_and_given_up(tmp_path: Path) -> None:
 def test_the_run_starts_when_enough_are_here_and_no_more_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedp2eft.federation.presence.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("fedp2eft.federation.server.presence.SETTLE_SECONDS", 0.0)
     coming = iter([[], [2], [2, 3], [2, 3], [2, 3, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4]])
     last: list[list[int]] = []
     s = settings(federation__min_clients=2, federation__wait=5.0)

@@ -20,10 +20,12 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.aggregation import SeededFedAvg
-from fedp2eft.federation.exchange import Member, roster
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import (
+from fedp2eft.federation.server.aggregation import SeededFedAvg
+from fedp2eft.federation.server.exchange import Member, roster
+from fedp2eft.federation.server.rounds import run_rounds
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import (
     ABOUT,
     ARRAYS,
     EXAMPLES,
@@ -31,11 +33,9 @@ from fedp2eft.federation.messages import (
     TRAIN_PSG,
     TRAINING_METRICS,
 )
-from fedp2eft.federation.reporting import LogReporter
-from fedp2eft.federation.rounds import run_rounds
-from fedp2eft.federation.run_folder import RunFolder
 from fedp2eft.files import read_lines
-from fedp2eft.settings import FederationSettings, Settings
+from fedp2eft.progress import LogReporter
+from fedp2eft.settings.experiment import FederationSettings, Settings
 
 NAMES = [f"c{i:02d}" for i in range(8)]
 FIRST = {"w": torch.zeros(2, 3), "v": torch.zeros(4)}

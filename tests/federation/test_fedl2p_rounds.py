@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
-from fedp2eft.federation.messages import PERSONALIZE, TRAIN_FEDL2P, array_digest, to_arrays
-from fedp2eft.federation.reporting import LogReporter
-from fedp2eft.federation.rounds import has_stalled
+from fedp2eft.federation.server.rounds import has_stalled
+from fedp2eft.federation.wire.messages import PERSONALIZE, TRAIN_FEDL2P, array_digest, to_arrays
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
-from fedp2eft.settings import Settings
+from fedp2eft.progress import LogReporter
+from fedp2eft.settings.experiment import Settings
 from tiny_run import SEEN, World, assert_same, outcome, vocabulary
 from watching import FinishedRun, watched
 
@@ -143,7 +143,7 @@ def test_personalization_takes_the_rates_of_the_meta_net(
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
     numbers = load_file(folder / "fedl2p" / "model.safetensors")
-    from fedp2eft.federation import checkpoints
+    from fedp2eft.federation.server.phases import checkpoints
 
     still = {name: torch.zeros_like(value) for name, value in numbers.items()}
     progress = checkpoints.Progress("fedl2p", ROUNDS)
@@ -158,7 +158,7 @@ def test_personalization_takes_the_rates_of_the_meta_net(
 def test_a_meta_net_that_does_not_fit_is_refused(
     whole: FinishedRun, world: World, three_clients: Path, tmp_path: Path
 ) -> None:
-    from fedp2eft.federation.workspace import Workspace
+    from fedp2eft.runtime.workspace import Workspace
 
     workspace = Workspace(settings(world, three_clients), whole.folder)
     from fedp2eft.federation.client_app import the_meta_net

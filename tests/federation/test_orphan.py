@@ -15,7 +15,8 @@ from deployed import ended
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedp2eft.federation import client_app, client_mods
+from fedp2eft.federation import client_app
+from fedp2eft.federation.client import mods as client_mods
 from fedp2eft.federation.local import LocalGrid
 from tiny_run import environment
 
@@ -69,7 +70,7 @@ def test_a_process_ends_with_a_parent_that_nobody_reaps(early: bool) -> None:
 def test_a_client_s_process_watches_its_supernode(monkeypatch: pytest.MonkeyPatch) -> None:
     watched: list[None] = []
     monkeypatch.setattr(client_mods, "end_with_parent", lambda: watched.append(None))
-    monkeypatch.setattr(client_app, "open_workspace", lambda _: 1 // 0)
+    monkeypatch.setattr(client_app, "open_state", lambda _: 1 // 0)
     LocalGrid(ClientApp(), [], {})  # an engine gives messages their sender
     context = Context(1, 2, {}, RecordDict(), {})
     message = Message(RecordDict({"config": ConfigRecord()}), 2, "query.describe")

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from transformers import AutoModelForSequenceClassification
 
-from fedp2eft.federation.messages import (
+from fedp2eft.federation.wire.messages import (
     DESCRIBE,
     PERSONALIZE,
     SURVEY,

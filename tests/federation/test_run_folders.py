@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.settings import (
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.settings.experiment import (
     AdapterSettings,
     EvaluationSettings,
     FederationSettings,

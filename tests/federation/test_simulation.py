@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from fedp2eft.errors import UserError
 from fedp2eft.federation.client_app import client_name
-from fedp2eft.federation.workspace import Workspace
-from fedp2eft.reading import app_file
+from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.settings.reading import app_file
 from tiny_run import CLIENTS, World
 from watching import FinishedRun
 

@@ -13,10 +13,10 @@ import pytest
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
-from fedp2eft.federation import tracking
-from fedp2eft.federation.reporting import LogReporter, report_to
-from fedp2eft.federation.results import Results, Row
-from fedp2eft.federation.tracking import Trackers
+from fedp2eft.federation.server.phases import tracking
+from fedp2eft.federation.server.tracking import Trackers
+from fedp2eft.progress import LogReporter, report_to
+from fedp2eft.results.rows import Results, Row
 from tiny_run import World
 
 ROW = Row("lora", 2, "seen", {"de": 0.5, "fr": 0.75}, 0.625, 0.5, 0.25, None, 2, 10.0)

@@ -14,10 +14,10 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedp2eft.errors import TellableError, UserError
-from fedp2eft.federation import client_app, workspace
-from fedp2eft.federation.client_mods import tell_errors
+from fedp2eft.federation import client_app
+from fedp2eft.federation.client.mods import tell_errors
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import (
+from fedp2eft.federation.wire.messages import (
     DESCRIBE,
     PERSONALIZE,
     TRAIN_BASE,
@@ -26,6 +26,7 @@ from fedp2eft.federation.messages import (
     to_arrays,
 )
 from fedp2eft.methods.method import ClientSide
+from fedp2eft.runtime import workspace
 from tiny_run import World, vocabulary
 from watching import watched
 

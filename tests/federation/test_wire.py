@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 
 from fedp2eft.errors import UserError
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import (
+from fedp2eft.federation.wire.messages import (
     array_digest,
     from_arrays,
     nbytes,

@@ -47,7 +47,7 @@ def test_fewer_bytes_end_near_the_same_phi(world, plain, tmp_path, wire, bound, 
 def test_a_stopped_run_sends_the_same_bits_again(world, tmp_path, monkeypatch) -> None:
     settings = world.settings(**QUICK, federation__wire="int8")
     train(settings, tmp_path / "whole")
-    from fedp2eft.federation.run_folder import RunFolder
+    from fedp2eft.federation.server.run_folder import RunFolder
 
     finish = RunFolder.finish_round
 

@@ -14,10 +14,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from fedp2eft.federation.aggregation import Seeded, strategy
-from fedp2eft.federation.exchange import Member
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import (
+from fedp2eft.federation.server.aggregation import Seeded, strategy
+from fedp2eft.federation.server.exchange import Member
+from fedp2eft.federation.server.privacy import Privacy
+from fedp2eft.federation.server.rounds import run_rounds
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import (
     ABOUT,
     ARRAYS,
     CONFIG,
@@ -26,13 +29,10 @@ from fedp2eft.federation.messages import (
     TRAIN_PSG,
     TRAINING_METRICS,
 )
-from fedp2eft.federation.privacy import Privacy
-from fedp2eft.federation.reporting import LogReporter
-from fedp2eft.federation.rounds import run_rounds
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.protection import PeerSettings
-from fedp2eft.reading import as_dict
-from fedp2eft.settings import Settings
+from fedp2eft.progress import LogReporter
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.peers import PeerSettings
+from fedp2eft.settings.reading import as_dict
 
 CLIENTS = [f"c{i:02d}" for i in range(20)]
 FIRST = {"w": torch.zeros(3, 4), "v": torch.zeros(5)}

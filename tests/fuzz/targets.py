@@ -26,13 +26,18 @@ from safetensors.torch import save_file
 from fedp2eft.adapters.export import adapter_facts, load_adapter
 from fedp2eft.data.files import federation_from_files
 from fedp2eft.errors import UserError
-from fedp2eft.federation.admission import offer_of
-from fedp2eft.federation.checkpoints import Progress, load_checkpoint, load_state, save_checkpoint
-from fedp2eft.federation.client_files import ClientFiles
-from fedp2eft.federation.compression import pack, unpack
-from fedp2eft.federation.exchange import _described
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.messages import (
+from fedp2eft.federation.server.admission import offer_of
+from fedp2eft.federation.server.checkpoints import (
+    Progress,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
+from fedp2eft.federation.server.evaluation import alike_answers, scores_of
+from fedp2eft.federation.server.exchange import _described
+from fedp2eft.federation.wire.compression import pack, unpack
+from fedp2eft.federation.wire.messages import (
     ABOUT,
     ARRAYS,
     EXAMPLES,
@@ -40,11 +45,10 @@ from fedp2eft.federation.messages import (
     TRAIN_PSG,
     TRAINING_METRICS,
 )
-from fedp2eft.federation.personalization import alike_answers, scores_of
-from fedp2eft.federation.run_folder import read_settings
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.reading import read_yaml, settings_from
-from fedp2eft.settings import AdapterSettings, GeneratorSettings
+from fedp2eft.runtime.client_files import ClientFiles
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings
+from fedp2eft.settings.reading import read_settings, read_yaml, settings_from
 
 LIKE = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.tensor([1.5])}
 ROWS = [{"text": f"der hund {i}", "label": "ab"[i % 2], "client": "c", "pool": "seen"}

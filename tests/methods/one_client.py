@@ -12,7 +12,7 @@ from torch import Tensor
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS, ClientSide
-from fedp2eft.settings import AdapterSettings, LocalSettings
+from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
 from tiny import TASK, tiny, tiny_psg, tiny_rows
 
 LOCAL = LocalSettings(batch_size=6, personalize_lr=1e-2, max_length=16, lambda_lr=0.1, lr=1e-2)

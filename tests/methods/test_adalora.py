@@ -24,7 +24,7 @@ from fedp2eft.methods.adalora import (
     orthogonality,
     wrap,
 )
-from fedp2eft.settings import AdaLoraSettings, AdapterSettings
+from fedp2eft.settings.experiment import AdaLoraSettings, AdapterSettings
 from tiny import TASK, disturb, tiny, tiny_rows
 
 INPUTS = {"input_ids": torch.arange(1, 25).reshape(3, 8), "attention_mask": torch.ones(3, 8).long()}

@@ -13,7 +13,7 @@ from one_client import LOCAL, adapted, asked, one_client
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.methods import METHODS
-from fedp2eft.settings import AdaLoraSettings, TuningSettings
+from fedp2eft.settings.experiment import AdaLoraSettings, TuningSettings
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 

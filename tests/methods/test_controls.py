@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.client import local_order, stage1
+from fedp2eft.client.training import local_order, stage1
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS, check_trained_for
-from fedp2eft.profiles import PAPER
-from fedp2eft.protection import PrivacySettings
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings import AdapterSettings, GeneratorSettings, LocalSettings, Settings
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings, Settings
+from fedp2eft.settings.peers import PrivacySettings
+from fedp2eft.settings.profiles import PAPER
 from tiny import TASK, tiny
 
 R_MAX, LAYERS = 4, 14

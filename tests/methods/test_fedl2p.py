@@ -14,7 +14,7 @@ from fedp2eft.errors import DivergedError, UserError
 from fedp2eft.methods import METHODS, ClientSide
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
 from fedp2eft.methods.fedl2p.method import train_round
-from fedp2eft.settings import EvaluationSettings, FedL2PSettings, Settings
+from fedp2eft.settings.experiment import EvaluationSettings, FedL2PSettings, Settings
 
 XI = torch.tensor([0.3, -0.2, 1.1])
 FAST = FedL2PSettings(rank=2, hidden=8, init_lr=1e-4, meta_lr=1e-2, lr_lr=1e-4)
@@ -249,7 +249,7 @@ def test_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base in bf16 gives the hyper-gradient of one in fp32, but for rounding."""
     from fedp2eft.adapters.btlora import BTLora
     from fedp2eft.methods.fedl2p import method
-    from fedp2eft.settings import AdapterSettings
+    from fedp2eft.settings.experiment import AdapterSettings
     from tiny import tiny
 
     found = []

@@ -17,7 +17,7 @@ from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS
 from fedp2eft.methods.label_prior import correction
-from fedp2eft.settings import TuningSettings
+from fedp2eft.settings.experiment import TuningSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 from tiny import disturb, tiny_rows

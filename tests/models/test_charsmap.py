@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.normalizers import Precompiled
 
-from fedp2eft.models import charsmap
-from fedp2eft.models.charsmap import encode_charsmap
-from fedp2eft.models.unigram import composition_rules
+from fedp2eft.models.offline import charsmap
+from fedp2eft.models.offline.charsmap import encode_charsmap
+from fedp2eft.models.offline.unigram import composition_rules
 
 # Unassigned characters, marks and line ends would join their neighbours into one unit.
 LETTERS = st.characters(categories=("Lu", "Ll", "Nd", "Po"), max_codepoint=0x2FFFF)

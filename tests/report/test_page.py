@@ -12,13 +12,13 @@ from pages import Seen, add_line, copied, write_comparison, write_texts
 
 from fedp2eft.cli import main
 from fedp2eft.errors import UserError
-from fedp2eft.experiment.tables import write_tables
 from fedp2eft.files import read_json, read_lines, write_json
 from fedp2eft.report import page as page_module
 from fedp2eft.report.charts import training_charts
 from fedp2eft.report.page import page
 from fedp2eft.report.source import read_report
 from fedp2eft.report.write import write_report
+from fedp2eft.results.tables import write_tables
 
 NEW = {"stage1-task", "stage1-significance", "stage1-sparsity"}  # later than other metrics
 EVIL = "<script>alert(1)</script>\"'$&"

@@ -8,7 +8,7 @@ import pytest
 from pages import write_comparison
 
 from fedp2eft.cli import main
-from fedp2eft.federation.reporting import LogReporter
+from fedp2eft.progress import LogReporter
 from fedp2eft.report import watch
 from fedp2eft.report.watch import WatchReporter, watched
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DistilBertConfig
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.settings import AdapterSettings
+from fedp2eft.settings.experiment import AdapterSettings
 from fedp2eft.tasks.first_position import only_first_position
 from tiny import (
     CLASSES,

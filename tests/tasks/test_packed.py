@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DistilBertConfig
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.settings import AdapterSettings
+from fedp2eft.settings.experiment import AdapterSettings
 from fedp2eft.tasks import packed
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded

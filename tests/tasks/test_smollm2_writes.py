@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fedp2eft.data.settings import DataSettings, load_federation
+from fedp2eft.data.registry import load_federation
 from fedp2eft.models.loading import load_base, load_tokenizer
 from fedp2eft.models.sources import ModelSource
+from fedp2eft.settings.data import DataSettings
 from fedp2eft.tasks import make_task
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.generation import check_room, generate

@@ -36,7 +36,7 @@ from fedp2eft.adapters.low_rank import fuse
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings import AdapterSettings, Prior
+from fedp2eft.settings.experiment import AdapterSettings, Prior
 
 FULL = "sparse-rank"
 GAMMA_RATE = 100.0

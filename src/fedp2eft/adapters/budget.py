@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedp2eft.errors import UserError
-from fedp2eft.settings import check_rank
+from fedp2eft.settings.experiment import check_rank
 
 
 def keep_largest(lam: Tensor, rank: int) -> Tensor:

@@ -27,9 +27,9 @@ from torch.nn.functional import pad
 
 from fedp2eft.adapters.gates import PEFT_PREFIX
 from fedp2eft.adapters.weights import AdapterWeights, EmbeddingRows, LayerWeights
-from fedp2eft.cards import adapter_card
 from fedp2eft.errors import UserError
 from fedp2eft.files import write_folder
+from fedp2eft.results.cards import adapter_card
 
 Layout = Literal["portable", "compact"]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -12,7 +12,7 @@ from fedp2eft.adapters.btlora import common_A
 from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers
 from fedp2eft.bases.base import Base
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings import BaseSettings, Settings
+from fedp2eft.settings.experiment import BaseSettings, Settings
 
 ADAPTER = "default"
 

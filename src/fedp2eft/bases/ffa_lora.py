@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from fedp2eft.bases.fedit import FedIT, lora_layers
-from fedp2eft.settings import BaseSettings
+from fedp2eft.settings.experiment import BaseSettings
 
 
 class FFALora(FedIT):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fedp2eft.bases.base import Base
-from fedp2eft.settings import BaseSettings
+from fedp2eft.settings.experiment import BaseSettings
 
 
 class StandardFL(Base):

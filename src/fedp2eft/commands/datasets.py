@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedp2eft.data.settings import DataSettings
+from fedp2eft.settings.data import DataSettings
 
 
 def list_datasets() -> None:
@@ -28,7 +28,7 @@ def describe(data: DataSettings) -> None:
     from rich.table import Table
 
     from fedp2eft.data.describe import describe as rows_of
-    from fedp2eft.data.settings import load_federation
+    from fedp2eft.data.registry import load_federation
     from fedp2eft.errors import require
 
     federation = load_federation(data)
@@ -50,7 +50,7 @@ def partition(data: DataSettings, out: str) -> None:
     from pathlib import Path
 
     from fedp2eft.data.describe import save_partition
-    from fedp2eft.data.settings import load_federation
+    from fedp2eft.data.registry import load_federation
 
     federation = load_federation(data)
     save_partition(federation, Path(out))

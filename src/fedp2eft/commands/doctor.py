@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_text
 import sys
 
-from fedp2eft.machine import Machine, look
+from fedp2eft.commands.machine import Machine, look
 
 
 def doctor(json: bool = False) -> None:

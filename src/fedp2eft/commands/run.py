@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedp2eft.errors import InterruptedRunError
-from fedp2eft.reading import read_yaml, settings_from
+from fedp2eft.settings.reading import read_yaml, settings_from
 
 if TYPE_CHECKING:
-    from fedp2eft.federation.reporting import Reporter
+    from fedp2eft.progress import Reporter
 
 
 def train(
@@ -53,7 +53,7 @@ def compare(
 
     from fedp2eft.commands.terminal import progress
     from fedp2eft.experiment.compare import compare as compute
-    from fedp2eft.experiment.tables import write_tables
+    from fedp2eft.results.tables import write_tables
 
     try:
         with progress() as told, _watched(told, folder, watch) as reporter:

@@ -19,10 +19,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fedp2eft.federation.reporting import LogReporter, Reporter, report_to
+from fedp2eft.progress import LogReporter, Reporter, report_to
 
 if TYPE_CHECKING:
-    from fedp2eft.federation.results import Results, Row
+    from fedp2eft.results.rows import Results, Row
 
 PHASES = {
     "base": "base model",
@@ -109,7 +109,7 @@ def progress() -> Iterator[Reporter]:
 
 def show_results(results: Results) -> None:
     """The table of a run: language by method, worst language, mean."""
-    from fedp2eft.federation.metrics import METRICS
+    from fedp2eft.results.metrics import METRICS
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for pool in dict.fromkeys(row.pool for row in results.rows):
@@ -135,7 +135,7 @@ def show_results(results: Results) -> None:
 
 def _show_further(console: Console, pool: str, rows: list[Row]) -> None:
     """The other metrics of a causal LM, mean over languages."""
-    from fedp2eft.federation.metrics import METRICS
+    from fedp2eft.results.metrics import METRICS
 
     title = f"Perplexity, scores of generated texts (%), {pool} clients, mean over languages"
     names = [name for name in METRICS if any(name in row.further_means for row in rows)]

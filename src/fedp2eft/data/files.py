@@ -10,9 +10,9 @@ import numpy as np
 
 from fedp2eft.data.federation import SEEN, UNSEEN, Client, Federation, Rows
 from fedp2eft.data.partition import local_validation_split, rng_for
-from fedp2eft.data.settings import ClientFile
 from fedp2eft.data.table import check_text, read_table
 from fedp2eft.errors import UserError, nearest
+from fedp2eft.settings.data import ClientFile
 
 logger = logging.getLogger(__name__)
 

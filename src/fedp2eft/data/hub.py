@@ -9,9 +9,9 @@ import numpy as np
 from fedp2eft.data.federation import NEW_LANGUAGE, SEEN, UNSEEN, Federation, Rows
 from fedp2eft.data.languages import choose_languages
 from fedp2eft.data.partition import partition_pools, rng_for
-from fedp2eft.data.settings import PartitionKind
 from fedp2eft.data.table import first_line
 from fedp2eft.errors import UserError, nearest
+from fedp2eft.settings.data import PartitionKind
 
 if TYPE_CHECKING:
     from datasets import Dataset

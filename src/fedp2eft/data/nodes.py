@@ -8,8 +8,9 @@ from dataclasses import fields, replace
 
 from fedp2eft.data.federation import SEEN, Federation, check_client_name
 from fedp2eft.data.files import federation_from_files
-from fedp2eft.data.settings import ClientFile, DataSettings, hold_out
+from fedp2eft.data.partition import hold_out
 from fedp2eft.errors import TellableError, UserError, nearest
+from fedp2eft.settings.data import ClientFile, DataSettings
 
 NODES = "nodes"
 KNOWN = (

@@ -6,15 +6,16 @@ clients of equal size, label proportions drawn from a Dirichlet distribution wit
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedp2eft.data.allocation import allocate
-from fedp2eft.data.federation import SEEN, Client, Rows
-from fedp2eft.data.settings import PartitionKind
+from fedp2eft.data.federation import SEEN, Client, Federation, Rows
 from fedp2eft.errors import UserError
+from fedp2eft.settings.data import DataSettings, PartitionKind
 
 
 def rng_for(seed: int, *key: str) -> np.random.Generator:
@@ -223,3 +224,14 @@ def _client_size(part: str, rows: int, clients: int, limit: int | None) -> int:
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise UserError(f"{name} must be above 0: {value}.")
+
+
+def hold_out(federation: Federation, settings: DataSettings) -> Federation:
+    """The same clients, scored on held-out train rows; none of their test rows is in it."""
+    clients = []
+    for client in federation.clients:
+        labels = federation.label_ids(client.train) if federation.labels else client.train * 0
+        rng = rng_for(settings.seed, "holdout", client.name)
+        kept, held = local_validation_split(labels, settings.holdout, rng)
+        clients.append(replace(client, train=client.train[kept], test=client.train[held]))
+    return replace(federation, clients=tuple(clients))

@@ -10,8 +10,9 @@ from fedp2eft.data.federation import Federation
 from fedp2eft.data.files import federation_from_files
 from fedp2eft.data.hub import MASAKHANEWS, XNLI, HubSource, load_hub
 from fedp2eft.data.nodes import NODES, federation_without_clients
-from fedp2eft.data.settings import DataSettings
+from fedp2eft.data.partition import hold_out
 from fedp2eft.errors import UserError, nearest
+from fedp2eft.settings.data import DataSettings
 
 
 @dataclass(frozen=True)
@@ -180,3 +181,13 @@ def find(settings: DataSettings) -> DatasetEntry:
                 f"Data set {settings.dataset} has no use for data.{item.name}: remove it."
             )
     return entry
+
+
+def load_federation(settings: DataSettings) -> Federation:
+    """The federation that the settings describe.
+
+    Raises:
+        UserError: an unknown data set, a setting that it has no use for, or as its loader does.
+    """
+    federation = find(settings).loader(settings)
+    return hold_out(federation, settings) if settings.holdout else federation

@@ -19,21 +19,21 @@ from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
 
 from fedp2eft.errors import UserError
-from fedp2eft.experiment.cells import Cell, Training, claim, plan, settings_of
 from fedp2eft.experiment.engine import LocalEngine, local_engine
-from fedp2eft.experiment.facts import traffic
 from fedp2eft.experiment.lambdas import keep_lambdas
 from fedp2eft.experiment.origin import facts
-from fedp2eft.federation.exchange import Member, roster
-from fedp2eft.federation.messages import alike_arrays, to_arrays
-from fedp2eft.federation.personalization import Shared, Told, personalize, prepare
-from fedp2eft.federation.reporting import Reporter, current
-from fedp2eft.federation.run_folder import RunFolder, check_same, read_settings
-from fedp2eft.federation.server import FEDERATIONS, train_base
+from fedp2eft.federation.server.evaluation import Shared, Told, personalize, prepare
+from fedp2eft.federation.server.exchange import Member, roster
+from fedp2eft.federation.server.phases import FEDERATIONS, train_base
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import alike_arrays, to_arrays
 from fedp2eft.files import write_json, write_text, write_whole
 from fedp2eft.methods import METHODS
-from fedp2eft.reading import as_dict
-from fedp2eft.settings import Settings
+from fedp2eft.progress import Reporter, current
+from fedp2eft.results.cells import traffic
+from fedp2eft.results.plan import Cell, Training, claim, plan, settings_of
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import as_dict, check_same, read_settings
 
 FREE = {
     ("evaluation", "methods"),

@@ -12,15 +12,16 @@ import torch
 from flwr.app import Context, RecordDict
 
 from fedp2eft.errors import require
+from fedp2eft.federation.client.lookahead import cohort_size
+from fedp2eft.federation.client.state import shared_state
 from fedp2eft.federation.client_app import app as client_app
 from fedp2eft.federation.client_app import train_psg_ahead
-from fedp2eft.federation.cohort import cohort_size
 from fedp2eft.federation.local import SERVER_NODE_ID, Cohort, LocalGrid
-from fedp2eft.federation.messages import TRAIN_PSG
-from fedp2eft.federation.reporting import Reporter, report_to
-from fedp2eft.federation.workspace import Workspace, shared_workspace
-from fedp2eft.reading import as_dict
-from fedp2eft.settings import Settings
+from fedp2eft.federation.wire.messages import TRAIN_PSG
+from fedp2eft.progress import Reporter, report_to
+from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import as_dict
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def local_engine(
     config: dict[str, bool | float | int | str] = {"settings": text, "run": str(run)}
     with torch.random.fork_rng(), report_to(reporter) if reporter else nullcontext():
         try:
-            workspace = shared_workspace(text, str(run))
+            workspace = shared_state(text, str(run)).workspace
             require(
                 bool(workspace.clients),
                 "data.dataset is nodes, whose rows are on the SuperNodes: start it with flwr run "
@@ -76,4 +77,4 @@ def local_engine(
             yield LocalEngine(grid, workspace, context)
         finally:
             # A run that goes on after a stop must begin from the folder, not from this memory.
-            shared_workspace.cache_clear()
+            shared_state.cache_clear()

@@ -20,13 +20,12 @@ from torch import Tensor
 from fedp2eft.data.nodes import NODES
 from fedp2eft.experiment.engine import local_engine
 from fedp2eft.experiment.structure import structures
-from fedp2eft.federation.run_folder import read_settings
-from fedp2eft.federation.workspace import Workspace
 from fedp2eft.files import write_json, write_whole
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
-from fedp2eft.reading import settings_from
-from fedp2eft.settings import Settings
+from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import read_settings, settings_from
 
 FILE, HEADER = "lambda.safetensors", "fedp2eft"
 

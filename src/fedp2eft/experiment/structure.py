@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.federation.checkpoints import all_checkpoints
-from fedp2eft.federation.workspace import Workspace
+from fedp2eft.federation.server.checkpoints import all_checkpoints
+from fedp2eft.runtime.workspace import Workspace
 
 
 @dataclass(frozen=True)

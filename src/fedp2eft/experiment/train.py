@@ -7,11 +7,11 @@ from pathlib import Path
 from fedp2eft.experiment import origin
 from fedp2eft.experiment.engine import local_engine
 from fedp2eft.experiment.lambdas import keep_lambdas_of
-from fedp2eft.federation.reporting import Reporter
-from fedp2eft.federation.results import Results, read_results
 from fedp2eft.federation.server_app import app as server_app
 from fedp2eft.files import write_json
-from fedp2eft.settings import Settings
+from fedp2eft.progress import Reporter
+from fedp2eft.results.rows import Results, read_results
+from fedp2eft.settings.experiment import Settings
 
 
 def train(settings: Settings, run: str | Path, reporter: Reporter | None = None) -> Results:

@@ -2,7 +2,7 @@
 
 A node's config names its client: `client` (a name), or Flower's own `partition-id` (a number, in
 the order of the sorted names of all clients). With `data.dataset: nodes` it names the client's file
-and a folder of its own, too (`fedp2eft.data.nodes`, `fedp2eft.federation.node`).
+and a folder of its own, too (`fedp2eft.data.nodes`, `fedp2eft.federation.client.node`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from torch import Tensor
 from fedp2eft.adapters.export import PEFT_TASKS, save_adapter
 from fedp2eft.bases import LocalWork, copy_numbers, rate
 from fedp2eft.bases.parts import own_rows
-from fedp2eft.cards import origin_of
-from fedp2eft.client import OnStep, train_round
+from fedp2eft.client.training import OnStep, train_round
 from fedp2eft.data.nodes import NODES
 from fedp2eft.errors import TellableError, UserError
-from fedp2eft.federation.client_mods import end_with_supernode, keep_private, tell_errors
-from fedp2eft.federation.cohort import local_run, set_phi
-from fedp2eft.federation.messages import (
+from fedp2eft.federation.client.mods import end_with_supernode, keep_private, tell_errors
+from fedp2eft.federation.client.node import keep_base, kept_base, own_folder
+from fedp2eft.federation.client.round import local_run, set_phi
+from fedp2eft.federation.client.state import ClientState, shared_state
+from fedp2eft.federation.client.texts import answering
+from fedp2eft.federation.wire.messages import (
     ABOUT,
     ARRAYS,
     EXAMPLES,
@@ -49,15 +51,14 @@ from fedp2eft.federation.messages import (
     the_config,
     to_arrays,
 )
-from fedp2eft.federation.node import keep_base, kept_base, own_folder
-from fedp2eft.federation.reporting import current
-from fedp2eft.federation.texts import answering
-from fedp2eft.federation.workspace import Workspace, shared_workspace
 from fedp2eft.methods import METHODS, ClientSide, method_named
 from fedp2eft.methods.fedl2p.method import train_round as train_meta_net
 from fedp2eft.models.precision import resolve_precision
+from fedp2eft.progress import current
+from fedp2eft.results.cards import origin_of
+from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings import check_rank
+from fedp2eft.settings.experiment import check_rank
 
 app = ClientApp(mods=[end_with_supernode, tell_errors])
 logger = logging.getLogger(__name__)
@@ -65,15 +66,20 @@ logger = logging.getLogger(__name__)
 
 def open_workspace(context: Context) -> Workspace:
     """The workspace of the process for the run that `context` belongs to."""
-    from fedp2eft.reading import settings_of_run
+    return open_state(context).workspace
+
+
+def open_state(context: Context) -> ClientState:
+    """What the process keeps for the run that `context` belongs to."""
+    from fedp2eft.settings.reading import settings_of_run
 
     config = context.run_config
     settings, run = settings_of_run(config), str(config.get("run") or "")
     if settings["data"]["dataset"] == NODES:
         folder = own_folder(context.node_config, settings, run)
         node = json.dumps(dict(context.node_config))
-        return shared_workspace(json.dumps(settings), str(folder), node)
-    return shared_workspace(json.dumps(settings), run or None)
+        return shared_state(json.dumps(settings), str(folder), node)
+    return shared_state(json.dumps(settings), run or None)
 
 
 def client_name(context: Context, workspace: Workspace) -> str:
@@ -115,7 +121,7 @@ def take_base(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     name = client_name(context, workspace)
     about = ConfigRecord({"client": name, "base": keep_base(workspace, message)})
-    shared_workspace.cache_clear()  # what was made of another base before
+    shared_state.cache_clear()  # what was made of another base before
     return reply_with(message, RecordDict({ABOUT: about}))
 
 
@@ -147,13 +153,14 @@ def train_base(message: Message, context: Context) -> Message:
 @app.train("psg", mods=[keep_private])
 def train_psg(message: Message, context: Context) -> Message:
     """One round of FedP²EFT: φ in, φ out. Neither text, ξ, λ nor an adapter leaves."""
-    workspace = open_workspace(context)
+    state = open_state(context)
+    workspace = state.workspace
     name = client_name(context, workspace)
     s = workspace.settings
     workspace.for_client(name)
     received = set_phi(workspace, message)
     run = local_run(workspace, message, name)
-    result = workspace.ahead.take(message) or train_round(
+    result = state.ahead.take(message) or train_round(
         workspace.bt, workspace.task, run.data, workspace.features(name), workspace.psg, run.order,
         s.local, s.generator, workspace.profile, seed=run.seed,
         on_step=steps("psg", -(-len(run.order) // s.local.accumulate), name),
@@ -168,7 +175,7 @@ def train_psg(message: Message, context: Context) -> Message:
     if wire != "fp32":
         round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
         change = {key: value - received[key] for key, value in result.phi.items()}
-        arrays = workspace.feedback.send(name, round_, change, wire)
+        arrays = state.feedback.send(name, round_, change, wire)
     return _trained(message, arrays, metrics, result.examples, name)
 
 
@@ -203,9 +210,10 @@ def train_psg_ahead(messages: Sequence[Message], contexts: Sequence[Context]) ->
     computed here, and computes what was not.
     """
     try:
-        workspace = open_workspace(contexts[0])
+        state = open_state(contexts[0])
+        workspace = state.workspace
         names = [client_name(context, workspace) for context in contexts]
-        workspace.ahead.train(workspace, messages, names)
+        state.ahead.train(workspace, messages, names)
     except UserError:
         return  # `train_psg` says it, of the client whose mistake it is
 

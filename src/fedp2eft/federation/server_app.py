@@ -10,21 +10,21 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedp2eft.cards import psg_card
 from fedp2eft.errors import UserError
-from fedp2eft.federation.faults import told
+from fedp2eft.federation.client.state import shared_state
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.orphan import end_with_parent
-from fedp2eft.federation.reporting import current
-from fedp2eft.federation.results import collect
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.federation.server import serve
-from fedp2eft.federation.tracking import Trackers
-from fedp2eft.federation.workspace import shared_workspace
+from fedp2eft.federation.server.faults import told
+from fedp2eft.federation.server.phases import serve
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.tracking import Trackers
 from fedp2eft.files import write_text
 from fedp2eft.generator import PSG
 from fedp2eft.methods import check_trained_for
-from fedp2eft.reading import settings_of_json, settings_of_run
+from fedp2eft.progress import current
+from fedp2eft.results.cards import psg_card
+from fedp2eft.results.rows import collect
+from fedp2eft.settings.reading import settings_of_json, settings_of_run
 
 app = ServerApp()
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def main(grid: Grid, context: Context) -> None:
         try:
             if again:
                 run.faults.happened("started-again")
-            serve(grid, run, shared_workspace(json.dumps(settings), str(folder)), current())
+            workspace = shared_state(json.dumps(settings), str(folder)).workspace
+            serve(grid, run, workspace, current())
             results = collect(folder)
             write_text(
                 run.psg / "README.md", str(psg_card(PSG.from_pretrained(run.psg).config, results))

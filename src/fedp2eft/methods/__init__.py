@@ -16,7 +16,7 @@ from fedp2eft.methods.fedl2p.method import fedl2p
 from fedp2eft.methods.fedp2eft import fedp2eft
 from fedp2eft.methods.lora import lora
 from fedp2eft.methods.method import ClientSide, Method, Outcome, Survey
-from fedp2eft.settings import Settings
+from fedp2eft.settings.experiment import Settings
 
 METHODS: dict[str, Method] = {
     "base": Method(base, ranked=False),

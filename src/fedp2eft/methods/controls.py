@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedp2eft.client import cut_to
+from fedp2eft.client.training import cut_to
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
 from fedp2eft.methods.method import ClientSide, Outcome, Survey

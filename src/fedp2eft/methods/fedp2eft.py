@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedp2eft.client import structure
+from fedp2eft.client.training import structure
 from fedp2eft.methods.method import ClientSide, Outcome
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedp2eft.errors import UserError
 from fedp2eft.methods.method import ClientSide, Outcome, Survey
 from fedp2eft.methods.tuned import best, goodness
-from fedp2eft.settings import TuningSettings
+from fedp2eft.settings.experiment import TuningSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.task import Scores

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.client import Fitted, OnStep, local_order, personalize
+from fedp2eft.client.training import Fitted, OnStep, local_order, personalize
 from fedp2eft.data.partition import local_validation_split, rng_for
 from fedp2eft.generator import PSG
-from fedp2eft.settings import AdaLoraSettings, LocalSettings, TuningSettings
+from fedp2eft.settings.experiment import AdaLoraSettings, LocalSettings, TuningSettings
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.task import Scores, Task
 

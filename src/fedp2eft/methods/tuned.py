@@ -19,12 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedp2eft.client import unit_mean
+from fedp2eft.client.training import unit_mean
 from fedp2eft.errors import DivergedError
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
 from fedp2eft.methods.method import ClientSide, Method, Outcome, Strategy, Survey
-from fedp2eft.settings import TuningSettings
+from fedp2eft.settings.experiment import TuningSettings
 from fedp2eft.tasks.task import Scores
 
 DIVERGED = -(2.0**100)  # a choice at which one client diverges serves none; finite: it travels

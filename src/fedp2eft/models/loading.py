@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +26,7 @@ from fedp2eft.models.sources import (
     ModelSource,
     resolve_model,
 )
-from fedp2eft.settings import Quantize
+from fedp2eft.settings.experiment import Quantize
 
 __all__ = [
     "OFFLINE_PARTS",
@@ -275,3 +276,26 @@ def _cpu_seed(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether the model draws random numbers while it trains, by its modules or its config."""
+    if any(isinstance(module, DROPOUTS) and module.p > 0 for module in model.modules()):
+        return True
+    config: Any = getattr(model, "config", None) or {}
+    return _drops(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def _drops(config: Mapping[Any, Any]) -> bool:
+    """Whether a config, or one inside it, has a rate of dropout above 0."""
+    return any(
+        _drops(value) if isinstance(value, Mapping) else _is_rate(key, value)
+        for key, value in config.items()
+    )
+
+
+def _is_rate(key: object, value: object) -> bool:
+    return "drop" in str(key) and isinstance(value, int | float) and value > 0

@@ -42,3 +42,21 @@ def _multiplies_bf16(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return False
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a setting: "auto" is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"Device {name!r} is unknown: use auto, cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"Device {name!r} is unknown: use auto, cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"Device {name} is asked for, but torch sees {torch.cuda.device_count()} GPUs: use "
+            "another number, auto or cpu."
+        )
+    return device

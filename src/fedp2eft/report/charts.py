@@ -13,12 +13,12 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from fedp2eft.experiment.facts import scored, values
-from fedp2eft.experiment.figures import COLOURS, LINES, draw_accuracy, draw_languages, shade
-from fedp2eft.experiment.layout import unit
 from fedp2eft.report.families import family
 from fedp2eft.report.source import Report, Training
 from fedp2eft.report.structure import Grid, Matrix
+from fedp2eft.results.cells import scored, values
+from fedp2eft.results.figures import COLOURS, LINES, draw_accuracy, draw_languages, shade
+from fedp2eft.results.layout import unit
 
 Points = dict[int, list[tuple[float, float]]]
 """(Base's metric, method's metric) of clients, by rank."""

@@ -15,16 +15,16 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fedp2eft.experiment.figures import MARKS, STYLE, look_of, shade
-from fedp2eft.experiment.layout import language_table, long_table, notes
-from fedp2eft.federation.faults import MEANING
-from fedp2eft.reading import as_dict
+from fedp2eft.federation.server.faults import MEANING
 from fedp2eft.report import charts
 from fedp2eft.report.facts import costs, facts, fault_counts, left_out
 from fedp2eft.report.families import family
 from fedp2eft.report.source import Report, Training
 from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.report.svg import inline
+from fedp2eft.results.figures import MARKS, STYLE, look_of, shade
+from fedp2eft.results.layout import language_table, long_table, notes
+from fedp2eft.settings.reading import as_dict
 
 MOST_CLIENTS, MOST_ROWS, MOST_FAULTS = 40, 8, 500
 """What a page shows of generations (clients in all, rows each) and of faults; it says so."""

@@ -7,9 +7,9 @@ import sys
 from rich.console import Console
 from rich.table import Table as Grid
 
-from fedp2eft.experiment.layout import Table, compact_table, language_table
 from fedp2eft.report.facts import costs, facts, fault_counts
 from fedp2eft.report.source import read_report
+from fedp2eft.results.layout import Table, compact_table, language_table
 
 
 def show_report(folder: str) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment import origin
-from fedp2eft.experiment.facts import Facts, is_client, read_cells, traffic
 from fedp2eft.experiment.lambdas import Lambdas, ask_again, read_lambdas
-from fedp2eft.experiment.summary import Comparison, summarize
-from fedp2eft.federation.run_folder import read_settings
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.methods import METHODS
-from fedp2eft.reading import settings_from
-from fedp2eft.settings import CompareSettings, Settings
+from fedp2eft.results.cells import Facts, is_client, read_cells, traffic
+from fedp2eft.results.summary import Comparison, summarize
+from fedp2eft.settings.experiment import CompareSettings, Settings
+from fedp2eft.settings.reading import read_settings, settings_from
 
 _log = logging.getLogger(__name__)
 PLANNED = {

@@ -19,7 +19,7 @@ def inline(figure: Figure, label: str) -> Markup:
     What has a gid `method-<n>-…` gets `data-method="<n>"`, by which the page shows and hides it.
 
     Args:
-        figure: Drawn under `fedp2eft.experiment.figures.STYLE`, which keeps text as text.
+        figure: Drawn under `fedp2eft.results.figures.STYLE`, which keeps text as text.
         label: What it shows, for those who cannot see it.
     """
     file = io.StringIO()

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.reporting import Reporter
 from fedp2eft.files import write_text
+from fedp2eft.progress import Reporter
 from fedp2eft.report.page import page
 from fedp2eft.report.source import read_report
 from fedp2eft.report.write import PAGE

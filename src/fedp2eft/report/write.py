@@ -8,12 +8,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fedp2eft.experiment.figures import STYLE, save_figures, write_figures
 from fedp2eft.files import write_text
 from fedp2eft.report import charts
 from fedp2eft.report.page import page
 from fedp2eft.report.source import Report, read_report
 from fedp2eft.report.structure import grid_of, kept_by_language, likeness
+from fedp2eft.results.figures import STYLE, save_figures, write_figures
 
 PAGE, FIGURES = "report.html", "report"
 

@@ -10,16 +10,16 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedp2eft.federation.admission import Failures
-from fedp2eft.federation.aggregation import strategy
-from fedp2eft.federation.exchange import roster
-from fedp2eft.federation.messages import TRAIN_PSG
 from fedp2eft.federation.orphan import end_with_parent
-from fedp2eft.federation.presence import wait_for_nodes
-from fedp2eft.federation.reporting import current
-from fedp2eft.federation.rounds import run_rounds
-from fedp2eft.federation.run_folder import RunFolder
-from fedp2eft.reading import settings_from
+from fedp2eft.federation.server.admission import Failures
+from fedp2eft.federation.server.aggregation import strategy
+from fedp2eft.federation.server.exchange import roster
+from fedp2eft.federation.server.presence import wait_for_nodes
+from fedp2eft.federation.server.rounds import run_rounds
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import TRAIN_PSG
+from fedp2eft.progress import current
+from fedp2eft.settings.reading import settings_from
 
 FIRST = {"w": torch.zeros(3)}
 app = ServerApp()

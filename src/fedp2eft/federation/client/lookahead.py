@@ -1,0 +1,125 @@
+"""Several waiting clients of one round, trained in one batch before their messages run.
+
+The local engine shows its ClientApp which messages wait. What is computed for them here is taken by
+the usual handler of each message, so replies, their order and their errors are those of one client
+at a time; where a cohort cannot be, the handlers find nothing and compute as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from flwr.app import Message
+
+from fedp2eft.adapters.stacked import NotPerRowError
+from fedp2eft.client.cohort import CohortClient, train_cohort, why_alone
+from fedp2eft.client.training import Round
+from fedp2eft.errors import UserError
+from fedp2eft.federation.client.round import local_run, set_phi
+from fedp2eft.federation.wire.messages import the_arrays
+from fedp2eft.progress import current
+
+if TYPE_CHECKING:
+    from fedp2eft.runtime.workspace import Workspace
+
+AUTO_ON_GPU = 16
+
+
+def cohort_size(setting: int | Literal["auto"], device: torch.device) -> int:
+    """Clients at once: on a CPU, which one client keeps busy, "auto" is 1."""
+    if setting == "auto":
+        return AUTO_ON_GPU if device.type == "cuda" else 1
+    return setting
+
+
+class LookAhead:
+    """Rounds that were computed before their messages run, by message id."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Round | UserError] = {}
+        self._alone: str | None = None
+        self._most: int | None = None
+
+    def take(self, message: Message) -> Round | None:
+        """What was computed for this message, once; None where nothing was.
+
+        Raises:
+            UserError: The client's loss was not finite.
+        """
+        found = self._found.pop(message.metadata.message_id, None)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def train(
+        self, workspace: Workspace, messages: Sequence[Message], names: Sequence[str]
+    ) -> None:
+        """Train the clients of several `train.psg` messages of one round as a cohort.
+
+        Where their number is too much for the GPU's memory, half of it is tried, and remembered.
+
+        Args:
+            workspace: Serves them all.
+            messages: With the same φ; one with another is left to its handler.
+            names: Their clients.
+        """
+        self._found = {}
+        self._look_for_obstacle(workspace)
+        if self._alone:
+            return
+        set_phi(workspace, messages[0])
+        arrays = the_arrays(messages[0])
+        ready: list[tuple[str, CohortClient]] = []
+        for message, name in zip(messages, names, strict=True):
+            try:
+                run = local_run(workspace, message, name)
+                client = CohortClient(run.data, workspace.features(name), run.order)
+            except UserError:
+                continue  # its own handler says so
+            if the_arrays(message) == arrays:
+                ready.append((message.metadata.message_id, client))
+        while len(ready) > 1 and self._most != 1 and not self._alone:
+            part = ready[: self._most]
+            try:
+                found = self._rounds(workspace, [client for _, client in part])
+            except NotPerRowError as error:
+                self._stay_alone(f"layer {error} mixes the rows of a batch")
+            except torch.OutOfMemoryError:
+                self._most = max(1, len(part) // 2)
+            else:
+                self._found |= zip([key for key, _ in part], found, strict=True)
+                ready = ready[len(part) :]
+            if self._most and workspace.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _rounds(
+        self, workspace: Workspace, clients: Sequence[CohortClient]
+    ) -> list[Round | UserError]:
+        s, reporter = workspace.settings, current()
+        longest = max(len(client.order) for client in clients)
+        steps, done = max(1, -(-longest // s.local.accumulate)), 0
+
+        def on_step(_loss: float) -> None:
+            nonlocal done
+            done += 1
+            reporter.part("psg", done / steps, f"{len(clients)} clients")
+
+        return train_cohort(
+            workspace.bt, workspace.task, clients, workspace.psg,
+            s.local, s.generator, workspace.profile, on_step=on_step,
+        )  # fmt: skip
+
+    def _look_for_obstacle(self, workspace: Workspace) -> None:
+        if self._alone is not None:
+            return
+        if workspace.base.private:
+            kind = workspace.settings.base.kind
+            self._stay_alone(f"each has a part of the base of its own (base.kind: {kind})")
+        elif reason := why_alone(workspace.bt, workspace.settings.local):
+            self._stay_alone(reason)
+
+    def _stay_alone(self, reason: str) -> None:
+        self._alone = reason
+        current().note(f"Clients train one at a time (federation.cohort): {reason}.")

@@ -1,0 +1,108 @@
+"""What a SuperNode has for itself: a folder, and in it the base and its client's adapters.
+
+Its node config names the folder with `keep`. Every run has one of its own in there:
+
+<keep>/<client>/<16 digits>/settings.yaml      the run's settings
+                            base/              its base model, and which one (received.json)
+                            adapters/<client>/ the client's PEFT adapters
+                            generations/       what its models answered, where that was asked for
+                            clients/<client>/  the client's own part of the base, and what rounding
+                                               kept back
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from flwr.app import Message
+
+from fedp2eft.data.federation import check_client_name
+from fedp2eft.data.nodes import Value
+from fedp2eft.errors import TellableError
+from fedp2eft.federation.server.run_folder import FREE
+from fedp2eft.federation.wire.messages import array_digest, from_arrays, the_arrays, the_config
+from fedp2eft.files import read_json, sweep, write_text
+from fedp2eft.models.sources import hash_weights
+
+if TYPE_CHECKING:
+    from fedp2eft.runtime.workspace import Workspace
+
+RECEIVED = "received.json"
+
+
+def own_folder(node: Mapping[str, Value], settings: Mapping[str, Any], run: str) -> Path:
+    """This SuperNode's folder for a run; the same one when the run is gone on with.
+
+    Nothing that a peer sent becomes part of the path: the name is a digest of the run's name and of
+    its settings, those aside that may change between two starts.
+
+    Raises:
+        UserError: The node config names no folder, or it cannot be written.
+    """
+    if "keep" not in node:
+        raise TellableError(
+            "The node config names no folder for this client's base and adapters: add keep='…'."
+        )
+    fixed = deepcopy(dict(settings))
+    for section, *rest in FREE:
+        if rest:
+            fixed[section].pop(rest[0])
+        else:
+            fixed.pop(section)
+    digest = sha256(json.dumps([run, fixed], sort_keys=True).encode()).hexdigest()[:16]
+    client = str(node.get("client", ""))
+    check_client_name(client)
+    folder = Path(str(node["keep"])).expanduser() / client / digest
+    for place in (folder, folder / "adapters" / client, folder / "clients" / client):
+        sweep(place)
+    if not (folder / "settings.yaml").exists():
+        text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+        write_text(folder / "settings.yaml", f"# run: {json.dumps(run)}\n{text}")
+    return folder
+
+
+def base_id(numbers: str, model: str) -> str:
+    """Tells a finished base from any other: digests of what was trained, and of what it started as.
+
+    Args:
+        numbers: `array_digest` of what travelled.
+        model: `hash_weights` of the untrained model.
+    """
+    return f"{numbers} on {model}"
+
+
+def kept_base(workspace: Workspace) -> str:
+    """`base_id` of the base that this SuperNode keeps for the run; empty where it has none."""
+    assert workspace.run is not None
+    kept = read_json(workspace.run / "base" / RECEIVED)
+    return str(kept["base"]) if isinstance(kept, dict) and "base" in kept else ""
+
+
+def keep_base(workspace: Workspace, message: Message) -> str:
+    """Make the run's finished base of what the server sends, and keep it; returns its `base_id`.
+
+    Raises:
+        UserError: The numbers do not fit the base, the untrained model has other weights here than
+            on the server, or the disk is full.
+    """
+    record, model = the_arrays(message), hash_weights(Path(workspace.source.path))
+    told = str(the_config(message).get("model", ""))
+    if told != model:
+        raise TellableError(
+            f"its weights of {workspace.settings.model.name} are {model}, the server's {told}: "
+            "fetch the same revision on both (model.revision)."
+        )
+    s = workspace.settings.base
+    numbers = {}
+    if len(record):
+        like = workspace.base.travelling(workspace.trainable_base, s)
+        numbers = from_arrays(record, like, "The base from the server")
+    made = base_id(array_digest(record), model)
+    workspace.save_base(numbers, {RECEIVED: {"base": made}})
+    return made

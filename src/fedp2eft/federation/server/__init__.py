@@ -1,0 +1,1 @@
+"""The server's phases, rounds and run folder."""

@@ -1,0 +1,80 @@
+"""Sends the finished base to SuperNodes that have no part in the server's run folder.
+
+What travels is what travelled in every round of it: all weights for full fine-tuning, A and B for
+LoRA, nothing where the base is used as it is. A SuperNode makes the same model of it as the server
+did, and keeps it; it is asked once for each base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedp2eft.errors import UserError, shortened
+from fedp2eft.federation.client.node import base_id
+from fedp2eft.federation.server.admission import Failures
+from fedp2eft.federation.server.checkpoints import load_checkpoint
+from fedp2eft.federation.server.exchange import Member, exchange
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import (
+    ABOUT,
+    ARRAYS,
+    CONFIG,
+    TAKE_BASE,
+    array_digest,
+    to_arrays,
+)
+from fedp2eft.models.sources import hash_weights
+from fedp2eft.progress import Reporter
+from fedp2eft.runtime.workspace import Workspace
+
+AT_ONCE = 16
+
+
+def deliver_base(
+    grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
+) -> None:
+    """Have every client keep the base; those that keep it already are not asked.
+
+    Raises:
+        UserError: The numbers of the base are not in the run folder any more, too few clients can
+            take it, or the first that cannot, where a failure ends the run.
+    """
+    s = run.settings
+    found = load_checkpoint(run.path / "checkpoints", "base")
+    trained = s.base.rounds and workspace.base.travelling(workspace.trainable_base, s.base)
+    workspace.release_trainable_base()
+    if trained and (found is None or found[0].round != s.base.rounds):
+        raise UserError(
+            f"{run.path} has no whole checkpoint of the base's last round, which clients are sent: "
+            "name another run folder."
+        )
+    arrays = to_arrays(found[1] if trained and found else {})
+    model = hash_weights(Path(workspace.source.path))
+    wanted = base_id(array_digest(arrays), model)
+    missing = [member for member in members if member.base != wanted]
+    if not missing:
+        return
+    failures = Failures.on(grid, s.peers, reporter, run.faults)
+    what = "taking the base"
+    reporter.start("deliver", len(missing), 0)
+    taken = 0
+    # A few at a time: the base of a large model on its way to all at once would fill every link.
+    for first in range(0, len(missing), AT_ONCE):
+        some = {member.node: member for member in missing[first : first + AT_ONCE]}
+        content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({"model": model})})
+        messages = [Message(content, node, TAKE_BASE) for node in some]
+        for member, reply in exchange(grid, messages, some, s.federation.timeout, what, failures):
+            told = str(reply.content.config_records.get(ABOUT, ConfigRecord()).get("base", ""))
+            if told != wanted:
+                failures.add(
+                    member.client,
+                    f"Client {member.client}, {what}: it keeps {shortened(told)}, not {wanted}.",
+                    "refused",
+                )
+                continue
+            taken += 1
+            reporter.advance("deliver", member.client)
+    failures.check(len(members) - len(missing) + taken, len(members), what)

@@ -1,0 +1,247 @@
+"""The server's part of personalization: ask, send, and keep the scores that come back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedp2eft.data.federation import SEEN
+from fedp2eft.errors import UserError
+from fedp2eft.federation.server.admission import Failures
+from fedp2eft.federation.server.exchange import Member, exchange
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import (
+    ARRAYS,
+    CONFIG,
+    EXAMPLES,
+    PERSONALIZE,
+    PREPARED,
+    SURVEY,
+    alike_arrays,
+    array_digest,
+    nbytes,
+    scalars,
+    the_arrays,
+    to_arrays,
+    whole,
+)
+from fedp2eft.methods import METHODS
+from fedp2eft.progress import Reporter
+from fedp2eft.results.metrics import metric_of
+from fedp2eft.tasks.text_scores import TEXT_SCORES
+
+Shared = Mapping[str, Mapping[str, Tensor]]
+"""Numbers by name of each federation ("psg", "fedl2p")."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a client is told before it personalizes with one method and budget.
+
+    Args:
+        method: The method's name.
+        rank: The budget; 0 for a method without one.
+        shared: Numbers of the method's federation; empty where it has none.
+        prepared: What the surveys gave so far; empty where there is none.
+        question: In a survey, which of the method's it is, counted from 0.
+    """
+
+    method: str
+    rank: int
+    shared: ArrayRecord
+    prepared: ArrayRecord
+    question: int = 0
+
+    def message(self, node: int, kind: str) -> Message:
+        """A message of that kind to one node."""
+        config = ConfigRecord({"method": self.method, "rank": self.rank})
+        if kind == SURVEY:
+            config["question"] = self.question
+        content = {ARRAYS: self.shared, PREPARED: self.prepared, CONFIG: config}
+        return Message(RecordDict(content), node, kind, group_id=f"{self.method}-r{self.rank}")  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, one client."""
+        return nbytes(self.shared) + nbytes(self.prepared)
+
+
+def prepare(
+    grid: Grid,
+    shared: Shared,
+    method: str,
+    rank: int,
+    members: list[Member],
+    timeout: float,
+    failures: Failures | None = None,
+) -> Told:
+    """Gather what the clients must be told; asks the seen clients where the method has surveys.
+
+    Args:
+        grid: The engine.
+        shared: Trained numbers by federation.
+        method: Its name.
+        rank: The budget.
+        members: All clients of the federation.
+        timeout: Seconds without any reply after which no more are waited for.
+        failures: Hears of clients that fail; the first one is an error where none is given.
+    """
+    kind = METHODS[method]
+    numbers = to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
+    seen = {member.node: member for member in members if member.pool == SEEN}
+    if kind.surveys and not seen:
+        raise UserError(f"Method {method} asks the seen clients, and there are none: leave it out.")
+    prepared: dict[str, Tensor] = {}
+    for number, survey in enumerate(kind.surveys):
+        told = Told(method, rank, numbers, to_arrays(prepared), number)
+        messages = [told.message(node, SURVEY) for node in seen]
+        what = f"survey of {method}"
+        replies = {
+            member.client: the_arrays(reply)
+            for member, reply in exchange(
+                grid, messages, seen, timeout, what, failures, renewed=True
+            )
+        }
+        answers = alike_answers(replies, what, failures)
+        if failures:
+            failures.check(len(answers), len(messages), what)
+        prepared |= survey.combine(answers)
+    return Told(method, rank, numbers, to_arrays(prepared))
+
+
+def alike_answers(
+    replies: Mapping[str, ArrayRecord], what: str, failures: Failures | None = None
+) -> list[dict[str, Tensor]]:
+    """Answers to one question, in the order of the clients' names.
+
+    All must have the names and shapes that most have: one client that answers something else is
+    left out, and does not decide for the rest.
+
+    Raises:
+        UserError: An answer is not what it should be, where a failure ends the run.
+    """
+    kinds = Counter(_kind(record) for record in replies.values())
+    answers = []
+    for client in sorted(replies):
+        whose = f"Answer of client {client} in the {what}"
+        try:
+            if kinds and _kind(replies[client]) != kinds.most_common(1)[0][0]:
+                raise UserError(f"{whose} has other parameters than most.")
+            answers += alike_arrays([replies[client]], whose)
+        except UserError as error:
+            if failures is None:
+                raise
+            failures.add(client, str(error), "refused")
+    return answers
+
+
+def _kind(record: ArrayRecord) -> tuple[object, ...]:
+    return tuple(sorted((name, tuple(array.shape)) for name, array in record.items()))
+
+
+def personalize(
+    grid: Grid,
+    told: Told,
+    members: list[Member],
+    timeout: float,
+    failures: Failures | None = None,
+) -> Iterator[tuple[Member, dict[str, Any]]]:
+    """Have clients personalize with one method and budget; yields each one's scores as they come.
+
+    Args:
+        grid: The engine.
+        told: Method, budget and what it starts from.
+        members: The clients to personalize.
+        timeout: Seconds without any reply after which no more are waited for.
+        failures: Hears of clients that fail; the first one is an error where none is given.
+    """
+    messages = [told.message(member.node, PERSONALIZE) for member in members]
+    by_node = {member.node: member for member in members}
+    what = "personalization"
+    replies = exchange(grid, messages, by_node, timeout, what, failures, renewed=True)
+    for member, reply in replies:
+        try:
+            scores = scores_of(reply)
+        except UserError as error:
+            reason = f"Client {member.client}, {what}: {error}"
+            if failures is None:
+                raise UserError(reason) from error
+            failures.add(member.client, reason, "refused")
+        else:
+            if failures:
+                failures.usable(member.client)
+            yield member, scores
+
+
+def scores_of(reply: Message) -> dict[str, Any]:
+    """The scores that a client sends, and nothing else of its reply.
+
+    Raises:
+        UserError: One is missing, or cannot be.
+    """
+    metrics = scalars(reply)
+    units = [name for name in ("correct", "tokens") if name in metrics]
+    if len(units) != 1:
+        raise UserError("its scores are neither those of a classification nor of a causal LM.")
+    examples = whole(metrics, EXAMPLES)
+    scores = {"examples": examples, "loss": _number(metrics, "loss")}
+    scores |= {name: whole(metrics, name) for name in (*units, "parameters")}
+    scores["seconds"] = _number(metrics, "seconds")
+    texts = {name: _number(metrics, name) for name in TEXT_SCORES if name in metrics}
+    if max(texts.values(), default=0.0) > examples * (1 + 1e-6):
+        raise UserError(f"each of {examples} texts scores at most 1, and its sums are {texts}.")
+    scores |= texts
+    if scores.get("correct", 0) > examples:
+        raise UserError(f"{scores['correct']} of {examples} rows cannot be right.")
+    return scores
+
+
+def _number(metrics: Mapping[str, int | float], name: str) -> float:
+    value = metrics.get(name, -1.0)
+    if value < 0:
+        raise UserError(f"its {name} is {metrics.get(name)}, not a number from 0 up.")
+    return value
+
+
+def personalize_all(
+    grid: Grid, run: RunFolder, shared: Shared, members: list[Member], reporter: Reporter
+) -> None:
+    """Every client of the chosen pools, with every method and budget; missing cells only."""
+    failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
+    evaluation, timeout = run.settings.evaluation, run.settings.federation.timeout
+    digests = {name: array_digest(to_arrays(numbers)) for name, numbers in shared.items()}
+    run.drop_cells_of_other_phi(
+        {name: digests[kind.shared] for name, kind in METHODS.items() if kind.shared in digests}
+    )
+    chosen = [member for member in members if member.pool in evaluation.pools]
+    wanted = [
+        (method, rank)
+        for method in evaluation.methods
+        for rank in (evaluation.ranks if METHODS[method].ranked else [0])
+    ]
+    missing = {
+        (method, rank): [m for m in chosen if run.cell(method, rank, m.client) is None]
+        for method, rank in wanted
+    }
+    left, total = sum(map(len, missing.values())), len(wanted) * len(chosen)
+    reporter.start("personalize", total, total - left)
+    for (method, rank), without in missing.items():
+        clients = [member for member in without if member.client not in run.faults.quarantined]
+        if not clients:
+            continue
+        told = prepare(grid, shared, method, rank, members, timeout, failures)
+        federation = METHODS[method].shared
+        for member, metrics in personalize(grid, told, clients, timeout, failures):
+            about = {"client": member.client, "language": member.language, "pool": member.pool}
+            if federation:
+                about["phi"] = digests[federation]
+            run.write_cell(method, rank, member.client, {**about, **metrics})
+            metric = metric_of(metrics)
+            score = metric.shown(metric.value([metrics])) if metrics["examples"] else "–"
+            reporter.advance("personalize", f"{method} {member.client} {score}")

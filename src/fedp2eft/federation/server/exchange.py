@@ -1,0 +1,153 @@
+"""Questions to clients and their answers, whichever of them fail."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedp2eft.data.federation import POOLS, check_client_name
+from fedp2eft.errors import UserError, shortened
+from fedp2eft.federation.server.admission import Failures, plain
+from fedp2eft.federation.server.faults import Kind
+from fedp2eft.federation.wire.messages import ABOUT, DESCRIBE, EXAMPLES, scalars, whole
+
+PULL_SECONDS = 0.2
+# Flower's ErrorCode: no such message any more, no such reply any more, no heartbeat of the node.
+UNAVAILABLE = (3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node as the server knows it."""
+
+    node: int
+    client: str
+    language: str
+    pool: str
+    examples: int
+    base: str = ""
+    """Which finished base it keeps in a folder of its own: `delivery.base_id`."""
+
+
+def exchange(
+    grid: Grid,
+    messages: Sequence[Message],
+    members: dict[int, Member],
+    timeout: float,
+    what: str,
+    failures: Failures | None = None,
+    renewed: bool = False,
+) -> Iterator[tuple[Member, Message]]:
+    """Send messages and yield every reply as it comes, with the client that it is from.
+
+    Args:
+        grid: The engine.
+        messages: One for each client.
+        members: Clients by node.
+        timeout: Seconds to wait for all of them.
+        what: What is asked, for errors.
+        failures: Hears of the clients that fail; the first one is an error where none is given.
+        renewed: Every reply renews the time: `timeout` is that without any.
+
+    Raises:
+        UserError: A client failed, or gave no reply within `timeout` seconds.
+    """
+    asked = [members[message.metadata.dst_node_id] for message in messages]
+    ids = list(grid.push_messages(messages))
+    if len(ids) != len(asked):
+        raise UserError(f"The SuperLink did not take the messages ({what}); its log says why.")
+    waiting = {}
+    for id_, member in zip(ids, asked, strict=True):
+        if id_:
+            waiting[id_] = member
+        else:
+            reason = f"Client {member.client}, {what}: it could not be sent its message."
+            _refuse(failures, member.client, reason, "lost")
+    end = time.monotonic() + timeout
+    while waiting:
+        replies = list(grid.pull_messages(list(waiting)))
+        for reply in replies:
+            answering = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if answering is None:  # nobody waits for it: a second reply, or one to nothing
+                sender = members.get(reply.metadata.src_node_id)
+                if failures and sender:
+                    failures.ignored(sender.client, what)
+            elif reply.has_error():
+                kind: Kind = "lost" if reply.error.code in UNAVAILABLE else "failed"
+                reason = f"Client {answering.client}, {what}: {plain(reply.error.reason)}"
+                _refuse(failures, answering.client, reason, kind)
+            else:
+                yield answering, reply
+        if replies and renewed:
+            end = time.monotonic() + timeout
+        if waiting and time.monotonic() > end:
+            if failures is None or failures.stop:
+                raise UserError(
+                    f"{len(waiting)} clients gave no answer within {timeout:.0f} s ({what}): start "
+                    "again to go on from the last finished round, or raise federation.timeout."
+                )
+            for member in waiting.values():
+                reason = f"Client {member.client}, {what}: no answer within {timeout:.0f} s."
+                _refuse(failures, member.client, reason, "late")
+            return
+        if not replies:
+            time.sleep(PULL_SECONDS)
+
+
+def roster(grid: Grid, timeout: float, failures: Failures | None = None) -> list[Member]:
+    """Ask every node who it is; sorted by client name.
+
+    A name that two nodes give is neither's: nobody can tell which of them is the client.
+
+    Args:
+        grid: The engine.
+        timeout: Seconds to wait for all of them.
+        failures: Hears of the nodes that cannot take part; the first one is an error where none is
+            given.
+
+    Raises:
+        UserError: A node cannot take part, or none can.
+    """
+    nodes = list(grid.get_node_ids())
+    unknown = {node: Member(node, f"on node {node}", "", "", 0) for node in nodes}
+    messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
+    members: list[Member] = []
+    for asked, reply in exchange(grid, messages, unknown, timeout, "at the start", failures):
+        try:
+            members.append(_described(asked.node, reply))
+        except UserError as error:
+            reason = f"Client {asked.client}, at the start: {error}"
+            _refuse(failures, asked.client, reason, "refused")
+    times = Counter(member.client for member in members)
+    for name in sorted(name for name, number in times.items() if number > 1):
+        claim = ", ".join(str(m.node) for m in members if m.client == name)
+        reason = f"Nodes {claim} all say that they are client {name}: start one."
+        _refuse(failures, name, reason, "refused")
+    kept = [member for member in members if times[member.client] == 1]
+    if failures is not None and failures.reasons and not kept:
+        failures.check(0, len(nodes), "the federation")
+    return sorted(kept, key=lambda member: member.client)
+
+
+def _refuse(failures: Failures | None, client: str, reason: str, kind: Kind) -> None:
+    if failures is None:
+        raise UserError(reason)
+    failures.add(client, reason, kind)
+
+
+def _described(node: int, reply: Message) -> Member:
+    """The client that a node says it is, its words checked: they become names of files."""
+    about = reply.content.config_records.get(ABOUT, ConfigRecord())
+    client, language, pool = (str(about.get(key, "")) for key in ("client", "language", "pool"))
+    check_client_name(client)
+    if pool not in POOLS:
+        raise UserError(f"its pool {shortened(pool)} is not one of {', '.join(POOLS)}.")
+    if not language.isprintable() or not 1 <= len(language) <= 100:
+        raise UserError(f"its language {shortened(language)} is no name.")
+    examples = whole(scalars(reply), EXAMPLES)
+    return Member(node, client, language, pool, examples, str(about.get("base", "")))

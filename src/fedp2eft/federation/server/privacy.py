@@ -1,0 +1,350 @@
+"""Client-level differential privacy of φ, on Flower's own strategies and mods (docs/privacy.md).
+
+Every sampled client's change of φ is cut to the norm C and all changes have the same weight:
+φ ← φ + (1/n)·(Σ clip(φ_k − φ) + N(0, (z·C)²)), n being the number of clients sampled, whoever of
+them failed (McMahan et al. 2018). A client that does not answer counts as one that changed nothing,
+so no client's failure makes the others' shares larger than the noise was made for.
+
+ε, from dp-accounting through Flower's accountant, is that of one client against one that changes
+nothing. `sampling: seeded` hides nobody's part in a round: Gaussian mechanisms, as many as the
+client that took part most often took part in, nothing taken off for sampling. `sampling: secret`:
+in every round n of N clients without replacement, one client in place of another, which moves the
+sum by up to 2C.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import (
+    GaussianPrivacyEvent,
+    Grid,
+    NeighboringRelation,
+    PrivacyConfig,
+    SamplingMethod,
+)
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    Strategy,
+)
+from torch import Tensor
+
+from fedp2eft.errors import UserError
+from fedp2eft.federation.server.admission import Failures, Offer
+from fedp2eft.federation.server.aggregation import SeededFedAvg
+from fedp2eft.federation.server.exchange import Member
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.files import read_json, write_json
+from fedp2eft.seeding import derive_seed
+from fedp2eft.settings.peers import PrivacySettings
+
+CLIP_NORM = "clipping_norm"  # where Flower's strategies write it in the config of a message
+ASKED = "privacy.json"
+TAKEN = "privacy/taken/"
+NORM, ROUNDS = "privacy/clip-norm", "privacy/rounds"
+ROUNDING = 1e-3  # how far above the norm a clipped change may come out in fp32
+
+
+class SampledMean(SeededFedAvg):
+    """The mean over the sampled clients, those that failed counting as unchanged.
+
+    Args:
+        privacy: Says how clients are sampled.
+        others: `Seeded.sample_from`'s.
+    """
+
+    def __init__(self, privacy: PrivacySettings, *others: Any) -> None:
+        super().__init__(*others)
+        self._privacy = privacy
+        self._sent = ArrayRecord()
+
+    def sample(self, server_round: int) -> list[Member]:
+        """This round's clients; a secret sample is another one each time it is asked for."""
+        if self._privacy.sampling == "seeded":
+            return super().sample(server_round)
+        test = self._privacy.test_seed
+        draw: random.Random = random.SystemRandom()
+        if test is not None:
+            draw = random.Random(derive_seed(test, "sample", server_round))
+        return [self.members[i] for i in sorted(draw.sample(range(len(self.members)), self.size))]
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """As ever; the numbers are kept for those that fail."""
+        self._sent = arrays
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The mean, moved towards what was sent by the share of those that failed."""
+        replies = list(replies)
+        mean, metrics = super().aggregate_train(server_round, replies)
+        share = len(replies) / self.size
+        if mean is not None and share < 1:
+            sent = {name: array.numpy() for name, array in self._sent.items()}
+            mean = ArrayRecord(
+                {n: Array(sent[n] + share * (a.numpy() - sent[n])) for n, a in mean.items()}
+            )
+        return mean, metrics
+
+
+class _Quantile:
+    """Flower's adaptive clipping with the norm moved as Andrew et al. (2021) do.
+
+    Flower 1.41 lowers the norm where more clients than wished are above it, so that it runs away
+    from the quantile, and takes the noise of a round from the norm after its move.
+    """
+
+    clipping_norm: float
+    clip_norm_lr: float
+    target_clipped_quantile: float
+    _next: float | None = None
+
+    def _geometric_update(self, clipped_fraction: float) -> None:
+        below = 1 - clipped_fraction
+        step = self.clip_norm_lr * (below - self.target_clipped_quantile)
+        self._next = self.clipping_norm * math.exp(-step)
+
+    def _add_noise_to_aggregated_arrays(self, aggregated: ArrayRecord) -> ArrayRecord:
+        noised: ArrayRecord = super()._add_noise_to_aggregated_arrays(aggregated)  # type: ignore[misc]
+        if self._next is not None:
+            self.clipping_norm = self._next
+        return noised
+
+
+class ServerQuantile(_Quantile, DifferentialPrivacyServerSideAdaptiveClipping):
+    """Adaptive clipping on the server."""
+
+
+class ClientQuantile(_Quantile, DifferentialPrivacyClientSideAdaptiveClipping):
+    """Adaptive clipping on the clients."""
+
+
+class Privacy:
+    """Makes the rounds of one phase private and keeps account of it.
+
+    Args:
+        settings: What is wished.
+        members: Clients to sample from.
+        clients_per_round: How many to sample.
+        seed: The experiment's seed.
+        message_type: Of the messages to them.
+
+    Attributes:
+        mean: Samples clients and takes their mean.
+        strategy: Clips and adds noise around it.
+
+    Raises:
+        UserError: dp-accounting is not installed.
+    """
+
+    def __init__(
+        self,
+        settings: PrivacySettings,
+        members: Sequence[Member],
+        clients_per_round: int,
+        seed: int,
+        message_type: str,
+    ) -> None:
+        self.settings = settings
+        self.mean = SampledMean(settings, members, clients_per_round, seed, message_type)
+        self.strategy = self._strategy()
+        self._taken: Counter[str] = Counter()
+        self._asked: list[str] = []
+        self._rounds = 0
+        self._norm = settings.clip_norm
+        if members:
+            self.epsilon({"": 1}, 1)  # what is missing is missed before the first round
+
+    def _strategy(self) -> Strategy:
+        s, size = self.settings, max(1, self.mean.size)
+        if s.noise == "client":
+            return self.mean  # Flower's LocalDpMod does it all, on the client
+        # The count of clients below the norm is noised too; this much leaves most of z to φ.
+        count_noise = max(size / 20, s.noise_multiplier)
+        if s.clipping == "fixed":
+            fixed = {
+                "server": DifferentialPrivacyServerSideFixedClipping,
+                "client": DifferentialPrivacyClientSideFixedClipping,
+            }[s.clip_on]
+            return fixed(self.mean, s.noise_multiplier, s.clip_norm, size)
+        adaptive = {"server": ServerQuantile, "client": ClientQuantile}[s.clip_on]
+        return adaptive(
+            self.mean, s.noise_multiplier, size, s.clip_norm, s.quantile, s.clip_lr, count_noise
+        )
+
+    # ── rounds ──────────────────────────────────────────────────────────────────────────────────
+
+    def allows(self, round_: int) -> bool:
+        """Whether one more round stays within the budget."""
+        if self.settings.epsilon is None:
+            return True
+        taken = self._taken.copy()
+        if self.settings.sampling == "seeded":
+            taken.update(member.client for member in self.mean.sample(round_))
+        return self.epsilon(taken, self._rounds + 1) <= self.settings.epsilon
+
+    def asking(self, members: Iterable[Member], run: RunFolder) -> None:
+        """These clients are about to be asked.
+
+        Where they add the noise themselves every answer is out with it, whether or not the round is
+        finished: what is asked of them is written down first.
+        """
+        self._asked = [member.client for member in members]
+        self._norm = self._clip_norm
+        if self.settings.noise == "client" and self.settings.test_seed is None:
+            self._taken.update(self._asked)
+            self._asked = []
+            write_json(run.path / ASKED, dict(sorted(self._taken.items())))
+
+    def within_limits(
+        self, offers: Sequence[Offer], _most: float, failures: Failures, what: str
+    ) -> list[Offer]:
+        """The offers that may be averaged; a client's own change alone decides.
+
+        A limit that hangs on the other clients' changes would tell of them.
+        """
+        kept = []
+        for offer in offers:
+            if self.settings.clip_on == "server" and offer.norm == 0:
+                failures.leave_out(
+                    offer.client, f"client {offer.client} in {what} changed nothing."
+                )
+            elif self.settings.clip_on == "client" and offer.norm > self._bound(offer):
+                failures.leave_out(
+                    offer.client,
+                    f"client {offer.client} in {what} did not clip its change: its norm is "
+                    f"{offer.norm:.3g}, the clip norm {self._norm:.3g}.",
+                )
+            else:
+                kept.append(offer)
+        return kept
+
+    def _bound(self, offer: Offer) -> float:
+        noise = 0.0
+        if self.settings.noise == "client":  # six standard deviations above its mean norm
+            noise = self.settings.noise_multiplier * (math.sqrt(offer.size) + 6)
+        return self._norm * (1 + ROUNDING + noise)
+
+    def aggregate(self, round_: int, replies: list[Message]) -> ArrayRecord | None:
+        """The noised mean of this round; it is accounted for."""
+        with noise_from(self.settings.test_seed, "server", round_), _flower_quiet():
+            arrays, _ = self.strategy.aggregate_train(round_, replies)
+        self._taken.update(self._asked)
+        self._rounds += 1
+        return arrays
+
+    @property
+    def bit(self) -> str | None:
+        """The metric that tells whether a client clipped, where the norm adapts to that."""
+        tells = self.settings.clipping == "adaptive" and self.settings.clip_on == "client"
+        return "norm_bit" if tells else None
+
+    # ── account ─────────────────────────────────────────────────────────────────────────────────
+
+    def epsilon(self, taken: Mapping[str, int], rounds: int) -> float:
+        """ε of so many rounds, in which the clients took part so many times."""
+        s, size, population = self.settings, self.mean.size, len(self.mean.members)
+        try:
+            from flwr.serverapp import RdpAccountant
+
+            secret = s.sampling == "secret"
+            accountant = RdpAccountant(
+                PrivacyConfig(
+                    s.delta,
+                    population,
+                    NeighboringRelation.REPLACE_ONE
+                    if secret
+                    else NeighboringRelation.ADD_OR_REMOVE_ONE,
+                    SamplingMethod.WITHOUT_REPLACEMENT
+                    if secret
+                    else SamplingMethod.NO_AMPLIFICATION,
+                )
+            )
+        except ImportError as error:
+            raise UserError(
+                'privacy needs dp-accounting: pip install "fedp2eft[privacy]".'
+            ) from error
+        times = rounds if secret else max(taken.values(), default=0)
+        if not times:
+            return 0.0
+        z = s.noise_multiplier / 2 if secret else s.noise_multiplier
+        accountant.compose(GaussianPrivacyEvent(z, size, population), times)
+        return accountant.get_epsilon(s.delta)
+
+    def facts(self) -> dict[str, float]:
+        """What a line of metrics.jsonl says of the round."""
+        spent = self.epsilon(self._taken, self._rounds)
+        return {"epsilon": spent, "delta": self.settings.delta, "clip-norm": self._norm}
+
+    def told(self, stopped: str) -> str:
+        """The line that ends training."""
+        spent = self.epsilon(self._taken, self._rounds)
+        return (
+            f"{stopped}: ε is {spent:.3g} (δ {self.settings.delta:g}), and one round more would "
+            f"pass the budget privacy.epsilon = {self.settings.epsilon:g}."
+        )
+
+    @property
+    def _clip_norm(self) -> float:
+        return float(getattr(self.strategy, "clipping_norm", self.settings.clip_norm))
+
+    def memory(self) -> dict[str, Tensor]:
+        """What must be known to go on after this round, by name."""
+        kept = {TAKEN + name: torch.tensor(times) for name, times in sorted(self._taken.items())}
+        norm = torch.tensor(self._clip_norm, dtype=torch.float64)
+        return {**kept, NORM: norm, ROUNDS: torch.tensor(self._rounds)}
+
+    def remember(self, kept: Mapping[str, Tensor], run: RunFolder) -> None:
+        """Go on from there."""
+        self._taken = Counter(
+            {n.removeprefix(TAKEN): int(v) for n, v in kept.items() if n.startswith(TAKEN)}
+        )
+        self._rounds = int(kept.get(ROUNDS, torch.tensor(0)))
+        if NORM in kept and hasattr(self.strategy, "clipping_norm"):
+            self.strategy.clipping_norm = float(kept[NORM])
+        asked = read_json(run.path / ASKED)
+        if self.settings.noise == "client" and self.settings.test_seed is None and asked:
+            self._taken |= Counter(asked)  # the larger of the two, client by client
+
+
+@contextmanager
+def noise_from(test_seed: int | None, *parts: int | str) -> Iterator[None]:
+    """NumPy's global generator, which Flower draws noise from, freshly seeded.
+
+    Args:
+        test_seed: None seeds it from the system's randomness.
+        parts: What the noise is for; tells draws of one test seed apart.
+    """
+    before = np.random.get_state()
+    np.random.seed(None if test_seed is None else derive_seed(test_seed, *parts) % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+@contextmanager
+def _flower_quiet() -> Iterator[None]:
+    """Without its warning that clients failed: they are reckoned with here."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

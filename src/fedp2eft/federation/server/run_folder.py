@@ -1,0 +1,252 @@
+"""The folder of a run: everything needed to go on from where it was stopped, and its results.
+
+settings.yaml      the resolved settings
+metrics.jsonl      one line per finished round: the same bits whether or not the run was stopped
+timings.jsonl      seconds of each round (these differ from run to run)
+faults.jsonl       one line for each thing that went wrong, as it happened; faults.json counts them
+checkpoints/       the newest finished rounds
+base/              the base model, ready for `from_pretrained`
+psg/               the trained PSG
+fedl2p/            the trained meta-net of FedL2P, where that is a method
+cells/             one small file per client, method and rank budget
+adapters/<client>/ the clients' PEFT adapters
+generations/       what the clients' models answered, where `evaluation.generate` is set
+                   (`fedp2eft.federation.client.texts`)
+clients/<client>/  what stays on a client: its own part of the base (base.kind feddpa-t, dept-spec),
+                   and what rounding kept back of its φ (`wire` other than fp32)
+results.json       the tables
+tensorboard/       what TensorBoard shows, where `trackers` names it
+lambda.safetensors, structure.json, machine.json
+                   local engine: λ of every client, how alike they are, what computed
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from torch import Tensor
+
+from fedp2eft.data.federation import check_client_name
+from fedp2eft.errors import UserError
+from fedp2eft.federation.server.checkpoints import (
+    Progress,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
+from fedp2eft.federation.server.faults import Faults
+from fedp2eft.federation.server.tracking import Trackers
+from fedp2eft.files import append_line, read_json, read_lines, sweep, write_json, write_text
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import as_dict, check_same, read_settings
+
+# Settings that may change between two starts of one run: they add to it, and change nothing done.
+FREE = {
+    ("federation", "rounds"),
+    ("federation", "keep_checkpoints"),
+    ("federation", "timeout"),
+    ("federation", "min_clients"),
+    ("federation", "wait"),
+    ("peers", "failures"),
+    ("peers", "quarantine"),
+    ("peers", "min_share"),
+    ("privacy", "epsilon"),
+    ("fedl2p", "rounds"),
+    ("evaluation", "methods"),
+    ("evaluation", "ranks"),
+    ("evaluation", "pools"),
+    ("compare",),
+    ("trackers",),
+}
+
+
+class RunFolder:
+    """Opens or makes a run folder and keeps other processes out of it.
+
+    Args:
+        path: The folder.
+        settings: The experiment; an existing folder must have been made for the same one.
+
+    Raises:
+        UserError: The folder belongs to another experiment, to another process, or is not ours.
+
+    Attributes:
+        faults: What goes wrong, since this start.
+        trackers: Hear of every finished round.
+    """
+
+    def __init__(self, path: str | Path, settings: Settings) -> None:
+        self.path = Path(path)
+        self.settings = settings
+        self.faults = Faults(self.path, settings.peers.quarantine)
+        self.trackers: Trackers | None = None
+        self._lock: IO[bytes] | None = None
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        settings_file = self.path / "settings.yaml"
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path} is a file: name a folder for the run.")
+            if self.path.is_dir() and not settings_file.exists() and _is_foreign(self.path):
+                raise UserError(f"{self.path} is not empty and holds no run: name another folder.")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process is working on {self.path}: wait for it, or name another folder."
+            ) from error
+        except OSError as error:
+            raise UserError(f"Cannot use {self.path} for the run: {error.strerror}.") from error
+        wanted = as_dict(self.settings)
+        if settings_file.exists():
+            check_same(self.path, read_settings(settings_file), wanted, FREE)
+            self._check_rounds()
+        for part in ("checkpoints", "cells/*", "adapters/*", "generations/*", "clients/*"):
+            for folder in self.path.glob(part):
+                sweep(folder)
+        sweep(self.path)
+        write_text(settings_file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+
+    def _check_rounds(self) -> None:
+        """The numbers of a finished round cannot be taken back."""
+        s = self.settings
+        for phase, name, rounds in (
+            ("psg", "federation.rounds", s.federation.rounds),
+            ("fedl2p", "fedl2p.rounds", s.fedl2p.rounds),
+        ):
+            found = load_checkpoint(self.path / "checkpoints", phase)
+            if found is not None and found[0].round > rounds:
+                raise UserError(
+                    f"{self.path} has {found[0].round} finished rounds, more than {name} = "
+                    f"{rounds}: give {found[0].round} or more, or name another run folder."
+                )
+
+    def close(self) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def base(self) -> Path:
+        """Folder of the base model."""
+        return self.path / "base"
+
+    @property
+    def psg(self) -> Path:
+        """Folder of the trained PSG."""
+        return self.path / "psg"
+
+    @property
+    def fedl2p(self) -> Path:
+        """File of the trained meta-net of FedL2P."""
+        return self.path / "fedl2p" / "model.safetensors"
+
+    # ── rounds ──────────────────────────────────────────────────────────────────────────────────
+
+    def finish_round(
+        self,
+        phase: str,
+        round_: int,
+        numbers: dict[str, Tensor],
+        metrics: dict[str, Any],
+        seconds: float,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keep a finished round: its metrics, then its checkpoint (which makes it count)."""
+        at = {"phase": phase, "round": round_}
+        append_line(self.path / "metrics.jsonl", at | metrics)
+        append_line(self.path / "timings.jsonl", at | {"seconds": round(seconds, 3)})
+        keep = self.settings.federation.keep_checkpoints
+        folder = self.path / "checkpoints"
+        save_checkpoint(folder, Progress(phase, round_), numbers, keep, state)
+        if self.trackers:
+            self.trackers.round(phase, round_, metrics, seconds)
+
+    def resume(self, phase: str, rounds: int) -> tuple[int, dict[str, Tensor] | None]:
+        """(last finished round, its numbers) of a phase, or (0, None) at its start.
+
+        Where rounds are left to do, lines of metrics.jsonl behind the last finished round are taken
+        out: they belong to a round that was stopped half-way.
+        """
+        found = load_checkpoint(self.path / "checkpoints", phase)
+        done = found[0].round if found else 0
+        if done < rounds:
+            self._cut_metrics(phase, done)
+        return done, found[1] if found else None
+
+    def state(self, phase: str) -> dict[str, Tensor]:
+        """What the server remembered beside the numbers after a phase's last finished round."""
+        return load_state(self.path / "checkpoints", phase)
+
+    def metrics(self, phase: str) -> list[dict[str, Any]]:
+        """What was kept of a phase's rounds, in their order."""
+        lines = [read for _, read in read_lines(self.path / "metrics.jsonl") if read is not None]
+        return [read for read in lines if read["phase"] == phase]
+
+    def drop_checkpoints(self, phase: str) -> None:
+        """Remove the checkpoints of a phase whose result is saved."""
+        for path in (self.path / "checkpoints").glob(f"{phase}-*.safetensors"):
+            path.unlink()
+
+    def _cut_metrics(self, phase: str, done: int) -> None:
+        """Take out half a line, and the lines of a phase behind a round."""
+        lines = read_lines(self.path / "metrics.jsonl")
+        kept = [
+            line
+            for line, read in lines
+            if read is not None and not (read["phase"] == phase and read["round"] > done)
+        ]
+        if len(kept) < len(lines):
+            write_text(self.path / "metrics.jsonl", b"".join(kept).decode())
+
+    # ── cells ───────────────────────────────────────────────────────────────────────────────────
+
+    def cell_path(self, method: str, rank: int, client: str) -> Path:
+        """File of one client's scores with one method and budget."""
+        check_client_name(client)  # over a network a peer chose it
+        return self.path / "cells" / f"{method}-r{rank}" / f"{client}.json"
+
+    def cell(self, method: str, rank: int, client: str) -> dict[str, Any] | None:
+        """A cell that was computed before, or None."""
+        value = read_json(self.cell_path(method, rank, client))
+        return value if isinstance(value, dict) else None
+
+    def write_cell(self, method: str, rank: int, client: str, value: dict[str, Any]) -> None:
+        """Keep a cell."""
+        write_json(self.cell_path(method, rank, client), value)
+
+    def drop_cells_of_other_phi(self, digests: Mapping[str, str]) -> None:
+        """Remove cells, and their adapters, that came from numbers before the present ones.
+
+        Args:
+            digests: Digest of the present numbers, by method.
+        """
+        for path in self.path.glob("cells/*/*.json"):
+            method = path.parent.name.rpartition("-r")[0]
+            cell = read_json(path)
+            if method in digests and isinstance(cell, dict) and cell.get("phi") != digests[method]:
+                adapter = self.path / "adapters" / path.stem / path.parent.name
+                shutil.rmtree(adapter, ignore_errors=True)
+                texts = self.path / "generations" / path.parent.name / path.name
+                texts.unlink(missing_ok=True)
+                path.unlink()
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder without settings holds more than a process killed at its start leaves."""
+    return any(
+        path.name != ".lock" and not path.name.startswith(".settings.yaml-")
+        for path in folder.iterdir()
+    )

@@ -1,0 +1,1 @@
+"""Base models from package files, without a model hub."""

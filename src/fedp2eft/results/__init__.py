@@ -1,0 +1,1 @@
+"""Everything that reads a finished cell: metrics, tables, figures, cards."""

@@ -1,0 +1,90 @@
+"""What the files of a comparison's cells hold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedp2eft.files import read_json, read_lines
+from fedp2eft.results.metrics import metric_of
+
+Facts = Mapping[str, Any]
+"""The content of a cell's file, or of one client in it."""
+
+_CELL = {
+    "method": str,
+    "base": str,
+    "rank": int,
+    "seed": int,
+    "pool": str,
+    "clients": list,
+    "seconds": (int, float),
+    "bytes_up": int,
+    "bytes_down": int,
+    "peak_memory": int,
+    "versions": dict,
+    "machine": str,
+}
+_CLIENT = {
+    "client": str,
+    "language": str,
+    "examples": int,
+    "loss": (int, float),
+    "parameters": (int, float),
+    "seconds": (int, float),
+}
+_log = logging.getLogger(__name__)
+
+
+def read_cells(folder: Path) -> list[Facts]:
+    """All cells of a comparison folder; a file that is none is named in a warning and left out."""
+    cells = []
+    for path in sorted((folder / "cells").glob("**/*.json")):
+        facts = read_json(path)
+        if not _is_cell(facts) or path != folder / "cells" / f"{name_of(facts)}.json":
+            _log.warning("%s is not a cell of this comparison: it is left out.", path)
+            continue
+        cells.append(facts)
+    return cells
+
+
+def scored(facts: Facts) -> Sequence[Facts]:
+    """The clients that have test rows; the others have no score."""
+    return [client for client in facts["clients"] if client[metric_of(client).unit]]
+
+
+def values(facts: Facts | None) -> dict[str, float]:
+    """The metric by client; empty where there is no cell."""
+    return {c["client"]: metric_of(c).value([c]) for c in scored(facts)} if facts else {}
+
+
+def name_of(facts: Facts) -> str:
+    """The name that `fedp2eft.results.plan.Cell` gives to a cell of this content."""
+    return "{base}/s{seed}/{pool}/{method}-r{rank}".format(**facts)
+
+
+def traffic(run: Path, phase: str) -> tuple[int, int]:
+    """Bytes that a client sent and got in a round of a run's federation, on average."""
+    lines = [line for _, line in read_lines(run / "metrics.jsonl") if line is not None]
+    rounds = [line for line in lines if line.get("phase") == phase]
+    clients = max(1, sum(line.get("clients", 0) for line in rounds))
+    up, down = (sum(line.get(f"bytes-{way}", 0) for line in rounds) for way in ("up", "down"))
+    return round(up / clients), round(down / clients)
+
+
+def _is_cell(facts: object) -> bool:
+    return _has(facts, _CELL) and all(map(is_client, facts["clients"]))  # type: ignore[index]
+
+
+def is_client(facts: object) -> bool:
+    """Whether it is what one client's scores are."""
+    count = {"tokens": int} if isinstance(facts, dict) and "tokens" in facts else {"correct": int}
+    return _has(facts, _CLIENT | count)
+
+
+def _has(facts: object, kinds: Mapping[str, Any]) -> bool:
+    return isinstance(facts, dict) and all(
+        isinstance(facts.get(name), kind) for name, kind in kinds.items()
+    )

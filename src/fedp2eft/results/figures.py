@@ -1,0 +1,273 @@
+"""The figures of a comparison, as PNG and SVG. Needs matplotlib (extra `report`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fedp2eft.files import write_whole
+from fedp2eft.results.layout import unit
+from fedp2eft.results.summary import Comparison, Line
+
+# Okabe and Ito's colours, told apart with any colour vision; marks and lines tell rounds apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", ":", "-.")
+MARKS = "osD^vPX*<>hdp8H"
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "fedp2eft",  # else the names inside the file are drawn anew each time
+    "svg.fonttype": "none",  # text stays text: small, and any script that the reader has a font for
+    "text.parse_math": False,  # a name may hold $
+}
+_META: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
+
+
+def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write every figure; the same comparison gives the same files, byte for byte.
+
+    Returns:
+        The files: for each base accuracy-<base> and difference-<base>, and for each of its pools
+        languages-<base>-<pool>, as .png and .svg; none of what has no cells.
+    """
+    written = []
+    with rc_context(STYLE):
+        for base in comparison.bases:
+            lines = [line for line in comparison.lines if line.base == base]
+            figures = {}
+            if lines:
+                figures[f"accuracy-{base}"] = accuracy_figure(comparison, base)
+            if any(line.differences for line in lines):
+                figures[f"difference-{base}"] = difference_figure(comparison, base)
+            for pool in comparison.pools:
+                if any(line.pool == pool and line.method != "base" for line in lines):
+                    figures[f"languages-{base}-{pool}"] = language_figure(comparison, base, pool)
+            written += save_figures(figures, folder)
+    return written
+
+
+def accuracy_figure(comparison: Comparison, base: str) -> Figure:
+    """Mean over languages against the rank, a panel per pool; bars are intervals over seeds.
+
+    The methods stand side by side within the band of their rank. A method without a budget is a
+    dashed line. The axis shows the means; an interval may go beyond it.
+    """
+    figure, axes = _panels(
+        len(comparison.pools), 1.2 + 1.1 * len(comparison.ranks), 3.6, share_y=False, beside=2.2
+    )
+    for ax, pool in zip(axes, comparison.pools, strict=True):
+        draw_accuracy(ax, comparison, base, pool)
+        ax.set_title(pool)
+    axes[0].set_ylabel(f"mean of languages ({unit(comparison.metric)})")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    name = comparison.metric.name
+    figure.suptitle(f"{name.capitalize()} on the base {base}: mean over seeds, 95 % interval")
+    return figure
+
+
+def draw_accuracy(ax: Axes, comparison: Comparison, base: str, pool: str) -> None:
+    """One pool's panel of `accuracy_figure`; each method's marks have a gid `method-<n>-…`."""
+    places, scale = np.arange(len(comparison.ranks)), _scale(comparison)
+    spread = np.linspace(-0.36, 0.36, len(comparison.methods))
+    for x in places:
+        ax.axvspan(x - 0.42, x + 0.42, color="#f3f3f3", lw=0, zorder=0)
+    for number, method in enumerate(comparison.methods):
+        look = look_of(number, method)
+        found = [comparison.line(base, pool, method, rank) for rank in comparison.ranks]
+        lines = [(x, line) for x, line in zip(places, found, strict=True) if line]
+        if lines and lines[0][1].rank == 0 < comparison.ranks[0]:
+            level = scale * lines[0][1].mean.mean
+            gid = f"method-{number}-level"
+            ax.axhline(level, color=look["color"], lw=1.2, ls="--", gid=gid)
+            ax.plot([], [], color=look["color"], lw=1.2, ls="--", label=method)
+            continue
+        drawn = ax.errorbar(
+            [x + spread[number] for x, _ in lines],
+            [scale * line.mean.mean for _, line in lines],
+            yerr=[scale * (line.mean.half_width or 0) for _, line in lines],
+            label=method,
+            lw=1,
+            ms=5,
+            capsize=2,
+            elinewidth=1,
+            **look,
+        )
+        for part, artist in enumerate(drawn.get_children()):
+            artist.set_gid(f"method-{number}-{part}")
+        for bars in drawn[2]:
+            bars.set_alpha(0.4)
+    # Two or three seeds give intervals so long that nothing else could be told apart.
+    means = [scale * line.mean.mean for line in comparison.lines if _is_of(line, base, pool)]
+    if means:
+        room = max(max(means) - min(means), 0.02 * abs(max(means)), 1e-3)
+        ax.set_ylim(min(means) - 0.6 * room, max(means) + 0.6 * room)
+    ax.grid(False, axis="x")
+    ax.set_xticks(places, [str(rank) for rank in comparison.ranks])
+    ax.set_xlabel("rank r")
+
+
+def difference_figure(comparison: Comparison, base: str) -> Figure:
+    """Difference to LoRA of every method and rank, a panel per pool; bars: bootstrap intervals."""
+    methods = [method for method in comparison.methods if method != "lora"]
+    height = 1.2 + 0.16 * len(methods) * (len(comparison.ranks) + 1)
+    figure, axes = _panels(len(comparison.pools), 2.6, height, beside=1.6)
+    middle = (len(comparison.ranks) - 1) / 2
+    step, scale = 0.7 / max(1, len(comparison.ranks)), _scale(comparison)
+    points = "points" if comparison.metric.higher else unit(comparison.metric)
+    for ax, pool in zip(axes, comparison.pools, strict=True):
+        ax.axvline(0, color="black", lw=0.8)
+        for number, rank in enumerate(comparison.ranks):
+            for row, method in enumerate(methods):
+                line = comparison.line(base, pool, method, rank)
+                found = line.difference("lora", rank) if line else None
+                if found is None:
+                    continue
+                low, high = (found.value if x is None else x for x in (found.low, found.high))
+                ax.errorbar(
+                    [scale * found.value],
+                    [row + (number - middle) * step],
+                    xerr=[[scale * (found.value - low)], [scale * (high - found.value)]],
+                    lw=1.2,
+                    ms=4,
+                    capsize=2,
+                    **(_look(number) | {"ls": "none"}),
+                )
+        ax.set_title(pool)
+        ax.set_xlabel(f"to LoRA ({points})")
+        ax.grid(False, axis="y")
+        for row in range(0, len(methods), 2):
+            ax.axhspan(row - 0.5, row + 0.5, color="#f3f3f3", lw=0, zorder=0)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    for number, rank in enumerate(comparison.ranks):
+        axes[0].errorbar([], [], label=f"r = {rank}", ms=4, **(_look(number) | {"ls": "none"}))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(f"Base {base}: paired difference to LoRA, 95 % bootstrap over clients")
+    return figure
+
+
+def language_figure(comparison: Comparison, base: str, pool: str) -> Figure:
+    """The metric by language: a panel per method, a bar per rank, the base model as a line.
+
+    A method without a budget has one grey bar.
+    """
+    languages = comparison.languages(base, pool)
+    methods = [method for method in comparison.methods if method != "base"]
+    width, wide = 1.5 + 0.3 * len(languages), 2 if len(methods) > 1 else 1
+    figure, axes = _panels(len(methods), width, 1.6, wide=wide)
+    for ax, method in zip(axes, methods, strict=False):
+        draw_languages(ax, comparison, base, pool, method)
+        ax.set_title(method, fontsize=9)
+    for ax in axes[len(methods) :]:
+        ax.set_visible(False)
+    for rank in comparison.ranks:
+        axes[0].bar([0], [0], color=shade(comparison.ranks, rank), label=f"r = {rank}")
+    axes[0].plot([], [], color="black", lw=1.4, label="base model")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.supylabel(f"{comparison.metric.name} ({unit(comparison.metric)})", fontsize=9)
+    figure.suptitle(f"Base {base}, pool {pool}: by language, mean over seeds")
+    return figure
+
+
+def draw_languages(ax: Axes, comparison: Comparison, base: str, pool: str, method: str) -> None:
+    """One method's panel of `language_figure`."""
+    languages = comparison.languages(base, pool)
+    places, scale = np.arange(len(languages)), _scale(comparison)
+    found = {rank: comparison.line(base, pool, method, rank) for rank in comparison.ranks}
+    lines = {rank: line for rank, line in found.items() if line}
+    if any(line.rank == 0 for line in lines.values()):
+        lines = {0: next(iter(lines.values()))}
+    width = 0.8 / max(1, len(lines))
+    for number, (rank, line) in enumerate(lines.items()):
+        ax.bar(
+            places - 0.4 + (number + 0.5) * width,
+            [scale * _value(line, name) for name in languages],
+            width,
+            color=shade(comparison.ranks, rank),
+        )
+    if known := comparison.line(base, pool, "base", comparison.ranks[0]):
+        level = [scale * _value(known, name) for name in languages]
+        ax.hlines(level, places - 0.45, places + 0.45, color="black", lw=1.4)
+    ax.set_xticks(places, languages, rotation=90 if len(languages) > 8 else 0)
+    ax.grid(False, axis="x")
+
+
+def _panels(
+    count: int,
+    width: float,
+    height: float,
+    *,
+    wide: int | None = None,
+    share_y: bool = True,
+    beside: float = 0.4,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, `wide` in a row; sizes in inches, `beside` for what is beside."""
+    wide = wide or count
+    tall = -(-count // wide)
+    size = (wide * width + beside, tall * height + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(tall, wide, squeeze=False, sharey=share_y)
+    return figure, list(grid.ravel())
+
+
+def look_of(number: int, method: str) -> dict[str, Any]:
+    """What the n-th method is drawn with; the base model is black."""
+    return _look(number) if method != "base" else {"color": "black"}
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour, mark and line of the n-th series."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKS[number % len(MARKS)],
+        "ls": LINES[number // len(COLOURS) % len(LINES)],
+    }
+
+
+def shade(ranks: Sequence[int], rank: int) -> tuple[float, float, float]:
+    """Light to dark blue, so that ranks are told apart by lightness alone; grey for rank 0."""
+    if rank == 0:
+        return 0.6, 0.6, 0.6
+    part = ranks.index(rank) / max(1, len(ranks) - 1)
+    light, dark = np.array([0.55, 0.76, 0.92]), np.array([0.0, 0.27, 0.49])
+    red, green, blue = (light + part * (dark - light)).tolist()
+    return red, green, blue
+
+
+def _is_of(line: Line, base: str, pool: str) -> bool:
+    return (line.base, line.pool) == (base, pool)
+
+
+def _value(line: Line, language: str) -> float:
+    found = line.languages.get(language)
+    return found.mean if found else float("nan")
+
+
+def _scale(comparison: Comparison) -> float:
+    """Shares are shown in %."""
+    return 100.0 if comparison.metric.higher else 1.0
+
+
+def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write figures as .png and .svg into a folder; returns the files."""
+    written = []
+    for name, figure in figures.items():
+        for kind, meta in _META.items():
+            path = folder / f"{name}.{kind}"
+            write_whole(path, partial(figure.savefig, format=kind, dpi=150, metadata=meta))
+            written.append(path)
+    return written

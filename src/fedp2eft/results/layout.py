@@ -1,0 +1,177 @@
+"""What stands in the tables of a comparison, as text: rows and columns, no file format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedp2eft.results.metrics import ACCURACY, METRICS, Metric
+from fedp2eft.results.statistics import Estimate
+from fedp2eft.results.summary import REFERENCES, Comparison, Difference, Line
+
+MISSING = "–"
+COLUMNS = (
+    *("mean", "worst language", "worst client", "worse than base"),
+    *(f"to {name}" for name in REFERENCES),
+    *("seeds", "seconds", "parameters", "kB up", "kB down", "memory GB"),
+)
+NOTES = (
+    "Within a language pooled over its clients' test rows, then the plain mean of the languages. "
+    "Worst language and worst client: the worst of each seed. Worse than base: share (%) of the "
+    "clients that score worse than the base model itself. To lora, to fedp2eft: difference to it "
+    "at the same rank.",
+    "± is half the 95 % confidence interval over seeds (Student's t). [ ] is the 95 % interval of "
+    "a paired bootstrap over clients, within languages.",
+    "Seconds, parameters and kB (up and down, a client and round of the method's own federation) "
+    "are means per client; memory is the most that the process held.",
+    f"{MISSING}: not computed, or not defined.",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text cells.
+
+    Args:
+        title: What it shows.
+        head: Names of the columns.
+        rows: Each as long as `head`.
+    """
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def budgets(comparison: Comparison, base: str, pool: str) -> Iterator[tuple[int, str, Line | None]]:
+    """(Rank, method, its line or None where there is none) in the order in which they are shown.
+
+    A method without a budget comes again at every rank, to stand beside the others.
+    """
+    for rank in comparison.ranks:
+        for method in comparison.methods:
+            yield rank, method, comparison.line(base, pool, method, rank)
+
+
+def compact_table(comparison: Comparison, base: str) -> Table:
+    """Methods × (pool, rank): mean over languages with its interval over seeds."""
+    at = [(pool, rank) for pool in comparison.pools for rank in comparison.ranks]
+
+    def cell(method: str, pool: str, rank: int) -> str:
+        line = comparison.line(base, pool, method, rank)
+        if line is None:
+            return MISSING
+        few = "*" if len(line.mean.seeds) < len(comparison.seeds) else ""
+        return score(line.mean, comparison.metric) + few
+
+    rows = [[method, *(cell(method, *place) for place in at)] for method in comparison.methods]
+    head = ["method", *(f"{pool} r={rank}" for pool, rank in at)]
+    return Table(f"{_title(comparison)} on the base {base}", head, rows)
+
+
+def long_table(comparison: Comparison, base: str, pool: str) -> Table:
+    """(Rank, method) × all metrics, differences and costs of one pool."""
+    rows = []
+    for rank, method, line in budgets(comparison, base, pool):
+        cells = numbers(line, rank) if line else [MISSING] * len(COLUMNS)
+        rows.append([str(rank), method, *cells])
+    title = f"{_title(comparison)}, base {base}, pool {pool}"
+    return Table(title, ["rank", "method", *COLUMNS], rows)
+
+
+def language_table(comparison: Comparison, base: str, pool: str) -> Table:
+    """(Rank, method) × languages of one pool: accuracy, mean over seeds."""
+    languages = comparison.languages(base, pool)
+    rows = []
+    for rank, method, line in budgets(comparison, base, pool):
+        made = [line.languages.get(name) if line else None for name in languages]
+        cells = [comparison.metric.shown(one.mean) if one else MISSING for one in made]
+        rows.append([str(rank), method, *cells])
+    title = f"{_title(comparison)} by language, base {base}, pool {pool}"
+    return Table(title, ["rank", "method", *languages], rows)
+
+
+def further_table(comparison: Comparison, base: str, pool: str) -> Table | None:
+    """(Rank, method) × the other metrics of a causal LM; None where nothing has any."""
+    lines = list(budgets(comparison, base, pool))
+    told = [line.further_means for _, _, line in lines if line]
+    names = [name for name in METRICS if any(name in means for means in told)]
+    if not names:
+        return None
+    rows = []
+    for rank, method, line in lines:
+        made = [line.further_means.get(name) if line else None for name in names]
+        cells = [score(one, METRICS[name]) for one, name in zip(made, names, strict=True)]
+        rows.append([str(rank), method, *cells])
+    title = f"Perplexity per token, scores of texts in %, base {base}, pool {pool}"
+    return Table(title, ["rank", "method", *names], rows)
+
+
+def unit(metric: Metric) -> str:
+    """What the tables and figures show the metric in."""
+    return "%" if metric.higher else "nats per token"
+
+
+def _title(comparison: Comparison) -> str:
+    return f"{comparison.metric.name.capitalize()} ({unit(comparison.metric)})"
+
+
+def numbers(line: Line, rank: int) -> list[str]:
+    """What a line shows at a budget under `COLUMNS`."""
+    cost, metric = line.cost, METRICS[line.metric]
+    return [
+        score(line.mean, metric),
+        score(line.worst_language, metric),
+        score(line.worst_client, metric),
+        score(line.worse_than_base, ACCURACY),  # a share too
+        *(difference(line.difference(to, rank), metric) for to in REFERENCES),
+        str(len(line.mean.seeds)),
+        f"{cost.seconds:.1f}",
+        f"{cost.parameters:,.0f}",
+        f"{cost.bytes_up / 1e3:,.0f}",
+        f"{cost.bytes_down / 1e3:,.0f}",
+        f"{cost.peak_memory / 1e9:.1f}",
+    ]
+
+
+def score(made: Estimate | None, metric: Metric) -> str:
+    """A value of the metric, with half its interval where it has one."""
+    if made is None:
+        return MISSING
+    half = "" if made.half_width is None else f" ± {metric.shown(made.half_width)}"
+    return metric.shown(made.mean) + half
+
+
+def difference(made: Difference | None, metric: Metric) -> str:
+    """A difference with its sign, and with its interval where it has one."""
+    if made is None:
+        return MISSING
+    value, low, high = (
+        None if x is None else ("+" if x >= 0 else "") + metric.shown(x)
+        for x in (made.value, made.low, made.high)
+    )
+    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """Per base: the compact one first, then the long one and the languages of every pool."""
+    return [
+        table
+        for base in comparison.bases
+        for table in (
+            compact_table(comparison, base),
+            *(long_table(comparison, base, pool) for pool in comparison.pools),
+            *(language_table(comparison, base, pool) for pool in comparison.pools),
+            *(further_table(comparison, base, pool) for pool in comparison.pools),
+        )
+        if table
+    ]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What the reader of the tables must know."""
+    seeds = ", ".join(map(str, comparison.seeds))
+    lines = [*NOTES, f"Seeds: {seeds}. * fewer seeds than these."]
+    if comparison.missing:
+        lines.append(f"{len(comparison.missing)} cells of the comparison are not computed yet.")
+    return lines

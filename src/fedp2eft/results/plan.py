@@ -1,0 +1,161 @@
+"""The cells of a comparison: which there are, where they are kept, and who works on which.
+
+A comparison folder:
+
+settings.yaml                                       the resolved settings
+bases/<base>-s<seed>/                               run folder of a base model's training
+runs/<base>-s<seed>[-<variant>]/                    run folder of the methods' federations on it
+cells/<base>/s<seed>/<pool>/<method>-r<rank>.json   one file per cell, written once
+locks/                                              what the processes at work hold
+results.json, table.md, table.csv, table.tex, …     what the cells say
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedp2eft.files import read_json
+from fedp2eft.methods import METHODS, method_named
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import as_dict, settings_from
+
+SEEDED = ("adapter", "data", "fedl2p", "generator", "model")
+"""Sections whose `seed` a comparison's seed replaces, beside the experiment's own."""
+
+
+@dataclass(frozen=True, order=True)
+class Training:
+    """One training that several cells share.
+
+    Args:
+        base: How the base is trained.
+        seed: The comparison's seed.
+        variant: Settings its PSG is trained under, e.g. "adapter.layerwise-True"; "" for none.
+    """
+
+    base: str
+    seed: int
+    variant: str = ""
+
+    @property
+    def base_name(self) -> str:
+        """The base's folder under bases/."""
+        return f"{self.base}-s{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """Its folder under runs/."""
+        return self.base_name + (f"-{self.variant}" if self.variant else "")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the comparison.
+
+    Args:
+        training: What it starts from.
+        pool: Whose clients are scored.
+        method: The method.
+        rank: The budget; 0 for a method without one.
+    """
+
+    training: Training
+    pool: str
+    method: str
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """Its file under cells/, without the ending."""
+        t = self.training
+        return f"{t.base}/s{t.seed}/{self.pool}/{self.method}-r{self.rank}"
+
+    def path(self, folder: Path) -> Path:
+        """Its file in a comparison folder."""
+        return folder / "cells" / f"{self.name}.json"
+
+    def done(self, folder: Path) -> bool:
+        """Whether it was computed."""
+        return isinstance(read_json(self.path(folder)), dict)
+
+
+def plan(settings: Settings) -> list[Cell]:
+    """All cells, those of one training side by side.
+
+    Raises:
+        UserError: An unknown method or base.
+    """
+    evaluation = settings.evaluation
+    trainings: dict[Training, list[str]] = {}
+    for base in settings.compare.bases or [settings.base.kind]:
+        for seed in settings.compare.seeds:
+            for name in evaluation.methods:
+                variant = variant_name(method_named(name).variant)
+                trainings.setdefault(Training(base, seed, variant), []).append(name)
+    return [
+        Cell(training, pool, method, rank)
+        for training, methods in trainings.items()
+        for pool in evaluation.pools
+        for method in methods
+        for rank in (evaluation.ranks if METHODS[method].ranked else [0])
+    ]
+
+
+def variant_name(variant: Mapping[str, Mapping[str, Any]]) -> str:
+    """A name for the settings that a method's federation is trained under."""
+    return "-".join(
+        f"{section}.{key}-{value}"
+        for section, keys in variant.items()
+        for key, value in keys.items()
+    )
+
+
+def settings_of(settings: Settings, training: Training, *, base_only: bool = False) -> Settings:
+    """The experiment of one training: its base, its seeds, its variant and the methods it serves.
+
+    Args:
+        settings: The comparison.
+        training: Which training.
+        base_only: That of the base alone, the same for every variant on it.
+
+    Raises:
+        UserError: The base is unknown.
+    """
+    methods = [
+        name
+        for name in settings.evaluation.methods
+        if variant_name(method_named(name).variant) == training.variant
+    ]
+    raw = as_dict(settings)
+    raw["seed"] = training.seed
+    for section in SEEDED:
+        raw[section]["seed"] = training.seed
+    raw["base"]["kind"] = training.base
+    raw["evaluation"] |= {"methods": [] if base_only else methods, "save_adapters": False}
+    if not base_only:
+        for section, keys in METHODS[methods[0]].variant.items():
+            raw[section].update(keys)
+    return settings_from(raw)
+
+
+@contextmanager
+def claim(folder: Path, name: str) -> Iterator[bool]:
+    """Hold a piece of work against all other processes; gives False where another has it.
+
+    The lock goes with the process that holds it, however that ends. Whoever gets a claim must look
+    once more whether the work is still to be done.
+    """
+    path = folder / "locks" / name.replace("/", "_")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,150 @@
+"""Tables from cells: within a language pooled over its clients, then the plain mean of languages.
+
+(Paper section 5, metric.)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedp2eft.errors import UserError
+from fedp2eft.files import read_json, write_json
+from fedp2eft.results.metrics import ACCURACY, further_metrics, metric_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of one method, budget and pool.
+
+    Args:
+        method: Its name.
+        rank: Budget r; 0 for a method without one.
+        pool: "seen", "unseen" or "new-language".
+        languages: The metric by language, pooled over the language's test rows (response tokens):
+            accuracy, 0 to 1, or response loss in nats.
+        mean: Plain mean over languages.
+        worst_language: The worst of a language.
+        worst_client: The worst of a client.
+        worse_than_base: Share of clients that score worse than the base model; None without it.
+        clients: Clients scored.
+        parameters: Mean number of adapter parameters of a client.
+        metric: Its name; a key of `metrics.METRICS`.
+        further: Other metrics of a causal LM by name, each by language and pooled in the same way:
+            perplexity, and what generated texts score, 0 to 1, the mean over a language's rows.
+        further_means: Their plain means over languages.
+    """
+
+    method: str
+    rank: int
+    pool: str
+    languages: dict[str, float]
+    mean: float
+    worst_language: float
+    worst_client: float
+    worse_than_base: float | None
+    clients: int
+    parameters: float
+    metric: str = ACCURACY.name
+    further: dict[str, dict[str, float]] = field(default_factory=dict)
+    further_means: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows of a run.
+
+    Args:
+        run: The run folder.
+        rows: Sorted by pool, rank and method as they were asked for.
+    """
+
+    run: Path
+    rows: tuple[Row, ...]
+
+    def row(self, method: str, rank: int, pool: str) -> Row:
+        """One row; a `UserError` where it was not computed."""
+        for row in self.rows:
+            if (row.method, row.rank, row.pool) == (method, rank, pool):
+                return row
+        raise UserError(f"{self.run} has no result for {method}, rank {rank}, pool {pool}.")
+
+
+def read_results(run: str | Path) -> Results:
+    """The tables that `collect` wrote."""
+    rows = read_json(Path(run) / "results.json")
+    if not isinstance(rows, list):
+        raise UserError(f"{run} has no results yet: finish the run first.")
+    return Results(Path(run), tuple(Row(**row) for row in rows))
+
+
+def collect(run: str | Path) -> Results:
+    """Read a run's cells, write results.json and return the tables."""
+    run = Path(run)
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(run.glob("cells/*/*.json")):
+        cell = read_json(path)
+        if isinstance(cell, dict) and cell["examples"]:  # a client without test rows has no score
+            method, _, rank = path.parent.name.rpartition("-r")
+            groups[(method, int(rank), cell["pool"])].append(cell)
+    base = {
+        cell["client"]: metric_of(cell).value([cell])
+        for (method, _, _), cells in groups.items()
+        if method == "base"
+        for cell in cells
+    }
+    rows = tuple(
+        row_of(*key, groups[key], base) for key in sorted(groups, key=lambda k: (k[2], k[1], k[0]))
+    )
+    results = Results(run, rows)
+    write_json(run / "results.json", [asdict(row) for row in rows])
+    return results
+
+
+def row_of(
+    method: str,
+    rank: int,
+    pool: str,
+    cells: Sequence[Mapping[str, Any]],
+    base: Mapping[str, float],
+) -> Row:
+    """The scores of one method, budget and pool.
+
+    Args:
+        method: Its name.
+        rank: Budget r; 0 for a method without one.
+        pool: Whose clients.
+        cells: For each client `client`, `language`, `parameters` and its scores, of one row or
+            more (see `Scores.numbers`).
+        base: The base model's own metric by client, for those it is known for.
+    """
+    metric = metric_of(cells[0])
+    spoken: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        spoken[cell["language"]].append(cell)
+    languages = {name: metric.value(spoken[name]) for name in sorted(spoken)}
+    each = {cell["client"]: metric.value([cell]) for cell in cells}
+    known = [name for name in each if name in base]
+    further = {
+        other.name: {name: other.value(spoken[name]) for name in sorted(spoken)}
+        for other in further_metrics(cells)
+    }
+    worse = sum(metric.is_worse(each[name], base[name]) for name in known)
+    return Row(
+        method=method,
+        rank=rank,
+        pool=pool,
+        languages=languages,
+        mean=sum(languages.values()) / len(languages),
+        worst_language=metric.worst(languages.values()),
+        worst_client=metric.worst(each.values()),
+        worse_than_base=worse / len(known) if known else None,
+        clients=len(cells),
+        parameters=sum(cell["parameters"] for cell in cells) / len(cells),
+        metric=metric.name,
+        further=further,
+        further_means={name: sum(v.values()) / len(v) for name, v in further.items()},
+    )

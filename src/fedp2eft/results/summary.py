@@ -1,0 +1,276 @@
+"""What the cells of a comparison say: scores over seeds, differences to references, cost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import numpy as np
+
+from fedp2eft.results.cells import Facts, name_of, scored, values
+from fedp2eft.results.metrics import ACCURACY, METRICS, Metric, metric_of
+from fedp2eft.results.plan import plan
+from fedp2eft.results.rows import Row, row_of
+from fedp2eft.results.statistics import Estimate, estimate, paired_difference
+from fedp2eft.seeding import derive_seed
+from fedp2eft.settings.experiment import Settings
+
+Key = tuple[str, str, str, int]
+"""Base, pool, method, rank."""
+
+REFERENCES = ("lora", "fedp2eft")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The metric of a method minus a reference's, on the same base, pool, seeds and clients.
+
+    Args:
+        to: The reference.
+        rank: The reference's budget; the method's own too, where it has one.
+        value: Difference of the means over languages, mean over seeds.
+        low: Lower end of the bootstrap interval over clients (see `paired_difference`).
+        high: Its upper end; both None where there can be none.
+    """
+
+    to: str
+    rank: int
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs, mean over seeds.
+
+    Args:
+        seconds: Wall seconds a client takes to personalize and be scored.
+        parameters: Adapter parameters of a client.
+        bytes_up: Bytes a client sent per round while the method's shared numbers were trained.
+        bytes_down: Bytes it got.
+        peak_memory: Most bytes resident in the process, the largest of the seeds.
+    """
+
+    seconds: float
+    parameters: float
+    bytes_up: float
+    bytes_down: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method at one budget, on one base and pool.
+
+    Args:
+        base: How the base model was trained.
+        pool: "seen", "unseen" or "new-language".
+        method: Its name.
+        rank: Budget r; 0 for a method without one.
+        clients: Clients scored per seed, on average.
+        languages: The metric by language, pooled over its clients' test rows.
+        mean: Plain mean over languages.
+        worst_language: The worst of a language.
+        worst_client: The worst of a client.
+        worse_than_base: Share of clients that score worse than the base model; None without it.
+        differences: To the references, at every budget that both have.
+        cost: What it costs.
+        metric: Name of the metric; a key of `fedp2eft.results.metrics.METRICS`.
+        further: A causal LM's other metrics by name, each by language: perplexity, and the scores
+            of generated texts.
+        further_means: Their plain means over languages.
+    """
+
+    base: str
+    pool: str
+    method: str
+    rank: int
+    clients: float
+    languages: dict[str, Estimate]
+    mean: Estimate
+    worst_language: Estimate
+    worst_client: Estimate
+    worse_than_base: Estimate | None
+    differences: tuple[Difference, ...]
+    cost: Cost
+    metric: str
+    further: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    further_means: dict[str, Estimate] = field(default_factory=dict)
+
+    def difference(self, to: str, rank: int) -> Difference | None:
+        """The difference to a reference at its budget `rank`."""
+        return next((d for d in self.differences if (d.to, d.rank) == (to, rank)), None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All lines of a comparison, and the axes along which they are shown.
+
+    Args:
+        bases: In the order of the settings.
+        pools: In the order of the settings.
+        methods: In the order of the settings.
+        ranks: In the order of the settings.
+        seeds: In the order of the settings.
+        lines: One for every method and budget that has a cell, in the order of the axes.
+        missing: Names of the cells that are not there.
+        machines: Machines that computed the cells.
+        versions: Versions of the packages that computed them.
+    """
+
+    bases: list[str]
+    pools: list[str]
+    methods: list[str]
+    ranks: list[int]
+    seeds: list[int]
+    lines: tuple[Line, ...]
+    missing: list[str]
+    machines: list[str]
+    versions: list[dict[str, str]]
+
+    @property
+    def metric(self) -> Metric:
+        """What its task is judged by."""
+        return METRICS[self.lines[0].metric] if self.lines else ACCURACY
+
+    def line(self, base: str, pool: str, method: str, rank: int) -> Line | None:
+        """A method at a budget; one without a budget is the same at all. None: not computed."""
+        for line in self.lines:
+            same = (line.base, line.pool, line.method) == (base, pool, method)
+            if same and line.rank in (rank, 0):
+                return line
+        return None
+
+    def languages(self, base: str, pool: str) -> list[str]:
+        """The languages of a pool, sorted."""
+        lines = [line for line in self.lines if (line.base, line.pool) == (base, pool)]
+        return sorted({language for line in lines for language in line.languages})
+
+
+def summarize(settings: Settings, cells: Iterable[Facts]) -> Comparison:
+    """The lines of a comparison.
+
+    Args:
+        settings: The comparison: its bases, pools, methods, ranks and seeds.
+        cells: In any order; those that the settings do not ask for are left out.
+    """
+    planned = {cell.name: cell for cell in plan(settings)}
+    found = {name_of(facts): facts for facts in cells if name_of(facts) in planned}
+    groups: dict[Key, dict[int, Facts]] = defaultdict(dict)
+    for name, cell in planned.items():  # the order of the settings
+        if name in found and scored(found[name]):
+            key = (cell.training.base, cell.pool, cell.method, cell.rank)
+            groups[key][cell.training.seed] = found[name]
+    evaluation = settings.evaluation
+    axes: tuple[list[str], ...] = (
+        list(settings.compare.bases or [settings.base.kind]),
+        [str(pool) for pool in evaluation.pools],
+        evaluation.methods,
+    )
+
+    def place(key: Key) -> list[int]:
+        return [*(axis.index(name) for axis, name in zip(axes, key[:3], strict=True)), key[3]]
+
+    versions = {tuple(sorted(facts["versions"].items())) for facts in found.values()}
+    return Comparison(
+        bases=axes[0],
+        pools=axes[1],
+        methods=axes[2],
+        ranks=list(evaluation.ranks) or [0],
+        seeds=list(settings.compare.seeds),
+        lines=tuple(_line(key, groups) for key in sorted(groups, key=place)),
+        missing=[name for name in planned if name not in found],
+        machines=sorted({facts["machine"] for facts in found.values()}),
+        versions=[dict(items) for items in sorted(versions)],
+    )
+
+
+def _line(key: Key, groups: Mapping[Key, Mapping[int, Facts]]) -> Line:
+    base, pool, method, rank = key
+    mine = groups[key]
+    own = groups.get((base, pool, "base", 0), {})
+    rows: dict[int, Row] = {
+        seed: row_of(method, rank, pool, scored(facts), values(own.get(seed)))
+        for seed, facts in mine.items()
+    }
+
+    def over_seeds(name: str) -> Estimate:
+        made = estimate({seed: getattr(row, name) for seed, row in rows.items()})
+        assert made is not None
+        return made
+
+    # Texts count where every seed has them: a mean over other seeds than the loss's misleads.
+    first, *others = (row.further for row in rows.values())
+    further = [name for name in first if all(name in other for other in others)]
+    worse = {s: r.worse_than_base for s, r in rows.items() if r.worse_than_base is not None}
+    return Line(
+        base=base,
+        pool=pool,
+        method=method,
+        rank=rank,
+        clients=fmean(row.clients for row in rows.values()),
+        languages=dict(sorted(_by_name({s: row.languages for s, row in rows.items()}).items())),
+        mean=over_seeds("mean"),
+        worst_language=over_seeds("worst_language"),
+        worst_client=over_seeds("worst_client"),
+        worse_than_base=estimate(worse),
+        differences=tuple(
+            difference
+            for other, theirs in groups.items()
+            if other[:2] == key[:2] and other[2] in REFERENCES and other[2] != method
+            if rank in (other[3], 0)
+            if (difference := _difference(key, mine, other, theirs))
+        ),
+        cost=Cost(
+            seconds=fmean(fmean(c["seconds"] for c in facts["clients"]) for facts in mine.values()),
+            parameters=fmean(row.parameters for row in rows.values()),
+            bytes_up=fmean(facts["bytes_up"] for facts in mine.values()),
+            bytes_down=fmean(facts["bytes_down"] for facts in mine.values()),
+            peak_memory=max(facts["peak_memory"] for facts in mine.values()),
+        ),
+        metric=next(iter(rows.values())).metric,
+        further={n: _by_name({s: row.further[n] for s, row in rows.items()}) for n in further},
+        further_means=_by_name(
+            {s: {n: row.further_means[n] for n in further} for s, row in rows.items()}
+        ),
+    )
+
+
+def _by_name(values: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
+    """Values by seed and name as estimates by name."""
+    by_name: dict[str, dict[int, float]] = defaultdict(dict)
+    for seed, named in values.items():
+        for name, value in named.items():
+            by_name[name][seed] = value
+    made = {name: estimate(seeds) for name, seeds in by_name.items()}
+    return {name: one for name, one in made.items() if one}
+
+
+def _difference(
+    key: Key, mine: Mapping[int, Facts], other: Key, theirs: Mapping[int, Facts]
+) -> Difference | None:
+    """On the seeds that both have, and the clients that both scored on as many rows in all."""
+    seeds = sorted(mine.keys() & theirs.keys())
+    if not seeds:
+        return None
+    scores = [
+        tuple({c["client"]: c for c in scored(cells[seed])} for cells in (mine, theirs))
+        for seed in seeds
+    ]
+    metric = metric_of(next(iter(scores[0][0].values())))
+    unit = metric.unit
+    both = set.intersection(*(a.keys() & b.keys() for a, b in scores))
+    common = sorted(name for name in both if all(a[name][unit] == b[name][unit] for a, b in scores))
+    if not common:
+        return None
+    interval = paired_difference(
+        np.array([[metric.total(a[name]) for name in common] for a, _ in scores]),
+        np.array([[metric.total(b[name]) for name in common] for _, b in scores]),
+        np.array([[float(a[name][unit]) for name in common] for a, _ in scores]),
+        [scores[0][0][name]["language"] for name in common],
+        derive_seed("bootstrap", *key[:2]),
+    )
+    return Difference(other[2], other[3], interval.value, interval.low, interval.high)

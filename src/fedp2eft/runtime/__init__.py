@@ -1,0 +1,1 @@
+"""One process's model, data and caches; it knows no Flower."""

@@ -1,0 +1,317 @@
+"""What one process holds for all its clients: one base model, and caches of tokens and ξ.
+
+A process of the local engine serves every client from one workspace; a SuperNode has one for its
+only client. Nothing in here is ever sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.bases import BASES, Base, copy_numbers
+from fedp2eft.client.training import features
+from fedp2eft.data.federation import Client, Federation
+from fedp2eft.data.nodes import Value as NodeValue
+from fedp2eft.data.nodes import federation_of_node
+from fedp2eft.data.registry import load_federation
+from fedp2eft.errors import TellableError, UserError
+from fedp2eft.generator import LAMBDA, LOG_LAMBDA, PSG, PSGConfig
+from fedp2eft.methods.fedl2p.meta_net import MetaNet
+from fedp2eft.models.loading import (
+    ModelSource,
+    as_loaded,
+    has_dropout,
+    load_base,
+    load_tokenizer,
+    resolve_model,
+    save_model,
+)
+from fedp2eft.models.precision import choose_device, resolve_precision
+from fedp2eft.models.sources import HASHED, hash_weights
+from fedp2eft.progress import current
+from fedp2eft.runtime.own_base import PrivateParts
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.profiles import PROFILES, Profile
+from fedp2eft.tasks import Task, make_task
+from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.generation import check_room
+from fedp2eft.tasks.text_scores import check_scorers
+
+
+class Workspace:
+    """Loads on first use, once.
+
+    Args:
+        settings: The experiment.
+        run: The run folder, where this process has it, or a SuperNode's own folder: the base model
+            is taken from there, and adapters are kept there.
+        node: The node config of a SuperNode that reads its own client's file.
+
+    Attributes:
+        private: Each client's own part of the base; never sent.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        run: Path | None = None,
+        node: Mapping[str, NodeValue] | None = None,
+    ) -> None:
+        if settings.evaluation.generate:
+            check_scorers()  # now, not after hours of training
+        self.settings = settings
+        self.run = run
+        self.node = node
+        self._encoded: dict[tuple[str, str], Encoded] = {}
+        self._features: dict[str, Tensor] = {}
+        self._trainable: nn.Module | None = None
+        self.private = PrivateParts(self.client_folder, settings.federation.keep_checkpoints)
+        self._frozen: dict[str, nn.Parameter] = {}
+
+    @property
+    def client_folder(self) -> Path | None:
+        """Where clients keep what never leaves them, if this process has a folder."""
+        return self.run / "clients" if self.run else None
+
+    @cached_property
+    def profile(self) -> Profile:
+        """`paper` or `reference`."""
+        return PROFILES[self.settings.federation.profile]
+
+    @cached_property
+    def federation(self) -> Federation:
+        """The clients and their rows."""
+        if self.node is not None:
+            return federation_of_node(self.node, self.settings.data)
+        return load_federation(self.settings.data)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return choose_device(self.settings.model.device)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """The untrained base model."""
+        return resolve_model(self.settings.model.name, revision=self.settings.model.revision)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return load_tokenizer(self.source)
+
+    @cached_property
+    def task(self) -> Task:
+        """How rows become batches, losses and scores."""
+        length = self.settings.local.max_length
+        return make_task(self.settings.model.task, self.tokenizer, length, self.device)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of their ids; none where nothing is classified."""
+        return self.federation.labels if self.settings.model.task == "classification" else ()
+
+    @cached_property
+    def clients(self) -> dict[str, Client]:
+        """Clients by name."""
+        return {client.name: client for client in self.federation.clients}
+
+    def client(self, name: str) -> Client:
+        """One client; an unknown name is a `UserError`."""
+        if name not in self.clients:
+            raise TellableError(f"This process has no client {name!r}.")
+        return self.clients[name]
+
+    def encoded(self, name: str, split: str) -> Encoded:
+        """A client's rows ("train" or "test") as tokens."""
+        key = (name, split)
+        if key not in self._encoded:
+            client = self.client(name)
+            indices = client.train if split == "train" else client.test
+            rows = self.federation.texts_and_answers(indices, self.settings.model.task)
+            data = self._encoded[key] = self.task.encode(self.tokenizer, *rows)
+            if data.dropped or data.cut:
+                current().note(
+                    f"Client {name}, {split}: of {len(indices)} rows {data.dropped} left out, "
+                    f"whose prompt fills local.max_length, and {data.cut} responses cut there."
+                )
+        return self._encoded[key]
+
+    # ── the base model ──────────────────────────────────────────────────────────────────────────
+
+    @property
+    def base(self) -> Base:
+        """How the base is trained."""
+        return BASES[self.settings.base.kind]
+
+    @property
+    def trainable_base(self) -> nn.Module:
+        """The base in fp32 with a fresh head, for training the base itself."""
+        if self._trainable is None:
+            self._trainable = self._load_trainable(self.source)
+        return self._trainable
+
+    def save_base(
+        self, numbers: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Make the run's own base of what its rounds ended with, and write it to `run / "base"`.
+
+        Args:
+            numbers: What travels of the base, trained; empty where nothing was.
+            facts: JSON values to put beside it, by name of the file.
+        """
+        assert self.run is not None
+        model = self.trainable_base
+        if numbers:
+            copy_numbers(self.base.travelling(model, self.settings.base), numbers)
+        save_model(self.run / "base", self.base.merged(model), as_loaded(self.tokenizer), facts)
+        self.release_trainable_base()
+
+    def release_trainable_base(self) -> None:
+        """Let the trained base go; the next use loads it anew."""
+        self._trainable = None
+
+    @cached_property
+    def finished_base(self) -> nn.Module:
+        """The run's own base in fp32, for training what a client adds to it for itself."""
+        return self._load_trainable(self.base_source)
+
+    def _load_trainable(self, source: ModelSource) -> nn.Module:
+        model = load_base(
+            source,
+            self.settings.model.task,
+            num_labels=len(self.labels) or None,
+            seed=self.settings.model.seed,
+            device=self.device,
+            max_length=self.settings.local.max_length,
+            gradient_checkpointing=self.settings.model.gradient_checkpointing,
+        )
+        self._check_dropout(model)
+        self._name_labels(model)
+        return self.base.wrap(model, self.settings)
+
+    def _check_dropout(self, model: nn.Module) -> None:
+        s = self.settings
+        if s.model.gradient_checkpointing and not s.local.dropout and has_dropout(model):
+            raise UserError(
+                "Gradient checkpointing needs training mode, in which this base model drops out: "
+                "set local.dropout to true, or model.gradient_checkpointing to false."
+            )
+
+    def _name_labels(self, model: nn.Module) -> None:
+        if self.settings.model.task != "classification":
+            return
+        labels = self.labels
+        model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
+        model.config.label2id = {name: i for i, name in enumerate(labels)}  # type: ignore[union-attr]
+
+    @cached_property
+    def base_source(self) -> ModelSource:
+        """The base model that adapters sit on: the run's own."""
+        if self.run is None:
+            return self.source
+        folder = self.run / "base"
+        if self.node is not None and not folder.is_dir():
+            raise TellableError("It was not sent the base of this run: start the run again.")
+        return ModelSource(str(folder), str(folder), hash_weights(folder))
+
+    @cached_property
+    def bt(self) -> BTLora:
+        """The frozen base with its gated adapter."""
+        self.release_trainable_base()
+        base = load_base(
+            self.base_source,
+            self.settings.model.task,
+            num_labels=len(self.labels) or None,
+            dtype=resolve_precision(self.settings.model.precision, self.device),
+            device=self.device,
+            max_length=self.settings.local.max_length,
+            quantize=self.settings.model.quantize,
+            gradient_checkpointing=self.settings.model.gradient_checkpointing,
+        )
+        self._check_dropout(base)
+        if self.settings.evaluation.generate:
+            new_tokens = self.settings.evaluation.max_new_tokens
+            check_room(base.config, self.settings.local.max_length, new_tokens)
+        self._frozen = dict(base.named_parameters())
+        clamp = self.profile.clamp_forward
+        prior = self.settings.local.prior
+        return BTLora(base, self.settings.adapter, clamp_forward=clamp, prior=prior)
+
+    def for_client(self, name: str) -> None:
+        """Put a client's own part of the base, if there is one, into `bt`'s base.
+
+        To be called before any work of a client with `bt`.
+        """
+        if self.base.private:
+            _ = self.bt
+            self.private.put(self, self._frozen, name)
+
+    # ── the PSG ─────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def psg_config(self) -> PSGConfig:
+        """The config of this experiment's PSG."""
+        revision = self.base_source.revision  # of the run's own base, a hash of its weights
+        if not revision.startswith(HASHED):
+            revision = hash_weights(Path(self.base_source.path))
+        return PSGConfig.of(
+            self.settings.adapter,
+            self.settings.generator,
+            base_model=self.source.name,
+            base_revision=revision,
+            linear_names=tuple(name for name, _ in self.bt.linears),
+            layer_names=self.bt.names,
+            feature_kind=self.profile.feature_kind,
+            profile=self.profile.name,
+            target=LAMBDA if self.settings.local.prior == "gamma" else LOG_LAMBDA,
+            max_length=self.settings.local.max_length,
+            labels=self.labels,
+            text_columns=self.federation.text_columns,
+            label_column=self.federation.label_column or "label",
+            task=self.settings.model.task,
+            target_column=(self.federation.target_column or "") if not self.labels else "",
+            personalize_lr=self.settings.local.personalize_lr,
+            personalize_epochs=self.settings.local.personalize_epochs,
+            batch_size=self.settings.local.batch_size,
+            accumulate=self.settings.local.accumulate,
+            dropout=self.settings.local.dropout,
+            base=asdict(self.settings.base),
+        )
+
+    @cached_property
+    def psg(self) -> PSG:
+        """A PSG to load φ into; every use sets all of φ first."""
+        return PSG(self.psg_config)
+
+    # ── FedL2P ──────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def meta_net(self) -> MetaNet:
+        """A meta-net to load FedL2P's numbers into; every use sets all of them first."""
+        return self.new_meta_net()
+
+    def new_meta_net(self) -> MetaNet:
+        """FedL2P's meta-net before its first round."""
+        s = self.settings.fedl2p
+        matrices = 2 * len(self.bt.names)
+        return MetaNet(self.psg_config.n_features, s.hidden, matrices, s.init_lr, s.seed)
+
+    # ── ξ ───────────────────────────────────────────────────────────────────────────────────────
+
+    def features(self, name: str) -> Tensor:
+        """ξ of a client as the PSG wants it, computed once."""
+        if name not in self._features:
+            self.for_client(name)
+            data = self.encoded(name, "train")
+            xi = features(self.bt, self.task, data, self.settings.local, self.profile)
+            self._features[name] = self.psg.features_of(xi, len(data))
+        return self._features[name]

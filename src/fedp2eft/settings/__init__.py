@@ -1,0 +1,1 @@
+"""Every setting, typed, with the paper's values as defaults."""

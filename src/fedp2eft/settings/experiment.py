@@ -1,0 +1,485 @@
+"""Every setting of the method, typed, with the paper's values as defaults.
+
+Nothing heavy is imported here: the command line builds its help from these types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedp2eft.errors import require
+from fedp2eft.settings.data import DataSettings
+from fedp2eft.settings.peers import AggregationSettings, PeerSettings, PrivacySettings
+
+ProfileName = Literal["paper", "reference"]
+Prior = Literal["gamma", "normalized"]
+Wire = Literal["fp32", "bf16", "int8"]
+TaskName = Literal["classification", "causal_lm"]
+Quantize = Literal["none", "8bit", "4bit"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+PoolName = Literal["seen", "unseen", "new-language"]
+BaseKind = Literal[
+    "standard-fl", "fedit", "ffa-lora", "feddpa-t", "dept-spec", "none", "off-the-shelf"
+]
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The sparse-rank adapter that every client starts from (paper section 3, BT-LoRA).
+
+    Args:
+        r_max: Ranks that every adapted layer starts with; also the largest rank budget.
+        scaling: The factor s in W + s·B·diag(λ)·A. It stays the same after trimming.
+        target_modules: PEFT's `target_modules`. "all-linear" adapts every linear layer except a
+            causal LM's output head.
+        lambda_min: Smallest λ that the penalties and the forward pass see.
+        lambda_max: Largest λ that the penalties and the forward pass see.
+        layerwise: One λ per layer instead of one per rank.
+        seed: Seed of the common A. It must be the same for all clients of a federation.
+    """
+
+    r_max: int = 32
+    scaling: float = 2.0
+    target_modules: str | list[str] = "all-linear"
+    lambda_min: float = 1e-4
+    lambda_max: float = 1000.0
+    layerwise: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.r_max >= 1, f"adapter.r_max is {self.r_max}; give a whole number from 1 up.")
+        require(self.scaling > 0, f"adapter.scaling is {self.scaling}; give a number above 0.")
+        require(
+            0 < self.lambda_min < self.lambda_max,
+            f"adapter.lambda_min ({self.lambda_min}) must be above 0 and below "
+            f"adapter.lambda_max ({self.lambda_max}).",
+        )
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """The personalization-strategy generator, PSG (paper section 4).
+
+    Args:
+        hidden_multiplier: Width of the hidden layer as a multiple of the number of features.
+        init_lambda: λ̂ that an untrained PSG predicts for every rank (the bias of its last layer, or
+            the exponential of it where the PSG predicts log λ).
+        log_quantity: Give the PSG log N (N training examples) as one more feature.
+        steps: Adam steps of stage 2 in each round.
+        lr: Learning rate of stage 2.
+        seed: Seed of the PSG's first weights.
+    """
+
+    hidden_multiplier: int = 2
+    init_lambda: float = 1e-4
+    log_quantity: bool = False
+    steps: int = 10
+    lr: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.hidden_multiplier >= 1, "generator.hidden_multiplier must be 1 or more.")
+        require(self.steps >= 0, f"generator.steps is {self.steps}; give 0 or more.")
+        require(self.lr > 0, f"generator.lr is {self.lr}; give a number above 0.")
+        require(self.init_lambda > 0, "generator.init_lambda must be above 0.")
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """What a client does with its own text: stage 1 of a round, and personalization.
+
+    Args:
+        epochs: Passes over the client's training rows.
+        batch_size: Rows per mini-batch.
+        accumulate: Mini-batches per optimiser step.
+        lr: Learning rate of A and B in stage 1.
+        prior: What draws B and λ together in stage 1. "gamma" is the paper's: significance and
+            sparsity, λ trained. "normalized" is the project's variant, whose resting point is λ =
+            mean |B| whatever the width of a layer: log λ is trained, and the PSG predicts log λ.
+        lambda_lr: Learning rate of λ in stage 1 (of log λ where the prior is normalized).
+        personalize_lr: Learning rate of A and B in personalization and in the LoRA baseline.
+        personalize_epochs: Passes over the client's training rows in personalization.
+        alpha_task: Weight of the task loss in stage 1.
+        alpha_s: Weight of the significance penalty, before division by N.
+        alpha_p: Weight of the sparsity penalty, before division by N.
+        alpha: Weight of the normalized prior, before division by N. A rank's λ rises in stage 1
+            where its saliency, −Σ_j B_ji·∂task_loss/∂B_ji, exceeds α / N, and falls towards
+            mean |B| where not. On training rows of seen clients of the Debian descriptions (N = 48,
+            after stage 1) the upper quartile of saliency is 3.8e-5, 4.3e-5 and 4.6e-5 at (lr, λ)
+            of (1e-3, 1), (1e-3, 0.1) and (1e-4, 1): the default lets about a quarter of the ranks
+            rise. It was not chosen by accuracy.
+        max_grad_norm: Gradient-norm clip over A and B (λ is not clipped).
+        dropout: Keep the base model's own dropout on while training.
+        max_length: Longest input in tokens; the rest of a row is cut.
+        eval_batch_size: Rows per batch where no gradient is needed (ξ and scores).
+    """
+
+    epochs: int = 2
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 1e-4
+    prior: Prior = "gamma"
+    lambda_lr: float = 1e-2
+    personalize_lr: float = 1e-4
+    personalize_epochs: int = 2
+    alpha_task: float = 1.0
+    alpha_s: float = 100.0
+    alpha_p: float = 0.01
+    alpha: float = 2e-3
+    max_grad_norm: float = 1.0
+    dropout: bool = True
+    max_length: int = 128
+    eval_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "personalize_epochs"):
+            require(getattr(self, name) >= 0, f"local.{name} must be 0 or more.")
+        for name in ("batch_size", "accumulate", "max_length", "eval_batch_size"):
+            require(getattr(self, name) >= 1, f"local.{name} must be 1 or more.")
+        for name in ("lr", "lambda_lr", "personalize_lr", "max_grad_norm"):
+            require(getattr(self, name) > 0, f"local.{name} must be above 0.")
+        for name in ("alpha_task", "alpha_s", "alpha_p", "alpha"):
+            require(getattr(self, name) >= 0, f"local.{name} must be 0 or more.")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The frozen base model.
+
+    Args:
+        name: Folder or hub id of a Hugging Face model.
+        revision: Commit of the hub model; the newest where none is given.
+        task: What the model is trained for: one class per text, or the response to a prompt.
+        precision: Numbers of the frozen base. "auto" takes bf16 where the device multiplies it
+            faster than fp32. Adapters, λ, the PSG and the penalties are always fp32.
+        quantize: Hold the weights of the linear layers in 8 or 4 bits (bitsandbytes, extra
+            `quantized`) while PSG and adapters are trained; the run keeps the base in full.
+        gradient_checkpointing: Compute the forward pass of each block again in the backward pass
+            instead of keeping it: less memory, more time.
+        device: Where the model runs: "auto", "cpu", "cuda" or "cuda:1".
+        seed: Seed of a classification head that the base does not have yet.
+    """
+
+    name: str = "intfloat/multilingual-e5-small"
+    revision: str | None = None
+    task: TaskName = "classification"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    quantize: Quantize = "none"
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """How the base model itself is trained by the federation before any PSG.
+
+    Args:
+        kind: "standard-fl" is FedAvg of full fine-tuning; "fedit" of LoRA; "ffa-lora" of LoRA whose
+            A stays as it starts; "feddpa-t" is "fedit" and then a LoRA for each client that stays
+            there; "dept-spec" is "standard-fl" with embeddings that stay on the client; "none"
+            ("off-the-shelf" is the same) leaves the model untouched.
+        rounds: Federated rounds.
+        clients_per_round: Seen clients sampled in each round.
+        epochs: Passes over a client's training rows in a round.
+        steps: Optimiser steps in a round, in place of `epochs`: the rows are passed over as often
+            as that takes. local.accumulate mini-batches make one step.
+        batch_size: Rows per mini-batch.
+        lr: Learning rate.
+        schedule: "constant", or "cosine": from `lr` in the first round along half a cosine that
+            ends at 0 after the last.
+        train_embeddings: Train the token embeddings too (no matter to the kinds with LoRA). They
+            are most of a small multilingual model, so leaving them out makes the messages of
+            "standard-fl" several times smaller.
+        lora_rank: Rank of the LoRA of "fedit", "ffa-lora" and "feddpa-t", on every linear layer.
+        lora_alpha: Its alpha; B·A is scaled by alpha / rank.
+        lora_dropout: Dropout of its input while it is trained, where local.dropout is on.
+    """
+
+    kind: BaseKind = "standard-fl"
+    rounds: int = 100
+    clients_per_round: int = 30
+    epochs: int = 2
+    steps: int | None = None
+    batch_size: int = 32
+    lr: float = 5e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    train_embeddings: bool = True
+    lora_rank: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.kind == "off-the-shelf":
+            object.__setattr__(self, "kind", "none")  # one stored name, which older runs have
+        require(self.rounds >= 0, "base.rounds must be 0 or more.")
+        require(self.clients_per_round >= 1, "base.clients_per_round must be 1 or more.")
+        require(self.epochs >= 0, "base.epochs must be 0 or more.")
+        require(self.steps is None or self.steps >= 1, "base.steps must be 1 or more, or null.")
+        require(self.batch_size >= 1, "base.batch_size must be 1 or more.")
+        require(self.lr > 0, "base.lr must be above 0.")
+        require(self.lora_rank >= 1, "base.lora_rank must be 1 or more.")
+        require(self.lora_alpha > 0, "base.lora_alpha must be above 0.")
+        require(0 <= self.lora_dropout < 1, "base.lora_dropout must be from 0 up to, not with, 1.")
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """The federation of the PSG.
+
+    Args:
+        rounds: Federated rounds of PSG training.
+        clients_per_round: Seen clients sampled in each round.
+        profile: "paper" follows the paper; "reference" repeats what its public implementation
+            does differently, for comparing numbers.
+        keep_checkpoints: Finished rounds kept on disk to go on from.
+        timeout: Deadline of a round: seconds to wait for its replies. A later one is left out.
+            Surveys and personalization end when as long has passed without a reply.
+        min_clients: Clients that must be connected for the run to start, and seen ones for each
+            round (all of them where there are fewer). No matter to the local engine.
+        wait: Seconds to wait for them before the run ends, to be gone on with later.
+        wire: Numbers that φ travels in. "bf16" and "int8" send rounded changes upwards, with error
+            feedback on the client, and φ in bf16 downwards.
+        cohort: Clients of a round that the local engine trains in one batch; results are the same
+            up to rounding. "auto" is 16 on a GPU and 1 on a CPU. They train one at a time where
+            the base model has dropout and local.dropout is on, on layers other than nn.Linear, and
+            where clients have a part of the base of their own (base.kind feddpa-t or dept-spec).
+    """
+
+    rounds: int = 150
+    clients_per_round: int = 30
+    profile: ProfileName = "paper"
+    keep_checkpoints: int = 2
+    timeout: float = 3600.0
+    min_clients: int = 1
+    wait: float = 60.0
+    wire: Wire = "fp32"
+    cohort: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, "federation.rounds must be 0 or more.")
+        require(self.clients_per_round >= 1, "federation.clients_per_round must be 1 or more.")
+        require(self.keep_checkpoints >= 2, "federation.keep_checkpoints must be 2 or more.")
+        require(self.timeout > 0, "federation.timeout must be above 0.")
+        require(self.min_clients >= 1, "federation.min_clients must be 1 or more.")
+        require(self.wait >= 0, "federation.wait must be 0 or more.")
+        require(
+            self.cohort == "auto" or self.cohort >= 1,
+            f'federation.cohort is {self.cohort}; give a whole number from 1 up, or "auto".',
+        )
+
+
+@dataclass(frozen=True)
+class FedL2PSettings:
+    """The baseline FedL2P (NeurIPS 2023); its federation runs where `evaluation.methods` names it.
+
+    Args:
+        rounds: Most federated rounds of the meta-net; it samples as many clients as the PSG's.
+        patience: Rounds without a new lowest validation loss after which it stops.
+        rank: Rank of the LoRA that it is trained with; the meta-net serves every rank budget.
+        hidden: Width of the meta-net's two hidden layers.
+        steps: Outer steps of a client in each round, each after an inner fine-tuning of its own.
+        validation: Share of a client's training rows that the outer loss holds out.
+        hyper_lr: Step of the Neumann series.
+        terms: Terms of the Neumann series.
+        meta_lr: Learning rate of the meta-net.
+        lr_lr: Learning rate of its learnable learning rates.
+        init_lr: Where the learnable learning rates start.
+        seed: Seed of the meta-net's first weights.
+    """
+
+    rounds: int = 150
+    patience: int = 50
+    rank: int = 8
+    hidden: int = 100
+    steps: int = 3
+    validation: float = 0.2
+    hyper_lr: float = 0.1
+    terms: int = 3
+    meta_lr: float = 1e-4
+    lr_lr: float = 1e-6
+    init_lr: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, "fedl2p.rounds must be 0 or more.")
+        for name in ("patience", "rank", "hidden", "steps", "terms"):
+            require(getattr(self, name) >= 1, f"fedl2p.{name} must be 1 or more.")
+        for name in ("hyper_lr", "meta_lr", "lr_lr", "init_lr"):
+            require(getattr(self, name) > 0, f"fedl2p.{name} must be above 0.")
+        require(
+            0 < self.validation < 1,
+            f"fedl2p.validation is {self.validation}; give a share above 0 and below 1.",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured after training, on every client of the named pools.
+
+    Args:
+        methods: Methods to compare.
+        ranks: Rank budgets r; each at most adapter.r_max.
+        pools: Client pools to personalize and score.
+        save_adapters: Keep every FedP²EFT adapter in the run folder.
+        layout: Layout of kept adapters.
+        generate: Have every personalized causal LM answer its client's test prompts, greedily, and
+            score the texts (ROUGE, METEOR, chrF) beside the response loss.
+        max_new_tokens: Most tokens of a generated text.
+    """
+
+    methods: list[str] = field(default_factory=lambda: ["base", "lora", "fedp2eft"])
+    ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
+    pools: list[PoolName] = field(default_factory=lambda: ["seen", "unseen"])
+    save_adapters: bool = True
+    layout: Literal["portable", "compact"] = "portable"
+    generate: bool = False
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "evaluation.max_new_tokens must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class AdaLoraSettings:
+    """The AdaLoRA baseline (paper section 5); epochs, batches and clip are those of `local`.
+
+    Args:
+        lr: Learning rate of P, E and Q.
+        orth: Weight of the orthogonality penalty.
+        tinit: Share of the steps before the first rank is dropped.
+        tfinal: Share of the steps after the last rank is dropped.
+        init_multiple: Ranks that every layer starts with, as a multiple of the budget.
+    """
+
+    lr: float = 1e-3
+    orth: float = 0.1
+    tinit: float = 0.1
+    tfinal: float = 0.3
+    init_multiple: float = 1.5
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"adalora.lr is {self.lr}; give a number above 0.")
+        require(self.orth >= 0, f"adalora.orth is {self.orth}; give 0 or more.")
+        require(
+            self.tinit >= 0 and self.tfinal >= 0 and self.tinit + self.tfinal < 1,
+            "adalora.tinit and adalora.tfinal are shares of the steps: together below 1.",
+        )
+        require(self.init_multiple >= 1, "adalora.init_multiple must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What the tuned controls choose from, on held-out training rows of the seen clients.
+
+    Args:
+        lrs: Learning rates in place of local.personalize_lr.
+        scales: Factors on λ.
+        taus: Strengths τ of the label-prior correction.
+        holdout: Share of a seen client's training rows that is held out.
+    """
+
+    lrs: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    taus: list[float] = field(default_factory=lambda: [0.25 * n for n in range(1, 9)])
+    holdout: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("lrs", "scales", "taus"):
+            values = getattr(self, name)
+            require(
+                bool(values) and min(values) > 0,
+                f"tuning.{name} is {values}; give at least one number, all above 0.",
+            )
+        require(0 < self.holdout < 1, "tuning.holdout is a share: above 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What `fedp2eft compare` varies beside the methods, ranks and pools of `evaluation`.
+
+    Args:
+        bases: How the base model is trained, each in place of base.kind; base.kind itself where
+            none are given.
+        seeds: Each seeds everything anew in place of the seeds elsewhere: partition, first weights
+            (head, common A, PSG), sampling and mini-batches.
+    """
+
+    bases: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [42, 52, 62])
+
+    def __post_init__(self) -> None:
+        require(bool(self.seeds), "compare.seeds is empty: give at least one.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment: `fedp2eft train` reads it from YAML, with the command line on top.
+
+    Args:
+        seed: Seed of client sampling and of mini-batch order.
+        data: The clients and their text.
+        model: The frozen base model.
+        base: Federated training of the base before the PSG.
+        adapter: The sparse-rank adapter.
+        generator: The PSG.
+        local: What a client does.
+        federation: The PSG's federation.
+        peers: What the server takes from clients.
+        aggregation: How the server averages.
+        privacy: Differential privacy of φ.
+        fedl2p: The baseline FedL2P.
+        evaluation: What is measured at the end.
+        adalora: The AdaLoRA baseline.
+        tuning: What the tuned controls choose from.
+        compare: What `fedp2eft compare` varies; nothing else looks at it.
+        trackers: Where `train` and `flwr run` send the numbers of rounds and the final tables
+            beside the run folder: "tensorboard" (extra `trackers`), "wandb" or "mlflow".
+    """
+
+    seed: int = 42
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    base: BaseSettings = field(default_factory=BaseSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    local: LocalSettings = field(default_factory=LocalSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    peers: PeerSettings = field(default_factory=PeerSettings)
+    aggregation: AggregationSettings = field(default_factory=AggregationSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    fedl2p: FedL2PSettings = field(default_factory=FedL2PSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    adalora: AdaLoraSettings = field(default_factory=AdaLoraSettings)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    compare: CompareSettings = field(default_factory=CompareSettings)
+    trackers: list[TrackerName] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for rank in self.evaluation.ranks:
+            check_rank(rank, self.adapter.r_max)
+        self.privacy.check(self.aggregation, self.federation.wire)
+        require(
+            self.model.task == "causal_lm" or not self.evaluation.generate,
+            "evaluation.generate needs a model that answers in text: set it to false, or "
+            "model.task to causal_lm.",
+        )
+        require(
+            "fedl2p" not in self.evaluation.methods or self.fedl2p.rank <= self.adapter.r_max,
+            f"fedl2p.rank is {self.fedl2p.rank}; give at most adapter.r_max = "
+            f"{self.adapter.r_max}.",
+        )
+        require(
+            self.local.prior == "gamma" or self.federation.profile == "paper",
+            "federation.profile is reference, whose prior is the paper's: "
+            "set local.prior to gamma, or the profile to paper.",
+        )
+
+
+def check_rank(rank: int, r_max: int) -> None:
+    """Raise `UserError` unless the rank budget lies in 1..r_max."""
+    require(
+        1 <= rank <= r_max,
+        f"Rank budget {rank} is not possible: give a whole number from 1 to r_max = {r_max}.",
+    )
