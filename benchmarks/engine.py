@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from pathlib import Path
 
 import numpy as np
+import psutil
 from common import machine
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -33,8 +33,7 @@ def train(message: Message, context: Context) -> Message:
 def resident() -> int:
     """Bytes of this process in memory."""
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    return psutil.Process().memory_info().rss
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -77,7 +78,7 @@ def experiment(folder: Path, clients: int, rounds: int, a_round: int, **more: An
 def resident() -> float:
     """MB of this process in memory."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+    return psutil.Process().memory_info().rss / 1e6
 
 
 class Silent(LogReporter):

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -32,7 +33,7 @@ LABELS = ("a", "b", "c")
 def resident() -> int:
     """Bytes of this process in memory."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return psutil.Process().memory_info().rss
 
 
 def save_encoder(folder: Path) -> None:

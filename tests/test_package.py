@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tarfile
@@ -83,3 +84,13 @@ def test_the_sdist_builds_the_same_wheel(built, tmp_path: Path):
     assert (source / "tests" / Path(__file__).name).exists()
     again, _ = build(source, tmp_path / "again")
     assert content(again) == content(wheel)
+
+
+def test_no_module_needs_one_kind_of_system():
+    """What only Unix, or only Windows, has is imported where it is used."""
+    one_system = {"fcntl", "grp", "msvcrt", "pwd", "resource", "termios", "tty", "winreg"}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [name.name for name in getattr(node, "names", [])]
+            names.append(getattr(node, "module", None) or "")
+            assert not one_system & set(names), path

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Atomic writes, JSON files and locks: a file is the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -6,40 +6,48 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from fedp2eft.errors import UserError
 
 
+def take_lock(path: Path) -> BaseFileLock | None:
+    """Return the lock of a file, or None if another process has it.
+
+    `release()` gives it back; the operating system does so when the process ends, however it ends.
+
+    Raises:
+        OSError: The file cannot be made, or its file system knows no locks.
+    """
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, then put it in place of `path`.
+    """Let `write` make a file beside `path`, flush it to disk, then put it in place of `path`.
 
     Args:
         path: Final name.
-        write: Called with a temporary name in the same folder.
+        write: Called with a temporary name on the same disk.
 
     Raises:
         UserError: The disk is full or cannot be written; `path` is as it was.
     """
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        os.close(handle)
-        scratch = Path(name)
-        write(scratch)
-        with scratch.open("rb") as written:
-            os.fsync(written.fileno())
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    except Exception as error:
-        _check_disk(path, error)
-        raise
-    finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
+    with _scratch_beside(path) as scratch:
+        new = scratch / "new"
+        write(new)
+        _flush(new)
+        new.replace(path)
+        _flush_names(path.parent)
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
@@ -52,18 +60,13 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: The disk is full or cannot be written; `path` is as it was.
     """
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-        new = scratch / "new"
+    with _scratch_beside(path) as scratch:
+        new, old = scratch / "new", scratch / "old"
         new.mkdir()
         write(new)
         for file in new.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-            file.chmod(0o644)
-        old = scratch / "old"
+            _flush(file)
+        _flush_names(new)
         try:
             if path.exists():
                 path.rename(old)
@@ -72,12 +75,40 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
+        _flush_names(path.parent)
+
+
+@contextmanager
+def _scratch_beside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that is removed at the end; a full disk is the user's to know."""
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        yield scratch
     except Exception as error:
         _check_disk(path, error)
         raise
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Wait until a new file is on the disk, where everybody may read it."""
+    with file.open("rb+") as written:  # Windows flushes only what it may write
+        os.fsync(written.fileno())
+    file.chmod(0o644)  # safetensors writes files that only their owner reads
+
+
+def _flush_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    with suppress(OSError):  # Windows and some network file systems flush no folders
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def sweep(folder: Path, name: str = "*") -> None:

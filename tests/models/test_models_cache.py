@@ -1,6 +1,7 @@
 """The cache: whole or absent, under damage and under haste."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,10 @@ from fedp2eft.models import cache
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDP2EFT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 class Builder:
@@ -40,7 +45,7 @@ def test_built_once(own_cache: Path) -> None:
     folder = cache.cached_folder("part", build)
     assert cache.cached_folder("part", build) == folder == own_cache / "part"
     assert build.calls == 1
-    assert [path.name for path in own_cache.iterdir()] == ["part"]
+    assert kept(own_cache) == ["part"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,7 @@ def test_damaged_copy_is_rebuilt(own_cache: Path, damage) -> None:
     assert not cache.is_whole(folder)
     assert cache.is_whole(cache.cached_folder("part", build))
     assert build.calls == 2
-    assert [path.name for path in own_cache.iterdir()] == ["part"]
+    assert kept(own_cache) == ["part"]
 
 
 def test_size_alone_is_checked_of_large_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +87,7 @@ def test_failed_build_leaves_nothing(own_cache: Path) -> None:
 
     with pytest.raises(UserError, match="no"):
         cache.cached_folder("part", build)
-    assert list(own_cache.iterdir()) == []
+    assert kept(own_cache) == []
 
 
 def test_unwritable_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,35 +97,17 @@ def test_unwritable_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
         cache.cached_folder("part", Builder())
 
 
-def test_old_drafts_are_swept_and_new_ones_kept(own_cache: Path) -> None:
-    for name, age in ((".part.old", 2 * 24 * 3600), (".part.new", 60)):
-        (own_cache / name).mkdir(parents=True)
-        os.utime(own_cache / name, (time.time() - age,) * 2)
+def test_what_a_killed_builder_left_is_swept_away(own_cache: Path) -> None:
+    """It was killed while it built: its lock went with it, its draft is removed."""
+    code = (
+        "import os, signal; from fedp2eft.models.cache import cached_folder\n"
+        "cached_folder('part', lambda folder: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(kept(own_cache)) == 1
     cache.cached_folder("part", Builder())
-    assert sorted(path.name for path in own_cache.iterdir()) == [".part.new", "part"]
-
-
-def test_repair_by_another_process_is_kept(own_cache: Path) -> None:
-    """Between our finding a damaged copy and our draft being ready, another repaired it."""
-    theirs = Builder()
-
-    def build(folder: Path) -> None:
-        cache.cached_folder("part", theirs)
-        Builder()(folder)
-
-    damaged = own_cache / "part"
-    damaged.mkdir(parents=True)
-    assert cache.cached_folder("part", build) == damaged
-    assert theirs.calls == 1
-    assert [path.name for path in own_cache.iterdir()] == ["part"]
-
-
-def test_copy_repaired_at_the_last_moment_is_put_back(own_cache: Path) -> None:
-    folder = cache.cached_folder("part", Builder())
-    cache._set_aside(folder)
-    assert cache.is_whole(folder)
-    cache._set_aside(own_cache / "absent")
-    assert [path.name for path in own_cache.iterdir()] == ["part"]
+    assert kept(own_cache) == ["part"]
 
 
 RACER = """
@@ -129,6 +116,8 @@ from pathlib import Path
 from fedp2eft.models.cache import cached_folder, is_whole
 
 def build(folder):
+    with Path(sys.argv[2]).open("a") as builders:
+        builders.write("one\\n")
     for part in range(5):
         with (folder / "weights").open("ab") as stream:
             stream.write(bytes(100_000))
@@ -141,11 +130,14 @@ assert is_whole(cached_folder("part", build))
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_processes_at_once(own_cache: Path, damaged: bool) -> None:
+def test_one_of_several_processes_builds(own_cache: Path, tmp_path: Path, damaged: bool) -> None:
     if damaged:
         (own_cache / "part").mkdir(parents=True)
-    start = str(time.time() + 0.5)
-    racers = [subprocess.Popen([sys.executable, "-c", RACER, start]) for _ in range(3)]
+    start, builders = str(time.time() + 0.5), tmp_path / "builders"
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACER, start, str(builders)]) for _ in range(3)
+    ]
     assert [racer.wait(timeout=60) for racer in racers] == [0, 0, 0]
-    assert [path.name for path in own_cache.iterdir()] == ["part"]
+    assert kept(own_cache) == ["part"]
     assert (own_cache / "part" / "weights").stat().st_size == 500_000
+    assert builders.read_text() == "one\n"

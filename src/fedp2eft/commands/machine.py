@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 Facts = dict[str, Any]
 
 EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -106,7 +108,7 @@ def look() -> Machine:
     return Machine(
         python={"version": platform.python_version(), "platform": platform.platform()},
         torch=torch_facts,
-        cpu={"usable": _usable_cores(), "cores": os.cpu_count()},
+        cpu={"usable": _usable_cores(), "cores": psutil.cpu_count()},
         memory=_memory(),
         disks=[_disk("cache", cache_dir()), _disk("current folder", Path.cwd())],
         gpus=gpus,
@@ -172,29 +174,24 @@ def _command(name: str) -> str | None:
 
 def _usable_cores() -> int | None:
     try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count()
+        return len(psutil.Process().cpu_affinity())
+    except AttributeError:  # macOS binds no process to cores
+        cores: int | None = psutil.cpu_count()
+        return cores
 
 
 def _memory() -> Facts:
     """Of the machine, or of the container where that has less."""
-    total = available = None
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-        total, available = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
-    except (OSError, ValueError, KeyError, IndexError):
-        try:
-            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError, AttributeError):
-            return {"total": None, "available": None}
+        memory = psutil.virtual_memory()
+    except OSError:
+        return {"total": None, "available": None}
+    total, available = memory.total, memory.available
     limit = _number(Path("/sys/fs/cgroup/memory.max"))
     used = _number(Path("/sys/fs/cgroup/memory.current"))
     if limit is not None and limit < total:
         total = limit
-        if available is not None and used is not None:
-            available = min(available, max(0, limit - used))
+        available = min(available, max(0, limit - (used or 0)))
     return {"total": total, "available": available}
 
 

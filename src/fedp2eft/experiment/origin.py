@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-import resource
+import sys
 from importlib.metadata import version
 from typing import Any
 
+import psutil
 import torch
 
 PACKAGES = ("fedp2eft", "torch", "transformers", "peft", "flwr")
@@ -20,10 +21,20 @@ def machine(device: torch.device) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has held so far."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def facts(device: torch.device) -> dict[str, Any]:
-    """`versions` by package, `machine`, and `peak_memory`: most bytes this process held so far."""
+    """`versions` by package, `machine`, and `peak_memory` in bytes."""
     return {
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": peak_memory(),
         "versions": {name: version(name) for name in PACKAGES},
         "machine": machine(device),
     }

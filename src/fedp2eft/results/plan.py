@@ -12,14 +12,13 @@ results.json, table.md, table.csv, table.tex, …     what the cells say
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedp2eft.files import read_json
+from fedp2eft.files import read_json, take_lock
 from fedp2eft.methods import METHODS, method_named
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import as_dict, settings_from
@@ -145,17 +144,15 @@ def settings_of(settings: Settings, training: Training, *, base_only: bool = Fal
 
 @contextmanager
 def claim(folder: Path, name: str) -> Iterator[bool]:
-    """Hold a piece of work against all other processes; gives False where another has it.
+    """Take the lock of a piece of work; gives False if another process has it.
 
-    The lock goes with the process that holds it, however that ends. Whoever gets a claim must look
-    once more whether the work is still to be done.
+    Whoever gets a claim must look once more whether the work is still to be done.
     """
     path = folder / "locks" / name.replace("/", "_")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    lock = take_lock(path)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            lock.release()

@@ -22,13 +22,13 @@ lambda.safetensors, structure.json, machine.json
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
+from filelock import BaseFileLock
 from torch import Tensor
 
 from fedp2eft.data.federation import check_client_name
@@ -41,7 +41,15 @@ from fedp2eft.federation.server.checkpoints import (
 )
 from fedp2eft.federation.server.faults import Faults
 from fedp2eft.federation.server.tracking import Trackers
-from fedp2eft.files import append_line, read_json, read_lines, sweep, write_json, write_text
+from fedp2eft.files import (
+    append_line,
+    read_json,
+    read_lines,
+    sweep,
+    take_lock,
+    write_json,
+    write_text,
+)
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import as_dict, check_same, read_settings
 
@@ -85,7 +93,7 @@ class RunFolder:
         self.settings = settings
         self.faults = Faults(self.path, settings.peers.quarantine)
         self.trackers: Trackers | None = None
-        self._lock: IO[bytes] | None = None
+        self._lock: BaseFileLock | None = None
         try:
             self._open()
         except BaseException:
@@ -100,14 +108,13 @@ class RunFolder:
             if self.path.is_dir() and not settings_file.exists() and _is_foreign(self.path):
                 raise UserError(f"{self.path} is not empty and holds no run: name another folder.")
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("wb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"Another process is working on {self.path}: wait for it, or name another folder."
-            ) from error
+            self._lock = take_lock(self.path / ".lock")
         except OSError as error:
             raise UserError(f"Cannot use {self.path} for the run: {error.strerror}.") from error
+        if self._lock is None:
+            raise UserError(
+                f"Another process is working on {self.path}: wait for it, or name another folder."
+            )
         wanted = as_dict(self.settings)
         if settings_file.exists():
             check_same(self.path, read_settings(settings_file), wanted, FREE)
@@ -135,8 +142,7 @@ class RunFolder:
     def close(self) -> None:
         """Let other processes in."""
         if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            self._lock.release()
 
     @property
     def base(self) -> Path:
