@@ -1,9 +1,12 @@
-"""The method that CONTRIBUTING.md has one write works as it says."""
+"""CONTRIBUTING.md: its method works, and its map is the tree."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from fedp2eft.experiment.train import train
 from fedp2eft.methods import METHODS, Method
@@ -30,11 +33,23 @@ def test_the_method_in_twenty_lines(world: World, three_clients: Path, tmp_path:
     assert 0 < seen[name].parameters != seen["lora"].parameters
 
 
-def test_every_place_on_the_map_exists():
-    table = TEXT[TEXT.index("| in `src/fedp2eft/`") : TEXT.index("`tests/` mirrors")]
-    for line in table.strip().splitlines()[2:]:
-        for place in re.findall(r"`([\w/.]+)`", line.split("|")[1]):
-            assert (ROOT / "src" / "fedp2eft" / place).exists(), place
-    listed = {place.split("/")[0] for place in re.findall(r"`([\w/.]+)`", table)}
-    folders = {path.parent.name for path in (ROOT / "src" / "fedp2eft").glob("*/__init__.py")}
-    assert folders <= listed
+def places(head: str) -> list[str]:
+    """The first cells' names of the table with that head."""
+    table = TEXT[TEXT.index(head) :].split("\n\n")[0].splitlines()
+    return [place for line in table[2:] for place in re.findall(r"`([^`]+)`", line.split("|")[1])]
+
+
+def test_the_map_names_every_folder_and_top_level_file_of_the_package():
+    package = ROOT / "src" / "fedp2eft"
+    files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    folders = {f"{path.parent.relative_to(package).as_posix()}/" for path in files} - {"./"}
+    expected = folders | {path.name for path in files if path.parent == package}
+    assert sorted(places("| `src/fedp2eft/` |")) == sorted(expected)
+
+
+def test_the_map_names_every_folder_of_the_project():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    folders = {f"{path.partition('/')[0]}/" for path in listed.stdout.split("\n") if "/" in path}
+    assert sorted(places("| project folder |")) == sorted(folders)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 PRESET = ROOT / "src" / "fedp2eft" / "presets" / "quickstart.yaml"
 LONG = ("quickstart", "train", "compare", "build-libreoffice-help")
 ELSEWHERE = {
+    ".": "enters the virtual environment",
+    "git": "fetches the project",
     "export": "sets a variable",
     "cd": "goes to a folder",
     "ssh-keygen": "makes a key on another host",
