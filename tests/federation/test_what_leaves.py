@@ -13,6 +13,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from fedp2eft.client.side import ClientSide
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation import client_app
 from fedp2eft.federation.client.mods import tell_errors
@@ -25,7 +26,6 @@ from fedp2eft.federation.wire.messages import (
     TRAIN_PSG,
     to_arrays,
 )
-from fedp2eft.methods.method import ClientSide
 from fedp2eft.runtime import workspace
 from tiny_run import World, vocabulary
 from watching import watched

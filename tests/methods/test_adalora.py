@@ -24,7 +24,8 @@ from fedp2eft.methods.adalora import (
     orthogonality,
     wrap,
 )
-from fedp2eft.settings.experiment import AdaLoraSettings, AdapterSettings
+from fedp2eft.methods.settings import AdaLoraSettings
+from fedp2eft.settings.experiment import AdapterSettings
 from tiny import TASK, disturb, tiny, tiny_rows
 
 INPUTS = {"input_ids": torch.arange(1, 25).reshape(3, 8), "attention_mask": torch.ones(3, 8).long()}
@@ -69,7 +70,7 @@ def test_lent_base_comes_back_as_it_was(fails) -> None:
 
 
 def test_client_leaves_nothing_behind_and_runs_alike_again() -> None:
-    client = one_client(bt=adapted(dropout=0.1))
+    client = one_client(own=AdaLoraSettings(), bt=adapted(dropout=0.1))
     disturb(client.bt)
     names, before, state = identities(client.bt), logits(client.bt.model), torch.get_rng_state()
     first = adalora(client, 2)
@@ -88,9 +89,9 @@ def test_client_leaves_nothing_behind_and_runs_alike_again() -> None:
 
 def test_run_is_that_of_peft_by_hand() -> None:
     """PEFT adds its penalty to the loss of a model that gets labels; the rest is plain torch."""
-    client = one_client()
+    client = one_client(own=AdaLoraSettings())
     found = adalora(client, 2).weights
-    bt, s = client.bt, client.adalora
+    bt, s = client.bt, client.own
     order = client.order(client.settings)
     with bt.bare() as base:
         model = wrap(base, bt, Schedule.of(2, len(order), s), s.orth).train()
@@ -123,7 +124,7 @@ def test_orthogonality_is_what_peft_adds() -> None:
 
 @pytest.mark.parametrize("orth", [0.0, 50.0])
 def test_penalty_pulls_towards_orthonormal_factors(orth) -> None:
-    client = one_client(adalora=AdaLoraSettings(orth=orth, lr=5e-2))
+    client = one_client(own=AdaLoraSettings(orth=orth, lr=5e-2))
     client = replace(client, settings=replace(LOCAL, personalize_epochs=12, batch_size=24))
     layers = [layer for layer in adalora(client, 2).weights.layers if layer.rank]
     far = [float((x.A @ x.A.T - torch.eye(x.rank)).norm()) / x.rank**0.5 for x in layers]
@@ -135,7 +136,7 @@ def test_penalty_pulls_towards_orthonormal_factors(orth) -> None:
 
 @pytest.mark.parametrize(("rank", "epochs"), [(1, 1), (2, 1), (3, 3)])
 def test_ends_with_the_budget(rank, epochs) -> None:
-    client = one_client()
+    client = one_client(own=AdaLoraSettings())
     outcome = adalora(replace(client, settings=replace(LOCAL, personalize_epochs=epochs)), rank)
     ranks = outcome.weights.ranks
     assert list(ranks) == list(client.bt.names)
@@ -174,14 +175,16 @@ def test_shares_are_rounded_down(rank, steps, expected) -> None:
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_too_few_steps_is_an_error(epochs) -> None:
-    client = one_client(settings=replace(LOCAL, personalize_epochs=epochs, batch_size=24))
+    client = one_client(
+        own=AdaLoraSettings(), settings=replace(LOCAL, personalize_epochs=epochs, batch_size=24)
+    )
     with pytest.raises(UserError, match="needs 2 optimiser steps or more"):
         adalora(client, 2)
     assert logits(client.bt.model) is not None
 
 
 def test_budget_is_updated_after_every_optimiser_step(monkeypatch) -> None:
-    client = one_client(settings=replace(LOCAL, batch_size=4, accumulate=3))
+    client = one_client(own=AdaLoraSettings(), settings=replace(LOCAL, batch_size=4, accumulate=3))
     update, steps, shares = AdaLoraModel.update_and_allocate, [], []
 
     def spy(model, step):
@@ -197,14 +200,14 @@ def test_budget_is_updated_after_every_optimiser_step(monkeypatch) -> None:
 def test_budget_that_is_never_updated_is_an_error(monkeypatch) -> None:
     monkeypatch.setattr(AdaLoraModel, "update_and_allocate", lambda *_: None)
     with pytest.raises(UserError, match="update_and_allocate was never called"):
-        adalora(one_client(), 2)
+        adalora(one_client(own=AdaLoraSettings()), 2)
 
 
 # ── the adapter ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_adapter_is_the_scored_model() -> None:
-    client = one_client(adalora=AdaLoraSettings(lr=0.2))
+    client = one_client(own=AdaLoraSettings(lr=0.2))
     outcome = adalora(client, 2)
     merged = tiny("bert", dropout=0.0).eval()
     plain = TASK.score(merged, client.test, 9)
@@ -245,7 +248,7 @@ def test_layer_that_no_row_reaches_takes_no_harm() -> None:
     model.spare = nn.Linear(4, 4)
     bt = BTLora(model, AdapterSettings(r_max=4))
     assert "spare" in bt.names
-    weights = adalora(one_client(bt=bt), 2).weights
+    weights = adalora(one_client(own=AdaLoraSettings(), bt=bt), 2).weights
     assert 0 < sum(weights.ranks.values()) <= 2 * len(bt.names)
 
 
@@ -253,7 +256,7 @@ def test_kind_of_layer_without_adalora_is_a_user_error() -> None:
     names = ["bert.embeddings.word_embeddings", "classifier"]
     bt = BTLora(tiny("bert").eval(), AdapterSettings(r_max=4, target_modules=names))
     with pytest.raises(UserError, match="AdaLoRA cannot adapt this model"):
-        adalora(one_client(bt=bt), 2)
+        adalora(one_client(own=AdaLoraSettings(), bt=bt), 2)
     assert [layer.module for layer in bt.layers] == [
         bt.model.get_base_model().get_submodule(name) for name in bt.names
     ]

@@ -13,7 +13,7 @@ from one_client import LOCAL, adapted, asked, one_client
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.methods import METHODS
-from fedp2eft.settings.experiment import AdaLoraSettings, TuningSettings
+from fedp2eft.methods.settings import AdaLoraSettings, TuningSettings
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 
@@ -79,10 +79,10 @@ def test_variant_runs_where_the_settings_have_it(world, three_clients, tmp_path)
 def test_causal_lm_is_personalized(kind, method) -> None:
     lengths = [6, 7, 8, 9, 10, 6, 7, 8]  # of one word said over and over
     rows = Encoded.from_rows([[5] * n for n in lengths], [0] * 8, starts=[3] * 8)
-    tuning = TuningSettings(lrs=[1e-6, 3e-2])
+    own = AdaLoraSettings(lr=0.1) if method == "adalora" else TuningSettings(lrs=[1e-6, 3e-2])
     client = one_client(
-        bt=adapted(kind), task=CausalLM(0, 16), train=rows, test=rows, tuning=tuning,
-        settings=replace(LOCAL, batch_size=4), adalora=AdaLoraSettings(lr=0.1),
+        bt=adapted(kind), task=CausalLM(0, 16), train=rows, test=rows,
+        settings=replace(LOCAL, batch_size=4), own=own,
     )  # fmt: skip
     told = asked(method, [client], 2)
     assert told.get("best", torch.ones(1)).tolist() == [1]  # the larger rate is likelier

@@ -14,7 +14,8 @@ from fedp2eft.errors import DivergedError, UserError
 from fedp2eft.methods import METHODS, ClientSide
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
 from fedp2eft.methods.fedl2p.method import train_round
-from fedp2eft.settings.experiment import EvaluationSettings, FedL2PSettings, Settings
+from fedp2eft.methods.fedl2p.settings import FedL2PSettings
+from fedp2eft.settings.reading import settings_from
 
 XI = torch.tensor([0.3, -0.2, 1.1])
 FAST = FedL2PSettings(rank=2, hidden=8, init_lr=1e-4, meta_lr=1e-2, lr_lr=1e-4)
@@ -309,6 +310,6 @@ def test_impossible_settings(change: dict[str, Any], named: str) -> None:
 
 
 def test_a_rank_above_r_max_matters_only_where_fedl2p_is_a_method() -> None:
-    Settings(fedl2p=FedL2PSettings(rank=64))
+    settings_from({"fedl2p": {"rank": 64}})
     with pytest.raises(UserError, match=r"fedl2p\.rank is 64; give at most adapter\.r_max = 32"):
-        Settings(fedl2p=FedL2PSettings(rank=64), evaluation=EvaluationSettings(methods=["fedl2p"]))
+        settings_from({"fedl2p": {"rank": 64}, "evaluation": {"methods": ["fedl2p"]}})

@@ -17,7 +17,7 @@ from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS
 from fedp2eft.methods.label_prior import correction
-from fedp2eft.settings.experiment import TuningSettings
+from fedp2eft.methods.settings import TuningSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 from tiny import disturb, tiny_rows
@@ -68,7 +68,7 @@ def test_scores_are_those_of_the_moved_logits(bt, seed, tau) -> None:
     train, test = rng.integers(0, 3, 24).tolist(), rng.integers(0, 3, 9).tolist()
     pooled = rng.integers(0, 100, 3).tolist()
     client = one_client(
-        bt=bt, train=labelled(train, 1), test=labelled(test, 2), tuning=TuningSettings(taus=[tau]),
+        bt=bt, train=labelled(train, 1), test=labelled(test, 2), own=TuningSettings(taus=[tau]),
         prepared={"best": torch.tensor([0.0]), "all": torch.tensor(pooled).float()},
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -97,9 +97,7 @@ def test_whole_survey_by_hand(bt, monkeypatch) -> None:
     tuning = TuningSettings(taus=[4.0, 0.25, 1.0], holdout=0.25)
     skewed = [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]
     clients = [
-        one_client(
-            n, bt=bt, train=labelled(rng.choice(3, size=120, p=p).tolist(), n), tuning=tuning
-        )
+        one_client(n, bt=bt, train=labelled(rng.choice(3, size=120, p=p).tolist(), n), own=tuning)
         for n, p in enumerate(skewed)
     ]
     told = asked("label-prior", clients, 0)
@@ -122,7 +120,9 @@ def test_whole_survey_by_hand(bt, monkeypatch) -> None:
 def test_tau_is_judged_by_the_rows_that_are_not_held_out(bt, monkeypatch) -> None:
     """Own and pooled frequencies are both those of the kept rows: the held-out ones are a test."""
     monkeypatch.setattr(Classification, "logits", some_logits)
-    client = one_client(bt=bt, train=labelled([0] * 30 + [1] * 20 + [2] * 30, 5))
+    client = one_client(
+        own=TuningSettings(), bt=bt, train=labelled([0] * 30 + [1] * 20 + [2] * 30, 5)
+    )
     pools = {"kept": [90, 5, 5], "all": [5, 5, 90]}
     told = {name: torch.tensor(pool).float() for name, pool in pools.items()}
     trial = client.trial(0.25)
@@ -139,7 +139,7 @@ def test_tau_is_judged_by_the_rows_that_are_not_held_out(bt, monkeypatch) -> Non
 
 def test_base_s_own_logits_are_corrected(bt) -> None:
     """With the client's frequencies equal to the pooled ones nothing moves."""
-    client = one_client(bt=bt)
+    client = one_client(own=TuningSettings(), bt=bt)
     pooled = torch.tensor(counts(client.train.labels.tolist())).float()
     told = {"best": torch.tensor([2.0]), "all": pooled}
     found = METHODS["label-prior"].fit(replace(client, prepared=told), 0).scores
@@ -148,11 +148,11 @@ def test_base_s_own_logits_are_corrected(bt) -> None:
 
 def test_client_without_test_rows_has_no_score(bt) -> None:
     told = {"best": torch.tensor([0.0]), "all": torch.ones(3)}
-    client = one_client(bt=bt, test=tiny_rows([]), prepared=told)
+    client = one_client(own=TuningSettings(), bt=bt, test=tiny_rows([]), prepared=told)
     assert METHODS["label-prior"].fit(client, 0).scores.examples == 0
 
 
 def test_task_without_classes_is_a_user_error(bt) -> None:
-    client = one_client(bt=bt, task=object())
+    client = one_client(own=TuningSettings(), bt=bt, task=object())
     with pytest.raises(UserError, match="this task has no classes"):
         asked("label-prior", [client], 0)

@@ -13,8 +13,8 @@ from one_client import LOCAL, Chosen, adapted, asked, one_client
 
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS, ClientSide, Outcome
+from fedp2eft.methods.settings import TuningSettings
 from fedp2eft.methods.tuned import DIVERGED, best, goodness, grid
-from fedp2eft.settings.experiment import TuningSettings
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.task import Scores
 from tiny import tiny_rows
@@ -34,14 +34,14 @@ def test_only_rate_that_learns_is_chosen(method) -> None:
         bt.model.get_base_model().classifier.bias[never] = -1.0
     tuning = TuningSettings(lrs=[0.05, 1e-6, 1e-7, 1e30], holdout=0.25)
     settings = replace(LOCAL, personalize_epochs=4)
-    client = one_client(bt=bt, train=of_one_class(never), tuning=tuning, settings=settings)
+    client = one_client(bt=bt, train=of_one_class(never), own=tuning, settings=settings)
     [survey] = METHODS[method].surveys
     answer = survey.ask(client, 2)
     assert answer["good"].tolist() == [0, 0, 6, DIVERGED]
     told = survey.combine([answer])
     assert told["best"].tolist() == [2]
     unseen = one_client(1, bt=bt, test=of_one_class(never, 7), train=of_one_class(never))
-    unseen = replace(unseen, tuning=tuning, settings=settings, prepared=told)
+    unseen = replace(unseen, own=tuning, settings=settings, prepared=told)
     assert METHODS[method].fit(unseen, 2).scores.correct == 7
 
 
@@ -65,7 +65,7 @@ def test_trials_see_the_same_rows_and_never_the_test(method, monkeypatch) -> Non
     """Every trial trains on 75 % and is scored on the other 25 %, alike in labels."""
     labels = np.arange(24) % 3
     client = one_client(train=replace(tiny_rows([5] * 24, seed=1), labels=labels))
-    client = replace(client, tuning=TuningSettings(lrs=[1e-3, 1e-2], scales=[1.0, 3.0]))
+    client = replace(client, own=TuningSettings(lrs=[1e-3, 1e-2], scales=[1.0, 3.0]))
     seen = []
 
     def fit(self, lam, keep, settings):
@@ -92,7 +92,7 @@ def test_trials_see_the_same_rows_and_never_the_test(method, monkeypatch) -> Non
 
 
 def test_tuned_fit_is_the_method_at_the_chosen_rate(monkeypatch) -> None:
-    client = one_client(prepared={"best": torch.tensor([3.0])})
+    client = one_client(prepared={"best": torch.tensor([3.0])}, own=TuningSettings())
     calls = []
     monkeypatch.setattr(ClientSide, "fit", lambda *args: calls.append(args[1:]))
     METHODS["lora"].fit(client, 2)
@@ -112,7 +112,7 @@ def test_tuned_fit_is_the_method_at_the_chosen_rate(monkeypatch) -> None:
 @pytest.mark.parametrize("rows", [0, 1])
 def test_client_without_rows_to_hold_out_says_nothing(rows, monkeypatch) -> None:
     Chosen(monkeypatch)
-    client = one_client(train=tiny_rows([5] * rows))
+    client = one_client(train=tiny_rows([5] * rows), own=TuningSettings())
     assert asked("lora-tuned", [client], 1)["best"].tolist() == [0]
     [survey] = METHODS["lora-tuned"].surveys
     assert survey.ask(client, 1)["good"].tolist() == [0] * 5
@@ -123,7 +123,7 @@ def test_survey_tells_its_progress() -> None:
     settings = replace(LOCAL, batch_size=18, personalize_epochs=1)
     client = one_client(settings=settings, progress=shares.append)
     [survey] = METHODS["lora-tuned"].surveys
-    survey.ask(replace(client, tuning=TuningSettings(lrs=[1e-4, 1e-3])), 1)
+    survey.ask(replace(client, own=TuningSettings(lrs=[1e-4, 1e-3])), 1)
     assert shares == [0.5, 1.0]
 
 

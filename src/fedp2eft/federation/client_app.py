@@ -29,6 +29,7 @@ from torch import Tensor
 from fedp2eft.adapters.export import PEFT_TASKS, save_adapter
 from fedp2eft.bases import LocalWork, copy_numbers, rate
 from fedp2eft.bases.parts import own_rows
+from fedp2eft.client.side import ClientSide
 from fedp2eft.client.training import OnStep, train_round
 from fedp2eft.data.nodes import NODES
 from fedp2eft.errors import TellableError, UserError
@@ -51,8 +52,9 @@ from fedp2eft.federation.wire.messages import (
     the_config,
     to_arrays,
 )
-from fedp2eft.methods import METHODS, ClientSide, method_named
+from fedp2eft.methods import METHODS, method_named
 from fedp2eft.methods.fedl2p.method import train_round as train_meta_net
+from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.progress import current
 from fedp2eft.results.cards import origin_of
@@ -192,7 +194,9 @@ def train_fedl2p(message: Message, context: Context) -> Message:
         client_side(workspace, message, name),
         progress=lambda share: reporter.part("fedl2p", share, name),
     )
-    result = train_meta_net(client, net, s.fedl2p, derive_seed(s.seed, "fedl2p", round_, name))
+    result = train_meta_net(
+        client, net, s.section(FedL2PSettings), derive_seed(s.seed, "fedl2p", round_, name)
+    )
     metrics = {"loss": result.loss, VALIDATION_LOSS: result.validation_loss}
     return _trained(message, to_arrays(net.numbers()), metrics, len(client.train), name)
 
@@ -294,6 +298,7 @@ def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide
     shared: dict[str, Tensor] = {}
     method = the_config(message).get("method")
     federation = METHODS[str(method)].shared if method else None
+    own = METHODS[str(method)].settings if method else None
     if federation == "psg":
         shared = from_arrays(the_arrays(message), psg.state_dict(), "φ from the server")
         psg.set_numbers(shared)
@@ -312,8 +317,7 @@ def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide
         progress=lambda share: reporter.part("personalize", share, name),
         shared=shared,
         prepared=prepared,
-        adalora=s.adalora,
-        tuning=s.tuning,
+        own=s.section(own) if own else None,
     )
 
 

@@ -6,39 +6,16 @@ What each one is, costs and lets out of a client: docs/methods.md.
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 from fedp2eft.errors import UserError, nearest
-from fedp2eft.methods import controls, label_prior, tuned
-from fedp2eft.methods.adalora import adalora
-from fedp2eft.methods.base import base
-from fedp2eft.methods.bt_lora import bt_lora
-from fedp2eft.methods.fedl2p.method import fedl2p
-from fedp2eft.methods.fedp2eft import fedp2eft
-from fedp2eft.methods.lora import lora
-from fedp2eft.methods.method import ClientSide, Method, Outcome, Survey
+from fedp2eft.methods.fedl2p.settings import FedL2PSettings
+from fedp2eft.methods.method import METHODS, Method, Survey, lazy, register
+from fedp2eft.methods.settings import AdaLoraSettings, TuningSettings
 from fedp2eft.settings.experiment import Settings
 
-METHODS: dict[str, Method] = {
-    "base": Method(base, ranked=False),
-    "lora": Method(lora),
-    "fedl2p": Method(fedl2p, shared="fedl2p"),
-    "fedp2eft": Method(fedp2eft, shared="psg"),
-    "fedp2eft-normalized": Method(
-        fedp2eft, shared="psg", variant={"local": {"prior": "normalized"}}
-    ),
-    "adalora": Method(adalora),
-    "bt-lora": Method(bt_lora),
-    "lora-tuned": tuned.method(tuned.uniform_ones),
-    "fedp2eft-tuned": tuned.method(tuned.unit_predicted, shared="psg"),
-    "fedp2eft-structure": Method(controls.structure_only, shared="psg"),
-    "fedp2eft-scale": Method(controls.scale_only, shared="psg"),
-    "fedp2eft-random": Method(controls.random_structure, shared="psg"),
-    "fedp2eft-global": Method(
-        controls.global_lambda, shared="psg", surveys=(controls.lambda_survey,)
-    ),
-    "fedp2eft-layerwise": Method(fedp2eft, shared="psg", variant={"adapter": {"layerwise": True}}),
-    "label-prior": Method(label_prior.label_prior, ranked=False, surveys=label_prior.surveys),
-}
+if TYPE_CHECKING:
+    from fedp2eft.client.side import ClientSide, Outcome
 
 __all__ = [
     "METHODS",
@@ -47,8 +24,73 @@ __all__ = [
     "Outcome",
     "Survey",
     "check_trained_for",
+    "load",
     "method_named",
+    "register",
 ]
+
+
+def _ours(target: str) -> Any:
+    return lazy(f"fedp2eft.methods.{target}")
+
+
+_best = _ours("tuned:best")
+_tuning: dict[str, Any] = {"settings": TuningSettings, "section": "tuning"}
+
+for _name, _method in {
+    "base": Method(_ours("base:base"), ranked=False),
+    "lora": Method(_ours("lora:lora")),
+    "fedl2p": Method(_ours("fedl2p.method:fedl2p"), shared="fedl2p", settings=FedL2PSettings),
+    "fedp2eft": Method(_ours("fedp2eft:fedp2eft"), shared="psg"),
+    "fedp2eft-normalized": Method(
+        _ours("fedp2eft:fedp2eft"), shared="psg", variant={"local": {"prior": "normalized"}}
+    ),
+    "adalora": Method(_ours("adalora:adalora"), settings=AdaLoraSettings),
+    "bt-lora": Method(_ours("bt_lora:bt_lora")),
+    "lora-tuned": Method(
+        _ours("tuned:of_lora.fit"), surveys=(Survey(_ours("tuned:of_lora.ask"), _best),), **_tuning
+    ),
+    "fedp2eft-tuned": Method(
+        _ours("tuned:of_fedp2eft.fit"),
+        surveys=(Survey(_ours("tuned:of_fedp2eft.ask"), _best),),
+        shared="psg",
+        **_tuning,
+    ),
+    "fedp2eft-structure": Method(_ours("controls:structure_only"), shared="psg"),
+    "fedp2eft-scale": Method(_ours("controls:scale_only"), shared="psg"),
+    "fedp2eft-random": Method(_ours("controls:random_structure"), shared="psg"),
+    "fedp2eft-global": Method(
+        _ours("controls:global_lambda"),
+        surveys=(Survey(_ours("controls:ask_lambda"), _ours("controls:mean_lambda")),),
+        shared="psg",
+    ),
+    "fedp2eft-layerwise": Method(
+        _ours("fedp2eft:fedp2eft"), shared="psg", variant={"adapter": {"layerwise": True}}
+    ),
+    "label-prior": Method(
+        _ours("label_prior:label_prior"),
+        ranked=False,
+        surveys=(
+            Survey(_ours("label_prior:ask_counts"), _ours("label_prior:pool")),
+            Survey(_ours("label_prior:ask_correct"), _best),
+        ),
+        **_tuning,
+    ),
+}.items():
+    register(_name, _method)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("ClientSide", "Outcome"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fedp2eft.client import side
+
+    return getattr(side, name)
+
+
+def load() -> None:
+    """Load the methods of installed packages, so that their sections of the settings are known."""
+    METHODS.load()
 
 
 def method_named(name: str) -> Method:

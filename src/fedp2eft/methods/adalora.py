@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.gates import adapted_layers
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
+from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import adamw, descend, rows_loss
 from fedp2eft.errors import DivergedError, UserError
-from fedp2eft.methods.method import ClientSide, Outcome
+from fedp2eft.methods.settings import AdaLoraSettings
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings.experiment import AdaLoraSettings
 
 NAME = "adalora"
 
@@ -73,7 +73,7 @@ class Schedule:
 
 def adalora(client: ClientSide, rank: int) -> Outcome:
     """Fine-tune P, E and Q while ranks are dropped to r·L, and score the result."""
-    s, settings = client.adalora, client.settings
+    s, settings = client.own, client.settings
     order = client.order(settings)
     tell = client.each_of(len(order))
     schedule = Schedule.of(rank, math.ceil(len(order) / settings.accumulate), s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedp2eft.methods.method import ClientSide, Outcome
+from fedp2eft.client.side import ClientSide, Outcome
 
 
 def base(client: ClientSide, rank: int) -> Outcome:

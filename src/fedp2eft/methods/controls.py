@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import cut_to
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
-from fedp2eft.methods.method import ClientSide, Outcome, Survey
 from fedp2eft.seeding import derive_seed
 
 
@@ -47,14 +47,12 @@ def global_lambda(client: ClientSide, rank: int) -> Outcome:
     return client.fit(*cut_to(rank, client.prepared["lambda"], client.psg))
 
 
-def _predicted_lambda(client: ClientSide, _rank: int) -> dict[str, Tensor]:
+def ask_lambda(client: ClientSide, _rank: int) -> dict[str, Tensor]:
+    """λ̂ of a seen client, which leaves it: for experiments, never for a deployment."""
     with torch.no_grad():
         return {"lambda": client.psg.lambda_for(client.features())}
 
 
-def _mean_lambda(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean_lambda(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of λ̂ over the seen clients."""
     return {"lambda": torch.stack([answer["lambda"] for answer in answers]).mean(dim=0)}
-
-
-# Lets λ̂ of every seen client out: for experiments, never for a deployment.
-lambda_survey = Survey(_predicted_lambda, _mean_lambda)

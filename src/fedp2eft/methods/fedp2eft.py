@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import structure
-from fedp2eft.methods.method import ClientSide, Outcome
 
 
 def predicted(client: ClientSide, rank: int) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.errors import UserError
-from fedp2eft.methods.method import ClientSide, Outcome, Survey
-from fedp2eft.methods.tuned import best, goodness
-from fedp2eft.settings.experiment import TuningSettings
+from fedp2eft.methods.settings import TuningSettings
+from fedp2eft.methods.tuned import goodness
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.task import Scores
@@ -27,7 +27,7 @@ from fedp2eft.tasks.task import Scores
 def label_prior(client: ClientSide, rank: int) -> Outcome:
     """Score the base with its logits corrected; the budget plays no part."""
     own = label_counts(client, client.train)
-    tau = _taus(client.tuning)[int(client.prepared["best"])]
+    tau = _taus(client.own)[int(client.prepared["best"])]
     return Outcome(_scores(client, client.test, own, client.prepared["all"], [tau])[0], None)
 
 
@@ -70,23 +70,23 @@ def _scores(
     return [task.scores_of(logits + tau * shift, data) for tau in taus]
 
 
-def _ask_counts(client: ClientSide, _rank: int) -> dict[str, Tensor]:
-    kept = client.trial(client.tuning.holdout).train
+def ask_counts(client: ClientSide, _rank: int) -> dict[str, Tensor]:
+    """Rows of each class: all training rows, and those that are not held out."""
+    kept = client.trial(client.own.holdout).train
     return {"all": label_counts(client, client.train), "kept": label_counts(client, kept)}
 
 
-def _pool(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def pool(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of each class over all clients."""
     return {
         name: torch.stack([answer[name] for answer in answers]).double().sum(dim=0)
         for name in ("all", "kept")
     }
 
 
-def _ask_correct(client: ClientSide, _rank: int) -> dict[str, Tensor]:
-    trial = client.trial(client.tuning.holdout)
+def ask_correct(client: ClientSide, _rank: int) -> dict[str, Tensor]:
+    """How many held-out rows each τ gets right."""
+    trial = client.trial(client.own.holdout)
     own = label_counts(client, trial.train)
-    scores = _scores(client, trial.test, own, client.prepared["kept"], _taus(client.tuning))
+    scores = _scores(client, trial.test, own, client.prepared["kept"], _taus(client.own))
     return {"good": torch.tensor([goodness(each) for each in scores])}
-
-
-surveys = (Survey(_ask_counts, _pool), Survey(_ask_correct, best))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.methods.method import ClientSide, Outcome
+from fedp2eft.client.side import ClientSide, Outcome
 
 
 def uniform(bt: BTLora, rank: int) -> tuple[Tensor, Tensor]:

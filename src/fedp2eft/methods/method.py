@@ -1,147 +1,36 @@
-"""What a personalization method is: a function from one client and a rank budget to an adapter."""
+"""What a personalization method is: a function from one client and a rank budget to an adapter.
+
+Methods are known by name: the built-in ones, those that `register` is called with, and those of
+installed packages, which name them in the entry-point group `fedp2eft.methods`. Nothing heavy is
+imported here: the command line builds its help from the sections that methods bring.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from fedp2eft.errors import UserError
+from fedp2eft.settings.sections import add_section
 
-from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.client.training import Fitted, OnStep, local_order, personalize
-from fedp2eft.data.partition import local_validation_split, rng_for
-from fedp2eft.generator import PSG
-from fedp2eft.settings.experiment import AdaLoraSettings, LocalSettings, TuningSettings
-from fedp2eft.tasks.encoded import Encoded
-from fedp2eft.tasks.task import Scores, Task
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedp2eft.client.side import ClientSide, Outcome
+
+GROUP = "fedp2eft.methods"
 
 
-@dataclass(frozen=True)
-class ClientSide:
-    """All that a method may look at: one client's rows and the shared frozen model.
+def lazy(target: str) -> Callable[..., Any]:
+    """A function that is imported when it is first called.
 
     Args:
-        bt: The shared adapter.
-        task: Batches, loss and scores.
-        train: The client's training rows.
-        test: The client's test rows.
-        psg: The trained PSG, for methods whose `shared` is "psg".
-        features: Gives ξ, computed when it is first asked for.
-        settings: Local training.
-        seed: Seed of this client's mini-batch order, the same for every method and budget.
-        progress: Called with the share of the client's steps that are done.
-        shared: The numbers that the method's own federation trained, by name.
-        prepared: What the method's surveys of the seen clients gave so far.
-        adalora: Settings of AdaLoRA.
-        tuning: Settings of the tuned controls.
-        answer: Has a model answer the prompts of the test rows, keeps the texts, and gives the sums
-            of their scores; None where nothing is to be generated.
+        target: Where it is, "package.module:name".
     """
-
-    bt: BTLora
-    task: Task
-    train: Encoded
-    test: Encoded
-    psg: PSG
-    features: Callable[[], Tensor]
-    settings: LocalSettings
-    seed: int
-    progress: Callable[[float], None] | None = None
-    shared: Mapping[str, Tensor] = field(default_factory=dict)
-    prepared: Mapping[str, Tensor] = field(default_factory=dict)
-    adalora: AdaLoraSettings = field(default_factory=AdaLoraSettings)
-    tuning: TuningSettings = field(default_factory=TuningSettings)
-    answer: Callable[[nn.Module], Mapping[str, float]] | None = None
-
-    def score(self, model: nn.Module) -> Scores:
-        """Scores of a model on the client's test rows; of no rows where there are none."""
-        if not len(self.test):
-            return self.task.unscored()
-        scores = self.task.score(model, self.test, self.settings.eval_batch_size)
-        return replace(scores, texts=self.answer(model)) if self.answer else scores
-
-    def order(self, settings: LocalSettings) -> list[NDArray]:  # type: ignore[type-arg]
-        """Mini-batches of this client's fine-tuning."""
-        epochs, size = settings.personalize_epochs, settings.batch_size
-        return list(local_order(len(self.train), epochs, size, self.seed))
-
-    def each_of(self, batches: int) -> OnStep:
-        """A callback that tells `progress` of each optimiser step over so many mini-batches."""
-        done, steps = 0, math.ceil(batches / self.settings.accumulate)
-
-        def on_step(_loss: float) -> None:
-            nonlocal done
-            done += 1
-            if self.progress:
-                self.progress(done / steps)
-
-        return on_step
-
-    def part(self, number: int, parts: int) -> ClientSide:
-        """This client in the given one of several parts of its work, counted from 0."""
-        tell = self.progress
-        if tell is None:
-            return self
-        return replace(self, progress=lambda share: tell((number + share) / parts))
-
-    def trial(self, share: float) -> ClientSide:
-        """This client with a share of its training rows, held out by label, as its test rows.
-
-        The rows held out depend on the client's seed and the share alone: every method and budget
-        is tried on the same ones. One row or none cannot be divided and leaves no test rows.
-        """
-        data = self.train
-        kept, held = local_validation_split(data.labels, share, rng_for(self.seed, "held-out rows"))
-        return replace(self, train=data.select(kept), test=data.select(held), answer=None)
-
-    def fit(
-        self,
-        lam: Tensor,
-        keep: Tensor,
-        settings: LocalSettings | None = None,
-        rates: Tensor | None = None,
-    ) -> Outcome:
-        """Fine-tune the kept ranks with λ frozen, and score the result.
-
-        Args:
-            lam: λ, L × r_max.
-            keep: Kept ranks, boolean L × r_max.
-            settings: In place of the experiment's own.
-            rates: Learning rates of A and of B of each layer, L × 2, in place of a common one.
-        """
-        settings = settings or self.settings
-        order = self.order(settings)
-        scores: list[Scores] = []
-        fitted: Fitted = personalize(
-            self.bt,
-            self.task,
-            self.train,
-            lam,
-            keep,
-            order,
-            settings,
-            rates=rates,
-            seed=self.seed,
-            on_step=self.each_of(len(order)),
-            measure=lambda model: scores.append(self.score(model)),
-        )
-        return Outcome(scores[0], fitted.weights)
-
-
-Strategy = Callable[[ClientSide, int], tuple[Tensor, Tensor]]
-"""λ and kept ranks (both L × r_max) of a client at a budget."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A client's scores with a method, and its adapter where the method makes one."""
-
-    scores: Scores
-    weights: AdapterWeights | None
+    entry = EntryPoint(target, target, GROUP)
+    return lambda *args, **options: entry.load()(*args, **options)
 
 
 @dataclass(frozen=True)
@@ -165,15 +54,92 @@ class Method:
 
     Args:
         fit: One client's scores and adapter at a rank budget.
-        shared: Which federation trains the numbers that it starts from, if any.
+        shared: Which phase trains the parameters that it starts from, if any.
         ranked: Whether the rank budget changes anything.
         surveys: What the server must ask the seen clients first, one after the other: a client
             that is asked the second knows what all answers to the first gave.
-        variant: Settings (section → key → value) that its federation must be trained under.
+        variant: Settings (section → key → value) that its phase must be trained under.
+        settings: Dataclass of its own section of the settings; the client's is `client.own`.
+        section: Name of the section; the method's own name if absent.
     """
 
     fit: Callable[[ClientSide, int], Outcome]
-    shared: Literal["psg", "fedl2p"] | None = None
+    shared: str | None = None
     ranked: bool = True
     surveys: tuple[Survey, ...] = ()
     variant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: type | None = None
+    section: str | None = None
+
+
+class Methods(MutableMapping[str, Method]):
+    """Methods by name; those of installed packages are loaded when it is first looked at."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Method] = {}
+        self._waiting: list[EntryPoint] | None = None
+
+    def load(self) -> dict[str, Method]:
+        """Load the methods of installed packages, once.
+
+        Raises:
+            UserError: One cannot be loaded; the message names it.
+        """
+        if self._waiting is None:
+            self._waiting = list(entry_points(group=GROUP))
+        while self._waiting:
+            _load(self._waiting[0], self)
+            self._waiting.pop(0)
+        return self._known
+
+    def __getitem__(self, name: str) -> Method:
+        return self.load()[name]
+
+    def __setitem__(self, name: str, method: Method) -> None:
+        if method.settings:
+            add_section(method.section or name, method.settings)
+        self._known[name] = method
+
+    def __delitem__(self, name: str) -> None:
+        del self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.load())
+
+    def __len__(self) -> int:
+        return len(self.load())
+
+
+METHODS = Methods()
+
+
+def register(name: str, method: Method) -> None:
+    """Make a method known by a name, with its section of the settings.
+
+    Raises:
+        UserError: The name, or that of its section, is taken.
+    """
+    if METHODS._known.get(name, method) is not method:
+        raise UserError(f"There is a method {name!r} already: choose another name.")
+    METHODS[name] = method
+
+
+def _load(entry: EntryPoint, methods: Methods) -> None:
+    """Register the `Method` that an entry point names, or load the module that registers some."""
+    whose = f"{entry.dist.name if entry.dist else '?'} ({entry.name} = {entry.value})"
+    before = len(methods._known)
+    try:
+        found = entry.load()
+        if isinstance(found, Method):
+            register(entry.name, found)
+    except Exception as error:  # whatever somebody else's code raises
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"The methods of the installed package {whose} cannot be loaded: {why}. "
+            "Mend or uninstall it."
+        ) from error
+    if len(methods._known) == before:
+        raise UserError(
+            f"The installed package {whose} names no Method and registers none: correct its entry "
+            f"point of the group {GROUP}, or uninstall it."
+        )

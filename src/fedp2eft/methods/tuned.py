@@ -12,19 +12,18 @@ adapter has seen them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import unit_mean
 from fedp2eft.errors import DivergedError
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
-from fedp2eft.methods.method import ClientSide, Method, Outcome, Strategy, Survey
-from fedp2eft.settings.experiment import TuningSettings
+from fedp2eft.methods.settings import TuningSettings
 from fedp2eft.tasks.task import Scores
 
 DIVERGED = -(2.0**100)  # a choice at which one client diverges serves none; finite: it travels
@@ -35,29 +34,36 @@ def grid(tuning: TuningSettings) -> list[tuple[float, float]]:
     return [(lr, scale) for lr in sorted(set(tuning.lrs)) for scale in sorted(set(tuning.scales))]
 
 
-def method(strategy: Strategy, shared: Literal["psg"] | None = None) -> Method:
-    """The method that fine-tunes a strategy's ranks at the chosen learning rate and scale on λ."""
+@dataclass(frozen=True)
+class Tuned:
+    """A strategy's ranks, fine-tuned at the chosen learning rate and scale on λ.
 
-    def at(client: ClientSide, rank: int, choice: tuple[float, float]) -> Outcome:
-        (lam, keep), (lr, scale) = strategy(client, rank), choice
-        return client.fit(lam * scale, keep, replace(client.settings, personalize_lr=lr))
+    Args:
+        strategy: λ and kept ranks (both L × r_max) of a client at a budget.
+    """
 
-    def fit(client: ClientSide, rank: int) -> Outcome:
-        return at(client, rank, grid(client.tuning)[int(client.prepared["best"])])
+    strategy: Callable[[ClientSide, int], tuple[Tensor, Tensor]]
 
-    def ask(client: ClientSide, rank: int) -> dict[str, Tensor]:
-        choices, trial = grid(client.tuning), client.trial(client.tuning.holdout)
+    def fit(self, client: ClientSide, rank: int) -> Outcome:
+        """Scores and adapter at the choice that the seen clients made."""
+        return self._at(client, rank, grid(client.own)[int(client.prepared["best"])])
+
+    def ask(self, client: ClientSide, rank: int) -> dict[str, Tensor]:
+        """How good each choice of the grid is on a seen client's held-out rows."""
+        choices, trial = grid(client.own), client.trial(client.own.holdout)
         good = torch.zeros(len(choices))
         if len(trial.test):
             for number, choice in enumerate(choices):
                 try:
-                    outcome = at(trial.part(number, len(choices)), rank, choice)
+                    outcome = self._at(trial.part(number, len(choices)), rank, choice)
                     good[number] = goodness(outcome.scores)
                 except DivergedError:
                     good[number] = DIVERGED
         return {"good": good}
 
-    return Method(fit, shared=shared, surveys=(Survey(ask, best),))
+    def _at(self, client: ClientSide, rank: int, choice: tuple[float, float]) -> Outcome:
+        (lam, keep), (lr, scale) = self.strategy(client, rank), choice
+        return client.fit(lam * scale, keep, replace(client.settings, personalize_lr=lr))
 
 
 def goodness(scores: Scores) -> float:
@@ -87,3 +93,6 @@ def unit_predicted(client: ClientSide, rank: int) -> tuple[Tensor, Tensor]:
     """
     lam, keep = predicted(client, rank)
     return unit_mean(lam, keep), keep
+
+
+of_lora, of_fedp2eft = Tuned(uniform_ones), Tuned(unit_predicted)

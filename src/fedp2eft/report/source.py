@@ -14,6 +14,7 @@ from fedp2eft.experiment import origin
 from fedp2eft.experiment.lambdas import Lambdas, ask_again, read_lambdas
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.methods import METHODS
+from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.results.cells import Facts, is_client, read_cells, traffic
 from fedp2eft.results.summary import Comparison, summarize
 from fedp2eft.settings.experiment import CompareSettings, Settings
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 PLANNED = {
     "base": lambda s: s.base.rounds,
     "psg": lambda s: s.federation.rounds,
-    "fedl2p": lambda s: s.fedl2p.rounds,
+    "fedl2p": lambda s: s.section(FedL2PSettings).rounds,
 }
 """Rounds of each phase that the settings ask for."""
 

@@ -25,6 +25,7 @@ from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.generator import LAMBDA, LOG_LAMBDA, PSG, PSGConfig
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
+from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.models.loading import (
     ModelSource,
     as_loaded,
@@ -301,7 +302,7 @@ class Workspace:
 
     def new_meta_net(self) -> MetaNet:
         """FedL2P's meta-net before its first round."""
-        s = self.settings.fedl2p
+        s = self.settings.section(FedL2PSettings)
         matrices = 2 * len(self.bt.names)
         return MetaNet(self.psg_config.n_features, s.hidden, matrices, s.init_lr, s.seed)
 

@@ -5,8 +5,8 @@ Nothing heavy is imported here: the command line builds its help from these type
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal, TypeVar
 
 from fedp2eft.errors import require
 from fedp2eft.settings.data import DataSettings
@@ -17,6 +17,7 @@ Prior = Literal["gamma", "normalized"]
 Wire = Literal["fp32", "bf16", "int8"]
 TaskName = Literal["classification", "causal_lm"]
 Quantize = Literal["none", "8bit", "4bit"]
+T = TypeVar("T")
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 PoolName = Literal["seen", "unseen", "new-language"]
 BaseKind = Literal[
@@ -271,50 +272,6 @@ class FederationSettings:
 
 
 @dataclass(frozen=True)
-class FedL2PSettings:
-    """The baseline FedL2P (NeurIPS 2023); its federation runs where `evaluation.methods` names it.
-
-    Args:
-        rounds: Most federated rounds of the meta-net; it samples as many clients as the PSG's.
-        patience: Rounds without a new lowest validation loss after which it stops.
-        rank: Rank of the LoRA that it is trained with; the meta-net serves every rank budget.
-        hidden: Width of the meta-net's two hidden layers.
-        steps: Outer steps of a client in each round, each after an inner fine-tuning of its own.
-        validation: Share of a client's training rows that the outer loss holds out.
-        hyper_lr: Step of the Neumann series.
-        terms: Terms of the Neumann series.
-        meta_lr: Learning rate of the meta-net.
-        lr_lr: Learning rate of its learnable learning rates.
-        init_lr: Where the learnable learning rates start.
-        seed: Seed of the meta-net's first weights.
-    """
-
-    rounds: int = 150
-    patience: int = 50
-    rank: int = 8
-    hidden: int = 100
-    steps: int = 3
-    validation: float = 0.2
-    hyper_lr: float = 0.1
-    terms: int = 3
-    meta_lr: float = 1e-4
-    lr_lr: float = 1e-6
-    init_lr: float = 1e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.rounds >= 0, "fedl2p.rounds must be 0 or more.")
-        for name in ("patience", "rank", "hidden", "steps", "terms"):
-            require(getattr(self, name) >= 1, f"fedl2p.{name} must be 1 or more.")
-        for name in ("hyper_lr", "meta_lr", "lr_lr", "init_lr"):
-            require(getattr(self, name) > 0, f"fedl2p.{name} must be above 0.")
-        require(
-            0 < self.validation < 1,
-            f"fedl2p.validation is {self.validation}; give a share above 0 and below 1.",
-        )
-
-
-@dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured after training, on every client of the named pools.
 
@@ -342,60 +299,6 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class AdaLoraSettings:
-    """The AdaLoRA baseline (paper section 5); epochs, batches and clip are those of `local`.
-
-    Args:
-        lr: Learning rate of P, E and Q.
-        orth: Weight of the orthogonality penalty.
-        tinit: Share of the steps before the first rank is dropped.
-        tfinal: Share of the steps after the last rank is dropped.
-        init_multiple: Ranks that every layer starts with, as a multiple of the budget.
-    """
-
-    lr: float = 1e-3
-    orth: float = 0.1
-    tinit: float = 0.1
-    tfinal: float = 0.3
-    init_multiple: float = 1.5
-
-    def __post_init__(self) -> None:
-        require(self.lr > 0, f"adalora.lr is {self.lr}; give a number above 0.")
-        require(self.orth >= 0, f"adalora.orth is {self.orth}; give 0 or more.")
-        require(
-            self.tinit >= 0 and self.tfinal >= 0 and self.tinit + self.tfinal < 1,
-            "adalora.tinit and adalora.tfinal are shares of the steps: together below 1.",
-        )
-        require(self.init_multiple >= 1, "adalora.init_multiple must be 1 or more.")
-
-
-@dataclass(frozen=True)
-class TuningSettings:
-    """What the tuned controls choose from, on held-out training rows of the seen clients.
-
-    Args:
-        lrs: Learning rates in place of local.personalize_lr.
-        scales: Factors on λ.
-        taus: Strengths τ of the label-prior correction.
-        holdout: Share of a seen client's training rows that is held out.
-    """
-
-    lrs: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
-    scales: list[float] = field(default_factory=lambda: [1.0])
-    taus: list[float] = field(default_factory=lambda: [0.25 * n for n in range(1, 9)])
-    holdout: float = 0.25
-
-    def __post_init__(self) -> None:
-        for name in ("lrs", "scales", "taus"):
-            values = getattr(self, name)
-            require(
-                bool(values) and min(values) > 0,
-                f"tuning.{name} is {values}; give at least one number, all above 0.",
-            )
-        require(0 < self.holdout < 1, "tuning.holdout is a share: above 0 and below 1.")
-
-
-@dataclass(frozen=True)
 class CompareSettings:
     """What `fedp2eft compare` varies beside the methods, ranks and pools of `evaluation`.
 
@@ -417,6 +320,8 @@ class CompareSettings:
 class Settings:
     """One experiment: `fedp2eft train` reads it from YAML, with the command line on top.
 
+    Methods add sections of their own (`fedp2eft.settings.sections`).
+
     Args:
         seed: Seed of client sampling and of mini-batch order.
         data: The clients and their text.
@@ -429,10 +334,7 @@ class Settings:
         peers: What the server takes from clients.
         aggregation: How the server averages.
         privacy: Differential privacy of φ.
-        fedl2p: The baseline FedL2P.
         evaluation: What is measured at the end.
-        adalora: The AdaLoRA baseline.
-        tuning: What the tuned controls choose from.
         compare: What `fedp2eft compare` varies; nothing else looks at it.
         trackers: Where `train` and `flwr run` send the numbers of rounds and the final tables
             beside the run folder: "tensorboard" (extra `trackers`), "wandb" or "mlflow".
@@ -449,10 +351,7 @@ class Settings:
     peers: PeerSettings = field(default_factory=PeerSettings)
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
-    fedl2p: FedL2PSettings = field(default_factory=FedL2PSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    adalora: AdaLoraSettings = field(default_factory=AdaLoraSettings)
-    tuning: TuningSettings = field(default_factory=TuningSettings)
     compare: CompareSettings = field(default_factory=CompareSettings)
     trackers: list[TrackerName] = field(default_factory=list)
 
@@ -466,15 +365,15 @@ class Settings:
             "model.task to causal_lm.",
         )
         require(
-            "fedl2p" not in self.evaluation.methods or self.fedl2p.rank <= self.adapter.r_max,
-            f"fedl2p.rank is {self.fedl2p.rank}; give at most adapter.r_max = "
-            f"{self.adapter.r_max}.",
-        )
-        require(
             self.local.prior == "gamma" or self.federation.profile == "paper",
             "federation.profile is reference, whose prior is the paper's: "
             "set local.prior to gamma, or the profile to paper.",
         )
+
+    def section(self, kind: type[T]) -> T:
+        """The section of that class, a method's (`Method.settings`) as well as one named above."""
+        found = (getattr(self, part.name) for part in fields(self))
+        return next((value for value in found if isinstance(value, kind)), kind())
 
 
 def check_rank(rank: int, r_max: int) -> None:

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fedp2eft.errors import UserError, nearest
 from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.sections import settings_class
 
 
 class Parser(ArgumentParser):
@@ -49,7 +50,7 @@ class Parser(ArgumentParser):
 def settings_parser(parser: Parser | None = None) -> Parser:
     """A parser that has every setting as an option, e.g. `--local.lr`."""
     parser = parser or Parser(exit_on_error=True)
-    parser.add_class_arguments(Settings, as_group=False)
+    parser.add_class_arguments(settings_class(), as_group=False)
     return parser
 
 
@@ -77,7 +78,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def check_keys(raw: Mapping[str, Any], kind: type = Settings, where: str = "") -> None:
+def check_keys(raw: Mapping[str, Any], kind: type, where: str = "") -> None:
     """Raise `UserError` for the first key that no setting has, naming the nearest one."""
     known = {f.name for f in fields(kind)}
     hints = get_type_hints(kind)
@@ -110,14 +111,15 @@ def settings_from(raw: Mapping[str, Any], options: list[str] | None = None) -> S
     Raises:
         UserError: An unknown key, or a value of the wrong type or out of range.
     """
-    check_keys(raw)
+    kind = settings_class()
+    check_keys(raw, kind)
     parser = settings_parser()
     parsed: Namespace = parser.parse_object(deepcopy(dict(raw)))  # it would put its own values in
     if options:
         parser.set_defaults(parsed.as_flat().__dict__)
         parsed = parser.parse_args(options)
     made = parser.instantiate(parsed)
-    return Settings(**{f.name: getattr(made, f.name) for f in fields(Settings)})
+    return kind(**{f.name: getattr(made, f.name) for f in fields(kind)})
 
 
 @lru_cache(maxsize=4)

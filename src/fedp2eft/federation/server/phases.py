@@ -24,6 +24,7 @@ from fedp2eft.federation.wire.messages import TRAIN_BASE, TRAIN_FEDL2P, TRAIN_PS
 from fedp2eft.files import write_folder, write_whole
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
+from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.progress import Reporter
 from fedp2eft.results.cards import origin_of
 from fedp2eft.runtime.workspace import Workspace
@@ -131,10 +132,10 @@ def train_fedl2p(
         s.aggregation, seen, s.federation.clients_per_round, s.seed, TRAIN_FEDL2P, optimise=False
     )
     numbers = workspace.new_meta_net().numbers()
-    if s.fedl2p.rounds:
+    if s.section(FedL2PSettings).rounds:
         numbers = run_rounds(
-            grid, run, strategy, "fedl2p", s.fedl2p.rounds, numbers, reporter,
-            patience=s.fedl2p.patience,
+            grid, run, strategy, "fedl2p", s.section(FedL2PSettings).rounds, numbers, reporter,
+            patience=s.section(FedL2PSettings).patience,
         )  # fmt: skip
     tensors = {name: value.contiguous() for name, value in numbers.items()}
     write_whole(run.fedl2p, lambda scratch: save_file(tensors, scratch))

@@ -50,6 +50,7 @@ from fedp2eft.files import (
     write_json,
     write_text,
 )
+from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import as_dict, check_same, read_settings
 
@@ -130,7 +131,7 @@ class RunFolder:
         s = self.settings
         for phase, name, rounds in (
             ("psg", "federation.rounds", s.federation.rounds),
-            ("fedl2p", "fedl2p.rounds", s.fedl2p.rounds),
+            ("fedl2p", "fedl2p.rounds", s.section(FedL2PSettings).rounds),
         ):
             found = load_checkpoint(self.path / "checkpoints", phase)
             if found is not None and found[0].round > rounds:

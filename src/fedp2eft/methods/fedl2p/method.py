@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import adamw, descend, local_order, rate_groups
 from fedp2eft.errors import DivergedError
 from fedp2eft.methods.fedl2p.hyper_gradient import hyper_gradient
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
+from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.methods.lora import uniform
-from fedp2eft.methods.method import ClientSide, Outcome
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings.experiment import FedL2PSettings
 from fedp2eft.tasks.encoded import Encoded
 
 

@@ -1,0 +1,138 @@
+"""What a personalization method sees, one client, and what it gives: scores and an adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.weights import AdapterWeights
+from fedp2eft.client.training import Fitted, OnStep, local_order, personalize
+from fedp2eft.data.partition import local_validation_split, rng_for
+from fedp2eft.generator import PSG
+from fedp2eft.settings.experiment import LocalSettings
+from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.task import Scores, Task
+
+
+@dataclass(frozen=True)
+class ClientSide:
+    """All that a method may look at: one client's rows and the shared frozen model.
+
+    Args:
+        bt: The shared adapter.
+        task: Batches, loss and scores.
+        train: The client's training rows.
+        test: The client's test rows.
+        psg: The trained PSG, for methods whose `shared` is "psg".
+        features: Gives ξ, computed when it is first asked for.
+        settings: Local training.
+        seed: Seed of this client's mini-batch order, the same for every method and budget.
+        progress: Called with the share of the client's steps that are done.
+        shared: The numbers that the method's own federation trained, by name.
+        prepared: What the method's surveys of the seen clients gave so far.
+        own: The method's own section of the settings, of the class `Method.settings`.
+        answer: Has a model answer the prompts of the test rows, keeps the texts, and gives the sums
+            of their scores; None where nothing is to be generated.
+    """
+
+    bt: BTLora
+    task: Task
+    train: Encoded
+    test: Encoded
+    psg: PSG
+    features: Callable[[], Tensor]
+    settings: LocalSettings
+    seed: int
+    progress: Callable[[float], None] | None = None
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    own: Any = None
+    answer: Callable[[nn.Module], Mapping[str, float]] | None = None
+
+    def score(self, model: nn.Module) -> Scores:
+        """Scores of a model on the client's test rows; of no rows where there are none."""
+        if not len(self.test):
+            return self.task.unscored()
+        scores = self.task.score(model, self.test, self.settings.eval_batch_size)
+        return replace(scores, texts=self.answer(model)) if self.answer else scores
+
+    def order(self, settings: LocalSettings) -> list[NDArray]:  # type: ignore[type-arg]
+        """Mini-batches of this client's fine-tuning."""
+        epochs, size = settings.personalize_epochs, settings.batch_size
+        return list(local_order(len(self.train), epochs, size, self.seed))
+
+    def each_of(self, batches: int) -> OnStep:
+        """A callback that tells `progress` of each optimiser step over so many mini-batches."""
+        done, steps = 0, math.ceil(batches / self.settings.accumulate)
+
+        def on_step(_loss: float) -> None:
+            nonlocal done
+            done += 1
+            if self.progress:
+                self.progress(done / steps)
+
+        return on_step
+
+    def part(self, number: int, parts: int) -> ClientSide:
+        """This client in the given one of several parts of its work, counted from 0."""
+        tell = self.progress
+        if tell is None:
+            return self
+        return replace(self, progress=lambda share: tell((number + share) / parts))
+
+    def trial(self, share: float) -> ClientSide:
+        """This client with a share of its training rows, held out by label, as its test rows.
+
+        The rows held out depend on the client's seed and the share alone: every method and budget
+        is tried on the same ones. One row or none cannot be divided and leaves no test rows.
+        """
+        data = self.train
+        kept, held = local_validation_split(data.labels, share, rng_for(self.seed, "held-out rows"))
+        return replace(self, train=data.select(kept), test=data.select(held), answer=None)
+
+    def fit(
+        self,
+        lam: Tensor,
+        keep: Tensor,
+        settings: LocalSettings | None = None,
+        rates: Tensor | None = None,
+    ) -> Outcome:
+        """Fine-tune the kept ranks with λ frozen, and score the result.
+
+        Args:
+            lam: λ, L × r_max.
+            keep: Kept ranks, boolean L × r_max.
+            settings: In place of the experiment's own.
+            rates: Learning rates of A and of B of each layer, L × 2, in place of a common one.
+        """
+        settings = settings or self.settings
+        order = self.order(settings)
+        scores: list[Scores] = []
+        fitted: Fitted = personalize(
+            self.bt,
+            self.task,
+            self.train,
+            lam,
+            keep,
+            order,
+            settings,
+            rates=rates,
+            seed=self.seed,
+            on_step=self.each_of(len(order)),
+            measure=lambda model: scores.append(self.score(model)),
+        )
+        return Outcome(scores[0], fitted.weights)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A client's scores with a method, and its adapter where the method makes one."""
+
+    scores: Scores
+    weights: AdapterWeights | None
