@@ -41,7 +41,7 @@ from fedp2eft.models.loading import (
 )
 from fedp2eft.models.precision import choose_device, resolve_precision
 from fedp2eft.models.sources import hash_weights
-from fedp2eft.results.cards import MODEL_FACTS
+from fedp2eft.results.cards import MODEL_FACTS, adapter_card
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import (
     EvaluationSettings,
@@ -99,6 +99,7 @@ class Adapter:
             layout=layout,
             task_type=PEFT_TASKS[str(self.facts.get("task", "classification"))],
             facts={"method": "fedp2eft", "rank": self.rank, **self.facts},
+            card=adapter_card,
         )
 
 
@@ -300,6 +301,7 @@ def export(
             layout=layout,
             task_type=config.task_type,
             facts={k: v for k, v in facts.items() if k not in ("layout", "base_revision", "ranks")},
+            card=adapter_card,
         )
         return
     target = Path(out)

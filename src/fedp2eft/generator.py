@@ -13,11 +13,13 @@ predicts θ̂ = log λ̂, clamped to the logarithms of the range, and is regress
 import json
 import math
 import reprlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
+import yaml
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors import SafetensorError
@@ -26,7 +28,6 @@ from torch import Tensor, nn
 
 from fedp2eft.adapters.clamp import clamp_straight_through
 from fedp2eft.errors import UserError
-from fedp2eft.results.cards import psg_card
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, ProfileName
 
@@ -184,13 +185,19 @@ class PSG(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="fedp2eft",
-    tags=["federated-learning", "lora", "peft"],
+    tags=["fedp2eft", "federated-learning", "lora", "peft"],
+    paper_url="https://arxiv.org/abs/2502.04387",
 ):
     """The network that predicts a client's λ from its features ξ; only φ ever travels.
 
     Args:
         config: Names, sizes and kind; saved as config.json.
+
+    Attributes:
+        card: Its README.md: that of the folder it was loaded from, or of the run that trained it.
     """
+
+    card: ModelCard | None = None
 
     def __init__(self, config: PSGConfig) -> None:
         super().__init__()
@@ -260,8 +267,8 @@ class PSG(
         return torch.cat([features, torch.tensor([float(examples)]).log()])
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
-        """The README.md that `save_pretrained` and `push_to_hub` write where there is none."""
-        return psg_card(self.config)
+        """Return the README.md that `save_pretrained` and `push_to_hub` write."""
+        return self.card or super().generate_model_card()
 
     def numbers(self) -> dict[str, Tensor]:
         """φ: parameter name → float32 tensor, detached copies."""
@@ -295,6 +302,8 @@ class PSG(
                 Path(_download(str(name), file, revision))
                 for file in ("config.json", "model.safetensors")
             )
+            with suppress(UserError):  # a PSG may come without a card
+                _download(str(name), "README.md", revision)
         config = _read_config(config_path)
         try:
             phi = load_file(weights_path)
@@ -306,6 +315,7 @@ class PSG(
             check_numbers(phi, cls(config).state_dict(), f"φ in {weights_path}")
         psg = cls(config)
         psg.set_numbers(phi)
+        psg.card = _read_card(config_path.with_name("README.md"))
         psg.requires_grad_(True)
         return psg.eval()
 
@@ -366,6 +376,14 @@ def _is_a(kind: Any, value: object) -> bool:
         return isinstance(value, dict)
     names = isinstance(value, list) and all(isinstance(name, str) for name in value)
     return names or (kind == str | list[str] and isinstance(value, str))
+
+
+def _read_card(path: Path) -> ModelCard | None:
+    """The card beside a PSG, or None if there is none that can be read."""
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
 
 
 def _download(repo: str, file: str, revision: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,8 +107,20 @@ def test_a_scored_adapter_of_a_new_client(finished, world: World, tmp_path: Path
 def test_a_psg_that_is_saved_again_keeps_what_it_knows(finished, tmp_path: Path):
     PSG.from_pretrained(finished.folder / "psg").save_pretrained(tmp_path / "again")
     card = ModelCard.load(tmp_path / "again" / "README.md")
-    assert "data set files" in card.text
-    assert not card.data.eval_results
+    assert str(card) == (finished.folder / "psg" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("card", [None, "---\n: [\n---\n", "no front matter"])
+def test_a_psg_whose_card_cannot_be_read_is_saved(finished, tmp_path: Path, card):
+    shutil.copytree(finished.folder / "psg", tmp_path / "psg")
+    (tmp_path / "psg" / "README.md").unlink()
+    if card is not None:
+        (tmp_path / "psg" / "README.md").write_text(card)
+    PSG.from_pretrained(tmp_path / "psg").save_pretrained(tmp_path / "again")
+    card = ModelCard.load(tmp_path / "again" / "README.md")
+    if card.data.to_dict():
+        assert card.data.library_name == "fedp2eft"
+        assert "2502.04387" in card.text
 
 
 def test_a_4_bit_copy_says_so():
@@ -118,6 +131,7 @@ def test_a_4_bit_copy_says_so():
     assert "Base model: MIT" in card.text
     assert "Debian Description Translation Project" in card.text
     assert card.data.base_model == SMALL
+    assert f"base_model:adapter:{SMALL}" in card.data.tags
     assert card.data.language == ["zh"]
     assert "4-bit" not in adapter_card({"origin": origin | {"revision": "0" * 40}}).text
     assert "4bit (bitsandbytes)" in adapter_card({"origin": origin | {"quantize": "4bit"}}).text
@@ -128,6 +142,13 @@ def test_a_language_model_loads_as_one():
     assert card.data.pipeline_tag == "text-generation"
     assert "AutoModelForCausalLM" in code_of(card)
     assert "Response loss 1.250 nats on 3 test rows" in card.text
+
+
+def test_signs_of_markdown_do_not_break_a_table():
+    card = adapter_card({"language": "a|b", "origin": {"dataset": "x|y\nz"}, "max_length": "1); x"})
+    assert "| language | a\\|b |" in card.text
+    assert "| data set | x\\|y z |" in card.text
+    assert "max_length=128," in code_of(card)
 
 
 @pytest.mark.parametrize("origin", [{}, {"languages": 3, "model": 7, "rounds": []}])

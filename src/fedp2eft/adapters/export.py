@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -29,7 +30,6 @@ from fedp2eft.adapters.gates import PEFT_PREFIX
 from fedp2eft.adapters.weights import AdapterWeights, EmbeddingRows, LayerWeights
 from fedp2eft.errors import UserError
 from fedp2eft.files import write_folder
-from fedp2eft.results.cards import adapter_card
 
 Layout = Literal["portable", "compact"]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -47,6 +47,7 @@ def save_adapter(
     layout: Layout = "portable",
     task_type: str | None = None,
     facts: dict[str, object] | None = None,
+    card: Callable[[Mapping[str, Any]], object] | None = None,
 ) -> Path:
     """Write a PEFT adapter folder; an existing one is replaced only when the new one is whole.
 
@@ -58,6 +59,7 @@ def save_adapter(
         layout: "portable" or "compact".
         task_type: PEFT's task type, from `PEFT_TASKS`.
         facts: Anything JSON to keep beside it in fedp2eft.json.
+        card: Makes the text of README.md from what fedp2eft.json says (`results.cards`).
 
     Returns:
         The folder.
@@ -95,7 +97,7 @@ def save_adapter(
     )
     config.base_model_name_or_path = base
     config.revision = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
-    card = {"layout": layout, "base_revision": revision, "ranks": weights.ranks, **(facts or {})}
+    told = {"layout": layout, "base_revision": revision, "ranks": weights.ranks, **(facts or {})}
     target = Path(folder)
     check_replaceable(target)
 
@@ -107,9 +109,9 @@ def save_adapter(
         written["target_modules"] = [layer.name for layer in kept]
         text = json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False)
         (scratch / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        (scratch / FACTS_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        # PEFT would write a card that says nothing.
-        (scratch / "README.md").write_text(str(adapter_card(card)), encoding="utf-8")
+        (scratch / FACTS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (scratch / "README.md").write_text(str(card(told)), encoding="utf-8")
 
     write_folder(target, write)
     return target

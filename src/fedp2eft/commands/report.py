@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from fedp2eft.errors import UserError
 
-NEEDED = ("matplotlib", "jinja2", "markupsafe", "scipy")
+NEEDED = ("matplotlib", "scipy")
 
 
 def report(folder: str, out: str | None = None) -> None:

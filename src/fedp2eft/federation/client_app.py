@@ -57,7 +57,7 @@ from fedp2eft.methods.fedl2p.method import train_round as train_meta_net
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.progress import current
-from fedp2eft.results.cards import origin_of
+from fedp2eft.results.cards import adapter_card, origin_of
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import check_rank
@@ -276,6 +276,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
                 "train_rows": len(workspace.encoded(name, "train")),
                 "origin": origin_of(s, workspace.source),
             },
+            card=adapter_card,
         )
     about = ConfigRecord({"client": name})
     return reply_with(message, RecordDict({ABOUT: about, METRICS: MetricRecord(metrics)}))

@@ -26,7 +26,7 @@ from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.progress import Reporter
-from fedp2eft.results.cards import origin_of
+from fedp2eft.results.cards import origin_of, psg_card
 from fedp2eft.runtime.workspace import Workspace
 
 logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO repeats what our reporter says
@@ -114,6 +114,7 @@ def train_psg(
             privacy=privacy,
         )  # fmt: skip
     psg.set_numbers(phi)
+    psg.card = psg_card(psg.config)
     write_folder(run.psg, psg.save_pretrained)
     return phi
 
