@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedp2eft.adapters.btlora import BTLora
+    from fedp2eft.adapters.trainer import BTLoraTrainer
     from fedp2eft.api import Adapter, evaluate, export, personalize
     from fedp2eft.errors import UserError
     from fedp2eft.experiment.train import train
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOME = {
     "PSG": "fedp2eft.generator",
     "BTLora": "fedp2eft.adapters.btlora",
+    "BTLoraTrainer": "fedp2eft.adapters.trainer",
     "Adapter": "fedp2eft.api",
     "personalize": "fedp2eft.api",
     "evaluate": "fedp2eft.api",
@@ -35,6 +37,7 @@ __all__ = [
     "PSG",
     "Adapter",
     "BTLora",
+    "BTLoraTrainer",
     "Results",
     "Settings",
     "UserError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,14 +32,16 @@ def example(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-def test_there_are_five_and_each_says_what_it_does_and_how_long_it_takes() -> None:
-    """The fifth is examples/deployment.
+def test_each_says_what_it_does_and_how_long_it_takes() -> None:
+    """examples/deployment is one more.
 
     Its run.py starts a SuperLink and four SuperNodes on a real model, five minutes: not run here.
     Its parts are tested, and the same deployment on a tiny model runs, in
     tests/federation/test_deployment.py.
     """
-    assert set(EXAMPLES) == {"personalize_client", "bt_lora", "own_data", "serve_many"}
+    assert set(EXAMPLES) == {
+        "personalize_client", "bt_lora", "trainer", "own_data", "serve_many"
+    }  # fmt: skip
     for path in [*EXAMPLES.values(), ROOT / "examples" / "deployment" / "run.py"]:
         said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         assert f"python {path.relative_to(ROOT)}" in said
@@ -63,6 +66,20 @@ def test_bt_lora_places_the_budget_and_peft_loads_it(example, desk: Path) -> Non
     weights = load_file(desk / "bt" / "adapter_model.safetensors")
     assert any(value.abs().sum() > 0 for name, value in weights.items() if "lora_B" in name)
     PeftModel.from_pretrained(base, desk / "bt")
+
+
+def test_trainer_resumes_and_peft_loads_what_it_saves(example, desk: Path) -> None:
+    words = ("--rank", 2, "--epochs", 2, "--out", "hf")
+    out = example("trainer", *words)
+    base = AutoModelForSequenceClassification.from_pretrained(desk / "runs/quickstart/base")
+    layers = sum(isinstance(module, torch.nn.Linear) for module in base.modules())
+    assert f"{2 * layers} ranks in" in out
+    saved = desk / "hf" / "adapter" / "adapter_model.safetensors"
+    weights = saved.read_bytes()
+    PeftModel.from_pretrained(base, desk / "hf" / "adapter")
+    shutil.rmtree(max((desk / "hf").glob("checkpoint-*"), key=lambda p: int(p.name[11:])))
+    example("trainer", *words, "--resume")
+    assert saved.read_bytes() == weights
 
 
 def test_own_data(example, world, desk: Path) -> None:
