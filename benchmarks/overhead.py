@@ -20,12 +20,12 @@ from typing import Any
 
 from common import clock, machine
 
+from fedp2eft.client import training as client
 from fedp2eft.client.training import features
-from fedp2eft.client.training import training as client
+from fedp2eft.data import registry
 from fedp2eft.experiment.train import train
 from fedp2eft.federation import client_app
 from fedp2eft.models import loading, sources
-from fedp2eft.settings.experiment import data as data_settings
 from fedp2eft.settings.reading import read_yaml, settings_from
 from fedp2eft.tasks.classification import Classification
 
@@ -74,7 +74,7 @@ def main() -> None:
     for owner, name in (
         (client, "descend"), (client, "stage2"), (features, "client_features"),
         (Classification, "logits"), (loading, "load_base"), (loading, "load_tokenizer"),
-        (loading, "save_model"), (data_settings, "load_federation"), (sources, "hash_weights"),
+        (loading, "save_model"), (registry, "load_federation"), (sources, "hash_weights"),
         (Classification, "encode"),
     ):  # fmt: skip
         watch.watch(owner, name)

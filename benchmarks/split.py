@@ -14,7 +14,7 @@ import torch
 from common import LABELS, alternate, client_rows, machine, median, spread
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.client.training import training as client
+from fedp2eft.client import training as client
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.settings.experiment import AdapterSettings, LocalSettings

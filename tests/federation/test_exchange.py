@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from toy import CLIENTS, Notes, members, settings
 
+from fedp2eft.federation.server import exchange as module
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.exchange import exchange
 from fedp2eft.federation.server.faults import Faults
-from fedp2eft.federation.server.phases import exchange as module
 
 
 class OneASecond:

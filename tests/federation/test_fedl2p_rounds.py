@@ -143,7 +143,7 @@ def test_personalization_takes_the_rates_of_the_meta_net(
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
     numbers = load_file(folder / "fedl2p" / "model.safetensors")
-    from fedp2eft.federation.server.phases import checkpoints
+    from fedp2eft.federation.server import checkpoints
 
     still = {name: torch.zeros_like(value) for name, value in numbers.items()}
     progress = checkpoints.Progress("fedl2p", ROUNDS)

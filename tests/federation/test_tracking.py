@@ -13,7 +13,7 @@ import pytest
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
-from fedp2eft.federation.server.phases import tracking
+from fedp2eft.federation.server import tracking
 from fedp2eft.federation.server.tracking import Trackers
 from fedp2eft.progress import LogReporter, report_to
 from fedp2eft.results.rows import Results, Row
@@ -143,7 +143,7 @@ def test_one_that_cannot_start_is_a_line(world: World, tmp_path: Path, wandb, mo
 
 def test_accelerate_stays_out_until_it_is_asked_for():
     code = (
-        "import sys; from fedp2eft.federation import tracking; "
+        "import sys; from fedp2eft.federation.server import tracking; "
         "print('accelerate.tracking' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

