@@ -52,20 +52,20 @@ def test_it_is_reached_by_settings(tmp_path: Path):
     assert (len(federation.clients[0].train), len(federation.clients[0].test)) == (4, 1)
 
 
-NO_TALK = "row 2 holds no conversation that ends with the assistant's turn"
+NO_TALK = "line 2 holds no conversation that ends with the assistant's turn"
 
 
 @pytest.mark.parametrize(
     ("talks", "message"),
     [
-        (["hello", "hello"], "row 1 holds no conversation"),
+        (["hello", "hello"], "line 1 holds no conversation"),
         ([TALK, []], NO_TALK),
         ([TALK, None], NO_TALK),
         ([TALK, TALK[:1]], NO_TALK),
         ([TALK, TALK[:3]], NO_TALK),
         ([TALK, [TALK[0], {"role": "assistant", "content": " "}]], NO_TALK),
         ([TALK, [TALK[0], {"from": "gpt", "value": "x"}]], "a turn of a conversation has no role"),
-        ([TALK, "hello"], "mixes kinds of values"),
+        ([TALK, "hello"], NO_TALK),
     ],
 )
 def test_what_is_no_conversation_is_one_line(tmp_path: Path, talks: list[Any], message: str):

@@ -56,7 +56,7 @@ def test_split_column_is_honoured(file):
     assert client.test.tolist() == [0, 1, 2, 3, 4]
     rows[7]["split"] = "dev"
     path = file("b.jsonl", rows)
-    refused(lambda: client_from_file(path), "b.jsonl, row 8: split 'dev' is neither")
+    refused(lambda: client_from_file(path), "b.jsonl, line 8: split 'dev' is neither")
     path = file("c.jsonl", [{**ROWS[0], "split": "test"}])
     refused(lambda: client_from_file(path), "Client c has no train rows")
 
@@ -96,9 +96,9 @@ def test_classes_called_by_numbers(file):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("goood", "row 3: column 'label' holds the unknown class 'goood'. Did you mean 'good'?"),
-        (7, "unknown class 7. The classes are good, bad."),
-        (-1, "unknown class -1"),
+        ("goood", "line 3: column 'label' holds the unknown class 'goood'. Did you mean 'good'?"),
+        (7, "unknown class '7'. The classes are good, bad; the file has 0, 7."),
+        (-1, "unknown class '-1'"),
     ],
 )
 def test_unknown_label(file, value, message):
@@ -113,7 +113,7 @@ def test_unknown_label(file, value, message):
 )
 def test_label_that_is_none(file, value, found):
     path = file("a.jsonl", [{"text": "a", "label": value}] * 3)
-    refused(lambda: client_from_file(path), f"row 1: column 'label' holds {found}")
+    refused(lambda: client_from_file(path), f"line 1: column 'label' holds {found}")
 
 
 def test_labels_are_not_needed_to_generate(file):
@@ -125,7 +125,7 @@ def test_labels_are_not_needed_to_generate(file):
     path = file("b.jsonl", [{"text": "q", "answer": None}, *rows])
     refused(
         lambda: client_from_file(path, label_column=None, target_column="answer"),
-        "row 1: column 'answer' holds nothing",
+        "line 1: column 'answer' holds nothing",
     )
 
 

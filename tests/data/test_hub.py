@@ -4,7 +4,8 @@ import datasets
 import numpy as np
 import pytest
 
-from fedp2eft.data.hub import XNLI, HubSource, load_hub, load_hub_dataset
+from fedp2eft.data.hub import load_hub, load_hub_dataset
+from fedp2eft.data.known import XNLI, HubSource
 from fedp2eft.errors import UserError
 
 CLASSES = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])

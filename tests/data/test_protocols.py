@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedp2eft.data import registry
 from fedp2eft.data.federation import Federation
-from fedp2eft.data.hub import XNLI
+from fedp2eft.data.known import XNLI
 from fedp2eft.data.partition import partition_pools
 from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import UserError

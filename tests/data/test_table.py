@@ -115,11 +115,11 @@ def test_truncated_json(file):
 def test_broken_json_line(file):
     refused(file("a.jsonl", b'{"text": "a", "label": "b"}\n{text}\n{}\n'), "line 2: not a JSON")
     deep = b"[" * 200_000
-    refused(file("b.jsonl", deep), "line 1: not a JSON")
+    refused(file("b.jsonl", deep), "begins as a JSON list and is not a whole one")
 
 
 def test_json_that_is_no_object(file):
-    refused(file("a.json", b'[{"text": "a"}]\n'), "line 1: a JSON list, not an object")
+    refused(file("a.json", b'[{"text": "a"}, 3]\n'), "row 2: a JSON int, not an object")
     refused(file("b.json", b'"text"'), "line 1: a JSON str, not an object")
 
 
@@ -128,10 +128,10 @@ def test_truncated_gzip(file):
 
 
 def test_broken_gzip(file):
-    refused(file("a.jsonl.gz", lines()), "is not a sound gzip file")
+    refused(file("a.jsonl.gz", lines()), "is not a sound gz file")
     content = bytearray(gzip.compress(lines()))
     content[40:60] = b"\xff" * 20
-    refused(file("b.jsonl.gz", bytes(content)), "is not a sound gzip file")
+    refused(file("b.jsonl.gz", bytes(content)), "is not a sound gz file")
 
 
 def test_truncated_parquet(file, tmp_path):
@@ -141,7 +141,10 @@ def test_truncated_parquet(file, tmp_path):
 
 
 def test_truncated_csv(file):
-    refused(file("a.csv", b'text,label\n"a",b\n"c'), "line 3: unexpected end of data")
+    refused(
+        file("a.csv", b'text,label\n"a",b\n"c'),
+        "line 3: a quotation mark that opens here is not closed, or the file is cut",
+    )
     refused(file("b.csv", b"text,label\na,b\nc\n"), "line 3: 1 fields where the header names 2")
 
 
@@ -174,12 +177,12 @@ def test_missing_column(file, tmp_path):
 )
 def test_text_that_is_none(file, value, found):
     rows = [*ROWS[:2], {"text": value, "label": "a"}]
-    refused(file("a.jsonl", lines(rows)), f"row 3: column 'text' holds {found}, not text")
+    refused(file("a.jsonl", lines(rows)), f"line 3: column 'text' holds {found}, not text")
 
 
 def test_row_without_text(file, tmp_path):
-    refused(file("a.jsonl", lines([*ROWS[:2], {"label": "a"}])), "row 3: column 'text' holds")
-    refused(file("a.csv", b"text,label\n,a\n"), "row 1: column 'text' holds blank text")
+    refused(file("a.jsonl", lines([*ROWS[:2], {"label": "a"}])), "line 3: column 'text' holds")
+    refused(file("a.csv", b"text,label\n,a\n"), "line 2: column 'text' holds blank text")
     parquet(tmp_path / "a.parquet", [{"text": b"\x00\x01", "label": "a"}])
     refused(tmp_path / "a.parquet", "row 1: column 'text' holds bytes")
 
@@ -190,4 +193,7 @@ def test_mixed_column(file):
 
 
 def test_half_a_surrogate(file):
-    refused(file("a.jsonl", b'{"text": "\\ud800", "label": "a"}'), "column 'text' mixes kinds")
+    refused(
+        file("a.jsonl", b'{"text": "\\ud800", "label": "a"}'),
+        "line 1: column 'text' holds half a character",
+    )

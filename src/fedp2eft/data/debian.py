@@ -41,6 +41,7 @@ def load_debian(
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
+    unique: bool = False,
     pools: Sequence[str] = (SEEN, UNSEEN),
 ) -> Federation:
     """Debian's package descriptions as a federation: text -> archive section (10 classes).
@@ -59,6 +60,7 @@ def load_debian(
         max_train: at most this many train rows a client.
         max_test: at most this many test rows a client.
         seed: decides the split, together with language and pool alone.
+        unique: of a pool's rows with the same text, keep the first, train rows before test rows.
         pools: which pools of `languages` become clients.
 
     Returns:
@@ -82,5 +84,6 @@ def load_debian(
         max_train=max_train,
         max_test=max_test,
         seed=seed,
+        unique=unique,
         pools=pools,
     )

@@ -30,7 +30,11 @@ COLUMNS = ("instruction", "response", "language")
 
 
 def load_fed_aya(
-    path: str | Path | None, languages: Sequence[str] | None = None, *, seed: int = 0
+    path: str | Path | None,
+    languages: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    unique: bool = False,
 ) -> Federation:
     """Fed-Aya as a federation: a client is an annotator, 20 % of its rows are its test rows.
 
@@ -41,6 +45,7 @@ def load_fed_aya(
         path: the JSON file.
         languages: of the eight, those to keep; None: all.
         seed: decides which rows are test rows, for every client alone.
+        unique: of a client's rows with the same instruction, keep the first.
 
     Returns:
         A federation with `text_columns` ("instruction",) and `target_column` "response"; clients
@@ -65,8 +70,10 @@ def load_fed_aya(
         )
     data: dict[str, list[str]] = {column: [] for column in COLUMNS}
     clients = []
-    for place, (name, rows) in enumerate(_read(Path(path)).items()):
+    for place, (name, rows) in enumerate(_read(Path(path).expanduser()).items()):
         mine = [row for row in _checked(path, name, rows) if row["language"] in kept]
+        if unique:
+            mine = list({row["instruction"]: row for row in reversed(mine)}.values())[::-1]
         if not mine:
             if languages:
                 continue

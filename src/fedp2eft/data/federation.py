@@ -26,8 +26,8 @@ def check_client_name(name: str) -> None:
     """Raise `UserError` unless the name can be a folder's: it may come from a peer."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
         raise UserError(
-            f"{shortened(name)} cannot be a client's name: use at most 100 letters, digits, - and "
-            "_ only."
+            f"{shortened(name)} cannot be a client's name: use at most 100 of the letters a-z and "
+            "A-Z, digits, - and _."
         )
 
 
@@ -36,7 +36,7 @@ class Client:
     """One client: a name, and which rows of the federation's table are its own.
 
     Attributes:
-        name: for example `fr-seen-00`. It becomes a folder name, so letters, digits, dash and
+        name: for example `fr-seen-00`. It becomes a folder name, so a-z, A-Z, digits, dash and
             underscore only, at most 100.
         language: the language its text is in; metrics are pooled by it.
         pool: one of `POOLS`.
@@ -71,6 +71,7 @@ class Federation:
         labels: class names in the order of their ids; `()` where there are no classes.
         clients: sorted by name.
         target_column: the column a generating model shall answer with, or None.
+        notes: how its files were read, one line each, for `fedp2eft data describe`.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Federation:
     labels: tuple[str, ...]
     clients: tuple[Client, ...]
     target_column: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         in_order = tuple(sorted(self.clients, key=lambda client: client.name))

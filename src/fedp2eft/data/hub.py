@@ -1,81 +1,23 @@
-"""Data sets of the Hugging Face Hub: one configuration a language, halved into two pools."""
+"""Data sets of the Hugging Face Hub, or local copies: one part per language, halved into pools."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedp2eft.data.copies import LocalCopy
 from fedp2eft.data.federation import NEW_LANGUAGE, SEEN, UNSEEN, Federation, Rows
+from fedp2eft.data.known import CONVERTED, HubSource
+from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.languages import choose_languages
 from fedp2eft.data.partition import partition_pools, rng_for
-from fedp2eft.data.table import first_line
+from fedp2eft.data.table import Columns, first_line
 from fedp2eft.errors import UserError, nearest
 from fedp2eft.settings.data import PartitionKind
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-CONVERTED = "refs/convert/parquet"
-"""The hub's own conversion of a data set to Parquet: its configurations are folders."""
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """Where a data set lies on the hub, and how its columns and splits are called.
-
-    Attributes:
-        path: repository, `owner/name`.
-        text_columns: columns of the model's input.
-        label_column: column of the class; None for a task without classes.
-        target_column: column a generating model shall answer with.
-        languages: its configurations that are languages; empty: any name is tried.
-        train_split: split, or several joined by "+", that train rows are taken from.
-        test_split: the same for test rows.
-        pool_train: train rows of each language and pool; None: half of the split.
-        pool_test: test rows of each language and pool; None: half of the split.
-        revision: branch, tag or commit.
-    """
-
-    path: str
-    text_columns: tuple[str, ...] = ("text",)
-    label_column: str | None = "label"
-    target_column: str | None = None
-    languages: tuple[str, ...] = ()
-    train_split: str = "train"
-    test_split: str = "test"
-    pool_train: int | None = None
-    pool_test: int | None = None
-    revision: str | None = None
-
-    @property
-    def columns(self) -> list[str]:
-        """All columns that are used, each once."""
-        extra = [column for column in (self.label_column, self.target_column) if column]
-        return list(dict.fromkeys([*self.text_columns, *extra]))
-
-
-XNLI = HubSource(
-    "facebook/xnli",
-    text_columns=("premise", "hypothesis"),
-    languages=(
-        *("ar", "bg", "de", "el", "en", "es", "fr", "hi"),
-        *("ru", "sw", "th", "tr", "ur", "vi", "zh"),
-    ),
-    pool_train=2000,
-    pool_test=500,
-)
-MASAKHANEWS = HubSource(
-    "masakhane/masakhanews",
-    text_columns=("headline_text",),
-    languages=(
-        *("amh", "eng", "fra", "hau", "ibo", "lin", "lug", "orm"),
-        *("pcm", "run", "sna", "som", "swa", "tir", "xho", "yor"),
-    ),
-    train_split="train+validation",
-    # The repository itself is a loading script, which `datasets` no longer runs.
-    revision=CONVERTED,
-)
 
 
 def load_hub_dataset(
@@ -125,67 +67,152 @@ def load_hub_dataset(
     return table.select_columns(list(columns)) if columns else table
 
 
+class _HubSplit:
+    """Rows of one language and split on the hub."""
+
+    form = ""
+
+    def __init__(self, source: HubSource, language: str, split: str) -> None:
+        self._label, self._what = source.label_column, f"{source.path} ({language}, {split})"
+        self._table = load_hub_dataset(
+            source.path, language, split=split, columns=source.columns, revision=source.revision
+        )
+        kind = self._table.features.get(self._label) if self._label else None
+        self.names: tuple[str, ...] = tuple(getattr(kind, "names", None) or ())
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def take(self, rows: Rows) -> Columns:
+        """Return those rows; class ids as names, None where a row holds nothing."""
+        chosen: Columns = dict(self._table[rows.tolist()])
+        if self.names and self._label:
+            ids = chosen[self._label]
+            chosen[self._label] = [None if v is None or v < 0 else self.names[v] for v in ids]
+        return chosen
+
+    def sentences(self) -> list[str] | None:
+        """Return what names each row's sentence; None where nothing does."""
+        return None
+
+    def where(self, row: int) -> str:
+        """Return the place of a row (from 0) for a message."""
+        return f"{self._what}, row {row}"
+
+
+class _CopySplit:
+    """Rows of one language and split of a local copy."""
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, copy: LocalCopy, source: HubSource, language: str, split: str) -> None:
+        self._split = copy.read(
+            language, split, source.columns, source.other_names, source.row_id or ""
+        )
+        self._ids = self._split.columns.pop(source.row_id or "", None)
+        self.form = self._split.tables[0].form
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def take(self, rows: Rows) -> Columns:
+        """Return those rows; None where a row holds nothing."""
+        return {name: [values[row] for row in rows] for name, values in self._split.columns.items()}
+
+    def sentences(self) -> list[str] | None:
+        """Return what names each row's sentence; None where nothing does."""
+        return None if self._ids is None else list(map(str, self._ids))
+
+    def where(self, row: int) -> str:
+        """Return the place of a row (from 0) for a message."""
+        return self._split.where(row)
+
+
+_Split = _HubSplit | _CopySplit
+
+
 def load_hub(
     name: str,
     source: HubSource,
     languages: Sequence[str] | None = None,
     new_languages: Sequence[str] = (),
     *,
+    folder: str | Path | None = None,
     clients_per_language: int = 20,
     alpha: float = 0.5,
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
+    unique: bool = False,
     kind: PartitionKind = "per-pool",
 ) -> Federation:
     """A data set of the hub as a federation, after the paper (arXiv 2502.04387, data protocol).
 
     Each language's train and test rows are halved into a seen and an unseen pool, cut to
     `pool_train` and `pool_test` rows, and split over its clients by label. The halves are drawn
-    alike for every language, so that of a data set whose row n is the same sentence in all
-    languages (XNLI) no sentence is both seen and unseen, in any language.
+    alike for every language, so that of a parallel data set (XNLI, SIB-200) no sentence is both
+    seen and unseen, in any language.
 
     Args:
         name: the federation's name.
         source: where and what.
-        languages: see `load_debian`.
+        languages: see `load_debian`; None: all but those without a train split, too.
         new_languages: see `load_debian`.
+        folder: a local copy to read in place of the hub; see `LocalCopy`.
         clients_per_language: clients per language and pool.
         alpha: concentration of the Dirichlet distribution.
         max_train: at most this many train rows a client.
         max_test: at most this many test rows a client.
         seed: decides the halves and the split.
+        unique: of a language's rows with the same text, keep the first, train before test rows.
         kind: see `partition_pools`.
 
     Raises:
-        UserError: as `load_hub_dataset` and `partition_pools`; languages with other classes; a
-            row without text or class.
+        UserError: as `load_hub_dataset`, `LocalCopy.read` and `partition_pools`; languages with
+            other classes or, in a parallel data set, other sentences; a language without a train
+            split that is not new; a row without text or class.
     """
     import datasets
     import pyarrow as pa
 
-    spoken, new = choose_languages(name, source.languages, languages, new_languages)
-    data: dict[str, list[Any]] = {}
+    copy = None if folder is None else LocalCopy(Path(folder).expanduser())
+    known = source.languages if copy is None else copy.languages()
+    if not languages:
+        languages = [each for each in known if _can_train(source, copy, each)]
+        languages = [each for each in languages if each not in new_languages]
+    spoken, new = choose_languages(name, known, languages, new_languages)
+    data: Columns = {}
     pools: dict[tuple[str, str], tuple[Rows, Rows]] = {}
-    classes: tuple[str, ...] = ()
+    classes = source.labels
+    first: dict[str, tuple[str, _Split]] = {}
+    notes: dict[str, list[str]] = {}
     for language in (*spoken, *new):
-        halves = []
-        for part, split, limit in (
-            ("train", source.train_split, source.pool_train),
-            ("test", source.test_split, source.pool_test),
-        ):
-            table = load_hub_dataset(
-                source.path, language, split=split, columns=source.columns, revision=source.revision
+        halves, texts = [], set[str]()
+        for part, limit in (("train", source.pool_train), ("test", source.pool_test)):
+            split = source.test_split
+            if part == "train":
+                split = _train_split(name, source, copy, language, language in new)
+            rows: _Split = (
+                _CopySplit(copy, source, language, split)
+                if copy
+                else _HubSplit(source, language, split)
             )
-            names = _class_names(table, source.label_column)
-            classes = classes or names
-            if names != classes:
-                raise UserError(f"{name}: the classes of {language} are {names}, not {classes}.")
-            order = rng_for(seed, "pools", part).permutation(len(table))
-            middle = len(table) // 2
+            classes = classes or rows.names
+            if rows.names and set(rows.names) != set(classes):
+                raise UserError(
+                    f"{name}: the classes of {language} are {rows.names}, not {classes}."
+                )
+            if source.parallel:
+                _check_parallel(name, language, rows, *first.setdefault(part, (language, rows)))
+            for note in _notes(source, copy, part, split, rows):
+                notes.setdefault(note, []).append(language)
+            order = rng_for(seed, "pools", part).permutation(len(rows))
+            if unique:
+                order = _unrepeated(rows, order, source.text_columns, texts)
+            middle = len(order) // 2
             halves.append(
                 [
-                    _append(data, table, half[:limit], source, f"{name} ({language}, {split})")
+                    _append(data, rows, half[:limit], source, classes)
                     for half in (order[:middle], order[middle:])
                 ]
             )
@@ -200,7 +227,8 @@ def load_hub(
         labels = np.zeros(len(table), dtype=np.int64)
     else:
         labels = np.asarray(data[source.label_column])
-        classes = classes or tuple(sorted(set(data[source.label_column])))
+        classes = classes or found_names(data[source.label_column])
+        check_names(classes)
     clients = partition_pools(
         pools,
         labels,
@@ -219,27 +247,97 @@ def load_hub(
         classes,
         clients,
         source.target_column,
+        tuple(f"{', '.join(dict.fromkeys(who))}: {note}" for note, who in notes.items()),
     )
 
 
-def _class_names(table: "Dataset", label_column: str | None) -> tuple[str, ...]:
-    """The names that a column of class ids carries; () where it holds the names themselves."""
-    names = getattr(table.features[label_column], "names", None) if label_column else None
-    return tuple(names or ())
+def _can_train(source: HubSource, copy: LocalCopy | None, language: str) -> bool:
+    """Whether a language has the split `train`, if the data set's train rows come from there."""
+    if language in source.without_train:
+        return False
+    if copy is None or "train" not in source.train_split.split("+"):
+        return True
+    return "train" in copy.splits(language, source.train_split)
+
+
+def _train_split(
+    name: str, source: HubSource, copy: LocalCopy | None, language: str, new: bool
+) -> str:
+    """The splits that a language's train rows come from.
+
+    A language without the split `train` may be new to the federation, and then has those of
+    `validation`. A copy may have joined `validation` to `train`.
+    """
+    if not new and not _can_train(source, copy, language):
+        raise UserError(
+            f"Language {language!r} of {name} has no train split, only a validation split: name it "
+            "in data.new_languages, or leave it out."
+        )
+    parts = source.train_split.split("+")
+    if copy is not None:
+        has = copy.splits(language, source.train_split)
+        kept = [part for part in parts if part in has or part not in ("train", "validation")]
+        return "+".join(kept) or source.train_split
+    without = ("train",) if language in source.without_train else ()
+    return "+".join(part for part in parts if part not in without)
+
+
+def _notes(
+    source: HubSource, copy: LocalCopy | None, part: str, split: str, rows: _Split
+) -> list[str]:
+    """What `fedp2eft data describe` says of a split that was read."""
+    notes = [rows.form] if rows.form else []
+    if part == "train" and split != source.train_split:
+        missing = set(source.train_split.split("+")) - set(split.split("+"))
+        notes.append(f"no split {', '.join(sorted(missing))}, train rows are {split}")
+    return notes
+
+
+def _check_parallel(
+    name: str, language: str, rows: _Split, first_language: str, first: _Split
+) -> None:
+    """Raise `UserError` where row n is not the same sentence in two languages."""
+    if len(rows) != len(first):
+        raise UserError(
+            f"{name}: {language} has {len(rows)} rows and {first_language} {len(first)} in one "
+            "split, where row n should be the same sentence in all languages. Copy it again."
+        )
+    mine, theirs = rows.sentences(), first.sentences()
+    if mine is not None and theirs is not None and mine != theirs:
+        row = next(
+            n for n, (one, other) in enumerate(zip(mine, theirs, strict=True)) if one != other
+        )
+        raise UserError(
+            f"{rows.where(row)}: sentence {mine[row]} where {first_language} has {theirs[row]}: "
+            "the rows should be the same sentences in the same order in all languages."
+        )
+
+
+def _unrepeated(rows: _Split, order: Rows, columns: Sequence[str], texts: set[str]) -> Rows:
+    """Leave out the rows whose text is in `texts`, or in an earlier row; add the others' to it."""
+    chosen = rows.take(np.arange(len(rows)))
+    kept = []
+    for row in order.tolist():
+        text = repr([chosen[column][row] for column in columns])
+        if text not in texts:
+            texts.add(text)
+            kept.append(row)
+    return np.asarray(kept, dtype=np.int64)
 
 
 def _append(
-    data: dict[str, list[Any]], table: "Dataset", rows: Rows, source: HubSource, what: str
+    data: Columns, split: _Split, rows: Rows, source: HubSource, classes: Sequence[str]
 ) -> Rows:
     """Copy rows of one split to the end of `data`, classes as names; their row numbers there."""
-    chosen = table[rows.tolist()]
-    names = _class_names(table, source.label_column)
-    for column, values in chosen.items():
+    for column, values in split.take(rows).items():
         for row, value in zip(rows, values, strict=True):
-            if value is None or (column == source.label_column and names and value < 0):
-                raise UserError(f"{what}, row {row}: column {column!r} holds nothing.")
+            if value is None:
+                raise UserError(f"{split.where(row)}: column {column!r} holds nothing.")
         if column == source.label_column:
-            values = [names[value] if names else str(value) for value in values]
+            values = [
+                class_name(value, classes, split.where(row), column)
+                for row, value in zip(rows.tolist(), values, strict=True)
+            ]
         data.setdefault(column, []).extend(values)
     end = len(data[source.text_columns[0]])
     return np.arange(end - len(rows), end, dtype=np.int64)

@@ -46,6 +46,7 @@ def load_libreoffice(
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
+    unique: bool = False,
     pools: Sequence[str] = (SEEN, UNSEEN),
 ) -> Federation:
     """LibreOffice's help as a federation; the label that clients differ by is LibreOffice's part.
@@ -62,6 +63,7 @@ def load_libreoffice(
         max_train: at most this many train rows a client.
         max_test: at most this many test rows a client.
         seed: decides the split, together with language and pool alone.
+        unique: of a pool's rows with the same text, keep the first, train rows before test rows.
         pools: which pools of `languages` become clients.
 
     Returns:
@@ -94,5 +96,6 @@ def load_libreoffice(
         max_train=max_train,
         max_test=max_test,
         seed=seed,
+        unique=unique,
         pools=pools,
     )

@@ -97,6 +97,7 @@ def federation_of_node(config: Mapping[str, Value], settings: DataSettings) -> F
         labels=agreed.labels if own["label-column"] else None,
         test_fraction=settings.test_fraction,
         seed=settings.seed,
+        unique=settings.unique,
     )
     federation = replace(federation, name=NODES)
     return hold_out(federation, settings) if settings.holdout else federation

@@ -186,6 +186,26 @@ def local_validation_split(
     return np.setdiff1d(np.arange(rows, dtype=np.int64), held), held
 
 
+def distinct(texts: Sequence[Sequence[Any]], *parts: Rows) -> list[Rows]:
+    """Return the parts without those rows whose text an earlier row has, in them or before.
+
+    Args:
+        texts: one sequence per text column, indexed by row.
+        parts: row numbers, those to keep a text first.
+    """
+    seen: set[str] = set()
+    kept: list[Rows] = []
+    for part in parts:
+        mine = []
+        for row in part.tolist():
+            text = repr([column[row] for column in texts])
+            if text not in seen:
+                seen.add(text)
+                mine.append(row)
+        kept.append(np.asarray(mine, dtype=np.int64))
+    return kept
+
+
 def _stock(codes: NDArray[np.int64], labels: int, rng: np.random.Generator) -> list[Rows]:
     """The rows of each label, in a drawn order."""
     return [rng.permutation(np.flatnonzero(codes == label)) for label in range(labels)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedp2eft.data.federation import NEW_LANGUAGE, POOLS, SEEN, UNSEEN, Federation, Rows
 from fedp2eft.data.languages import choose_languages
-from fedp2eft.data.partition import partition_pools
+from fedp2eft.data.partition import distinct, partition_pools
 from fedp2eft.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def federation_of_pools(
     max_train: int | None,
     max_test: int | None,
     seed: int,
+    unique: bool = False,
     pools: Sequence[str] = (SEEN, UNSEEN),
 ) -> Federation:
     """Each language's pool split over its clients by label; a row's number is its place in `table`.
@@ -50,6 +51,7 @@ def federation_of_pools(
         max_train: at most this many train rows a client.
         max_test: at most this many test rows a client.
         seed: decides the split, together with language and pool alone.
+        unique: of a pool's rows with the same text, keep the first, train rows before test rows.
         pools: which pools of `languages` become clients.
 
     Raises:
@@ -58,11 +60,15 @@ def federation_of_pools(
     spoken, new = choose_languages(name, known, languages, new_languages)
     if wrong := [pool for pool in pools if pool not in (SEEN, UNSEEN)]:
         raise UserError(f"Pool {wrong[0]!r} is not one of {list(POOLS[:2])}.")
+    texts = [table[column][:] for column in text_columns] if unique else []
     language, pool, split = (np.asarray(table[c][:]) for c in ("language", "pool", "split"))
 
     def rows(name: str, source: str) -> tuple[Rows, Rows]:
         mine = (language == name) & (pool == source)
-        return np.flatnonzero(mine & (split == "train")), np.flatnonzero(mine & (split == "test"))
+        train, test = (np.flatnonzero(mine & (split == part)) for part in ("train", "test"))
+        if unique:
+            train, test = distinct(texts, train, test)
+        return train, test
 
     parts = {(name, source): rows(name, source) for name in spoken for source in pools}
     parts |= {(name, NEW_LANGUAGE): rows(name, UNSEEN) for name in new}

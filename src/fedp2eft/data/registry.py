@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fedp2eft.data import debian, fed_aya, libreoffice
 from fedp2eft.data.federation import Federation
 from fedp2eft.data.files import federation_from_files
-from fedp2eft.data.hub import MASAKHANEWS, XNLI, HubSource, load_hub
+from fedp2eft.data.hub import load_hub
+from fedp2eft.data.known import KNOWN, HubSource
 from fedp2eft.data.nodes import NODES, federation_without_clients
 from fedp2eft.data.partition import hold_out
 from fedp2eft.errors import UserError, nearest
@@ -43,6 +45,7 @@ def _partition(settings: DataSettings) -> dict[str, Any]:
         "max_train": settings.max_train,
         "max_test": settings.max_test,
         "seed": settings.seed,
+        "unique": settings.unique,
     }
 
 
@@ -55,16 +58,22 @@ def _load_libreoffice(settings: DataSettings) -> Federation:
 
 
 def _load_fed_aya(settings: DataSettings) -> Federation:
-    return fed_aya.load_fed_aya(settings.path, settings.languages, seed=settings.seed)
+    return fed_aya.load_fed_aya(
+        settings.path, settings.languages, seed=settings.seed, unique=settings.unique
+    )
 
 
 def _load_preset(name: str, source: HubSource, settings: DataSettings) -> Federation:
-    return load_hub(name, source, kind=settings.partition, **_partition(settings))
+    return load_hub(
+        name, source, folder=settings.path, kind=settings.partition, **_partition(settings)
+    )
 
 
 def _load_hub(settings: DataSettings) -> Federation:
     if settings.path is None:
-        raise UserError("Set data.path to the data set's name on the hub: owner/name.")
+        raise UserError(
+            "Set data.path to the data set's name on the hub (owner/name), or a folder."
+        )
     source = HubSource(
         settings.path,
         text_columns=tuple(settings.text_columns),
@@ -76,7 +85,12 @@ def _load_hub(settings: DataSettings) -> Federation:
         pool_test=settings.pool_test,
         revision=settings.revision,
     )
-    return load_hub(settings.path.replace("/", "-"), source, **_partition(settings))
+    folder = Path(settings.path).expanduser()
+    if not folder.is_dir():
+        return load_hub(settings.path.replace("/", "-"), source, **_partition(settings))
+    if settings.revision is not None:
+        raise UserError(f"{folder} is a local copy, which has no data.revision: remove it.")
+    return load_hub(folder.resolve().name, source, folder=folder, **_partition(settings))
 
 
 def _load_files(settings: DataSettings) -> Federation:
@@ -89,6 +103,7 @@ def _load_files(settings: DataSettings) -> Federation:
         "labels": settings.labels or None,
         "test_fraction": settings.test_fraction,
         "seed": settings.seed,
+        "unique": settings.unique,
     }
     return federation_from_files(settings.path or settings.files, **columns)
 
@@ -97,6 +112,19 @@ _HUB_ONLY = ("train_split", "test_split", "pool_train", "pool_test", "revision")
 _COLUMNS = ("path", "text_columns", "label_column", "target_column")
 _FILES_ONLY = ("files", "labels", "test_fraction")
 _SPLIT = ("languages", "new_languages", "clients_per_language", "alpha", "max_train", "max_test")
+
+
+def _preset(name: str, description: str, licence: str, *unused: str) -> DatasetEntry:
+    """A data set of the hub that is known by name."""
+    source = KNOWN[name]
+    return DatasetEntry(
+        f"{description}; from the hub, or a local copy in data.path",
+        source.languages,
+        licence,
+        partial(_load_preset, name, source),
+        (*_COLUMNS[1:], *_FILES_ONLY, *_HUB_ONLY, *unused),
+    )
+
 
 DATASETS: dict[str, DatasetEntry] = {
     debian.NAME: DatasetEntry(
@@ -124,7 +152,7 @@ DATASETS: dict[str, DatasetEntry] = {
         (*_COLUMNS[1:], *_FILES_ONLY, *_HUB_ONLY, *_SPLIT[1:], "partition"),
     ),
     "files": DatasetEntry(
-        "your own JSON lines, CSV or Parquet: one file a client, or one with a column client",
+        "your own JSON, CSV, TSV or Parquet: one file a client, or one with a column client",
         (),
         "yours",
         _load_files,
@@ -144,20 +172,28 @@ DATASETS: dict[str, DatasetEntry] = {
         _load_hub,
         (*_FILES_ONLY, "partition"),
     ),
-    "xnli": DatasetEntry(
-        "natural language inference (3 classes), 2,000 train and 500 test rows a language and "
-        "pool; from the hub",
-        XNLI.languages,
+    "xnli": _preset(
+        "xnli",
+        "natural language inference (3 classes), 2,000 train and 500 test rows a language and pool",
         "CC BY-NC 4.0",
-        partial(_load_preset, "xnli", XNLI),
-        (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY),
     ),
-    "masakhanews": DatasetEntry(
-        "news topics (7 classes) in African languages, headline and text; from the hub",
-        MASAKHANEWS.languages,
+    "masakhanews": _preset(
+        "masakhanews",
+        "news topics (7 classes) in African languages, headline and text",
         "AFL-3.0",
-        partial(_load_preset, "masakhanews", MASAKHANEWS),
-        (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY, "partition"),
+        "partition",
+    ),
+    "afrisenti": _preset(
+        "afrisenti",
+        "sentiment of tweets (3 classes) in African languages; orm and tir can be new languages "
+        "only",
+        "CC BY 4.0",
+        "partition",
+    ),
+    "sib-200": _preset(
+        "sib-200",
+        "topics of the same sentences (7 classes) in 205 languages",
+        "CC BY-SA 4.0",
     ),
 }
 

@@ -1,25 +1,117 @@
-"""Reading a user's table: JSON lines, CSV or Parquet, into memory, every fault one clear line.
+"""Reading a user's table: JSON, CSV, TSV or Parquet, into memory, every fault one clear line.
 
 The files are read here rather than by the `datasets` builders, which leave a cache behind and
 report a broken row as a traceback.
 """
 
-import csv
+import bz2
 import gzip
-import io
 import json
+import lzma
+import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedp2eft.data.delimited import Select, clean, read_delimited
 from fedp2eft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Columns = dict[str, list[Any]]
-KINDS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+MAGIC = {
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook: unpack it, or save it as CSV UTF-8",
+    b"\x28\xb5\x2f\xfd": "packed with zstd: unpack it, or pack it with gzip",
+    b"\x1f\x8b": "packed with gzip: give it the ending .gz as well",
+    b"BZh": "packed with bzip2: give it the ending .bz2 as well",
+    b"\xfd7zXZ": "packed with xz: give it the ending .xz as well",
+    b"PAR1": "a Parquet file: give it the ending .parquet",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook: save it as CSV UTF-8",
+}
+"""How files begin that are often given another ending than their own."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file's columns.
+
+    Attributes:
+        path: the file.
+        columns: name -> one value per row.
+        lines: the line that each row begins in, from 1; None where the file has no lines.
+        form: delimiter and quoting of a delimited file, else "".
+    """
+
+    path: Path
+    columns: Columns
+    lines: Sequence[int] | None = None
+    form: str = ""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def where(self, row: int) -> str:
+        """Return the place of a row (from 0) for a message: `rows.csv, line 7`."""
+        if self.lines is None:
+            return f"{self.path}, row {row + 1}"
+        return f"{self.path}, line {self.lines[row]}"
+
+
+def read_columns(
+    path: str | Path,
+    *,
+    text_columns: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
+    optional: Sequence[str] = (),
+) -> Table:
+    """Read a JSON, CSV, TSV or Parquet file, or a folder of Parquet files, into memory.
+
+    All but Parquet may be packed with gzip, bzip2 or xz. Every value of a delimited file is text,
+    and an empty field is an empty string (see `read_delimited`). A JSON file has one object per
+    line, or is one list of objects; a key that a row lacks is None. Class ids of a Parquet file
+    that the `datasets` library wrote come as the names that it carries.
+
+    Args:
+        path: the file; its ending says what it is; `~` is the home folder.
+        text_columns: columns that must be there and hold text, not blank, in every row.
+        columns: further columns that must be there; None keeps every column of the file.
+        optional: columns to keep where the file has them.
+
+    Raises:
+        UserError: no such file, an unknown ending, empty, cut off, not UTF-8, a row that cannot be
+            read, a missing column, a text that is missing or no text, no rows.
+    """
+    path = Path(path).expanduser()
+    needed = [*text_columns, *(columns or ())]
+
+    def select(names: Sequence[str]) -> dict[str, str]:
+        own = {clean(name): name for name in reversed(names)}
+        for name in needed:
+            if clean(name) not in own:
+                raise UserError(
+                    f"{path} has no column {name!r}.{nearest(name, list(names))} "
+                    f"It has {', '.join(names) or 'none'}."
+                )
+        if columns is None:
+            return {name: name for name in names}
+        wanted = dict.fromkeys([*needed, *(name for name in optional if clean(name) in own)])
+        return {name: own[clean(name)] for name in wanted}
+
+    table = _read(path, select, needed)
+    if not len(table):
+        raise UserError(f"{path} has no rows: add at least one.")
+    for name in text_columns:
+        check_text(table, name)
+    return table
 
 
 def read_table(
@@ -29,45 +121,13 @@ def read_table(
     columns: Sequence[str] | None = None,
     optional: Sequence[str] = (),
 ) -> "Dataset":
-    """Read a JSON-lines, CSV or Parquet file (the first two also gzipped) into memory.
-
-    Every row of a CSV file is text, and an empty field is an empty string. Blank lines of a JSON
-    file are skipped; a key that a row lacks is None.
-
-    Args:
-        path: the file; its ending says what it is.
-        text_columns: columns that must be there and hold text, not blank, in every row.
-        columns: further columns that must be there; None keeps every column of the file.
-        optional: columns to keep where the file has them.
-
-    Raises:
-        UserError: no such file, a directory, an unknown ending, empty, cut off, not UTF-8, a row
-            that cannot be read, a missing column, a text that is missing or no text, no rows.
-    """
+    """Return `read_columns` as an Arrow data set, whose columns each hold one kind of value."""
     import pyarrow as pa
     from datasets import Dataset
 
-    path = Path(path)
-    needed = [*text_columns, *(columns or ())]
-
-    def select(names: Sequence[str]) -> list[str]:
-        for name in needed:
-            if name not in names:
-                raise UserError(
-                    f"{path} has no column {name!r}.{nearest(name, list(names))} "
-                    f"It has {', '.join(names) or 'none'}."
-                )
-        if columns is None:
-            return list(names)
-        return list(dict.fromkeys([*needed, *(name for name in optional if name in names)]))
-
-    data = _reader(path)(path, select)
-    if not any(data.values()):
-        raise UserError(f"{path} has no rows: add at least one.")
-    for name in text_columns:
-        check_text(path, name, data[name])
+    table = read_columns(path, text_columns=text_columns, columns=columns, optional=optional)
     arrays = {}
-    for name, values in data.items():
+    for name, values in table.columns.items():
         try:
             arrays[name] = pa.array(values)
         except (pa.ArrowException, UnicodeError, OverflowError) as error:
@@ -78,71 +138,142 @@ def read_table(
     return Dataset(pa.table(arrays))
 
 
-def check_text(source: str | Path, column: str, values: Sequence[Any]) -> None:
-    """Raise a UserError that names `source` and the first row (from 1) that is not text."""
-    for row, value in enumerate(values, start=1):
+def check_text(table: Table, column: str) -> None:
+    """Raise a UserError that names the first row that is not text, or half a character."""
+    for row, value in enumerate(table.columns[column]):
         if isinstance(value, str) and value.strip():
-            continue
-        found = "nothing" if value is None else "blank text"
-        if value is not None and not isinstance(value, str):
+            try:
+                value.encode()
+                continue
+            except UnicodeEncodeError:
+                found = "half a character (a lone surrogate)"
+        elif value is None:
+            found = "nothing"
+        else:
             found = f"{type(value).__name__} {str(value)[:40]!r}"
+            found = "blank text" if isinstance(value, str) else found
         raise UserError(
-            f"{source}, row {row}: column {column!r} holds {found}, not text. "
-            "Mend or remove the row."
+            f"{table.where(row)}: column {column!r} holds {found}, not text. Fix or remove the row."
         )
 
 
-def _reader(path: Path) -> Callable[[Path, Callable[[Sequence[str]], list[str]]], Columns]:
+def _read(path: Path, select: Select, needed: Sequence[str]) -> Table:
+    """Read a file by its ending."""
     if path.is_dir():
-        raise UserError(f"{path} is a directory: name a file in it.")
+        shards = sorted(path.glob("*.parquet"))
+        if not shards:
+            raise UserError(f"{path} is a directory without Parquet files: name a file in it.")
+        parts = [_read_parquet(shard, select) for shard in shards]
+        names = [name for name in parts[0] if all(name in part for part in parts)]
+        return Table(path, {name: [v for part in parts for v in part[name]] for name in names})
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path.")
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
-        return _read_json_lines
-    if name.endswith(".csv"):
-        return _read_csv
-    if path.name.lower().endswith(".parquet"):
-        return _read_parquet
-    raise UserError(f"{path} has no known ending: name it {', '.join(KINDS)}.")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    unpack = PACKED.get(suffixes[-1]) if suffixes else None
+    ending = suffixes[-2:-1] if unpack else suffixes[-1:]
+    kind = ending[0] if ending else ""
+    if kind == ".parquet" and unpack is None:
+        return Table(path, _read_parquet(path, select))
+    if kind in (".jsonl", ".json"):
+        return _read_json(path, _read_text(path, unpack), select)
+    if kind in (".csv", ".tsv"):
+        usual = "\t" if kind == ".tsv" else ","
+        read = read_delimited(path, _read_text(path, unpack), select, needed, usual)
+        return Table(path, dict(read.columns), read.lines, read.form)
+    packed = ", ".join(PACKED)
+    raise UserError(
+        f"{path} has no known ending: name it {', '.join(KINDS)} (all but the last also with "
+        f"{packed})."
+    )
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, unpack: Callable[[bytes], bytes] | None) -> str:
+    """A file's text: UTF-8, or UTF-16 where a byte order mark says so."""
     try:
         raw = path.read_bytes()
-        if raw and path.name.lower().endswith(".gz"):
-            raw = gzip.decompress(raw)
+        if raw and unpack:
+            raw = unpack(raw)
     except EOFError:
-        raise UserError(f"{path} is cut off: its gzip stream has no end. Copy it again.") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a sound gzip file ({first_line(error)}).") from None
+        raise UserError(
+            f"{path} is cut off: its {path.suffix[1:]} stream has no end. Copy it again."
+        ) from None
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a sound {path.suffix[1:]} file ({first_line(error)}). Copy it again."
+        ) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+        cause = error.strerror or first_line(error)
+        raise UserError(f"{path} cannot be read: {cause}.") from None
     if not raw.strip():
         raise UserError(f"{path} is empty: write at least one row.")
+    for start, what in MAGIC.items():
+        if raw.startswith(start):
+            raise UserError(f"{path} is {what}.")
+    wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} in line {line} "
-            f"(byte {error.start} of the file). Save it as UTF-8."
+            f"{path} is not {'UTF-16' if wide else 'UTF-8'}: byte 0x{raw[error.start]:02x} in line "
+            f"{line} (byte {error.start} of the file). Save it as UTF-8."
         ) from None
 
 
-def _read_json_lines(path: Path, select: Callable[[Sequence[str]], list[str]]) -> Columns:
-    # Only \n and \r\n end a line here: str.splitlines would also cut at U+2028 within a text.
-    rows: list[dict[str, Any]] = []
+def _read_json(path: Path, text: str, select: Select) -> Table:
+    """JSON lines, or one list of objects."""
+    rows, lines = _json_list(path, text), None
+    if rows is None:
+        rows, lines = _json_lines(path, text)
     names: dict[str, None] = {}
-    lines = _read_text(path).split("\n")
+    for row in rows:
+        names |= dict.fromkeys(row)
+    if len(rows) == 1 and all(isinstance(value, list | dict) for value in rows[0].values()):
+        raise UserError(
+            f"{path} holds one object of columns, not rows: write one object per row, as pandas "
+            "does with orient='records', lines=True."
+        )
+    kept = select(list(names))
+    columns = {name: [row.get(own) for row in rows] for name, own in kept.items()}
+    return Table(path, columns, lines)
+
+
+def _json_list(path: Path, text: str) -> list[dict[str, Any]] | None:
+    """The objects of a file that is one JSON list; None where it is none."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if first_line(error).startswith("Extra data"):
+            return None
+        raise UserError(
+            f"{path} begins as a JSON list and is not a whole one ({first_line(error)}). "
+            "Copy it again."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object.")
+    return list(rows)
+
+
+def _json_lines(path: Path, text: str) -> tuple[list[dict[str, Any]], list[int]]:
+    # Only \n, \r\n and \r end a line here: str.splitlines would also cut at U+2028 within a text.
+    rows: list[dict[str, Any]] = []
+    numbers = []
+    lines = re.split(r"\r\n|\n|\r", text)
+    last = max(number for number, line in enumerate(lines, start=1) if line.strip())
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            last = number == len(lines)
-            hint = " The file looks cut off: copy it again." if last else " Mend that line."
+            hint = " Fix that line."
+            if number == last and number > 1:
+                hint = " The file looks cut off: copy it again."
+            elif _is_json(text):
+                hint = " The file is one object over several lines: write one row per line."
             raise UserError(
                 f"{path}, line {number}: not a JSON object ({first_line(error)}).{hint}"
             ) from None
@@ -151,38 +282,20 @@ def _read_json_lines(path: Path, select: Callable[[Sequence[str]], list[str]]) -
                 f"{path}, line {number}: a JSON {type(row).__name__}, not an object. "
                 'Write one row a line: {"text": "...", "label": "..."}.'
             )
-        names |= dict.fromkeys(row)
         rows.append(row)
-    return {name: [row.get(name) for row in rows] for name in select(list(names))}
+        numbers.append(number)
+    return rows, numbers
 
 
-def _read_csv(path: Path, select: Callable[[Sequence[str]], list[str]]) -> Columns:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+def _is_json(text: str) -> bool:
     try:
-        header = next(reader)
-        if len(set(header)) < len(header):
-            raise UserError(f"{path}: two columns have the same name: {', '.join(header)}.")
-        kept = [header.index(name) for name in select(header)]
-        data: Columns = {header[index]: [] for index in kept}
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(row)} fields where the header names "
-                    f"{len(header)}. Quote a text that holds a comma or a line break."
-                )
-            for index in kept:
-                data[header[index]].append(row[index])
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, line {reader.line_num}: {first_line(error)}. "
-            "Is a quote not closed, or the file cut off?"
-        ) from None
-    return data
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
-def _read_parquet(path: Path, select: Callable[[Sequence[str]], list[str]]) -> Columns:
+def _read_parquet(path: Path, select: Select) -> Columns:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -190,13 +303,34 @@ def _read_parquet(path: Path, select: Callable[[Sequence[str]], list[str]]) -> C
         raise UserError(f"{path} is empty: write at least one row.")
     try:
         with pq.ParquetFile(path) as file:
-            names = select(file.schema_arrow.names)
-            table = file.read(columns=names)
-        return {name: table.column(name).to_pylist() for name in names}
+            kept = select(file.schema_arrow.names)
+            table = file.read(columns=list(kept.values()))
+            classes = _class_names(file.schema_arrow.metadata or {})
+        columns = {name: table.column(own).to_pylist() for name, own in kept.items()}
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise UserError(
             f"{path} is not a whole Parquet file ({first_line(error)}). Copy or write it again."
         ) from None
+    for name, own in kept.items():
+        if names := classes.get(own):
+            columns[name] = [
+                names[v] if isinstance(v, int) and 0 <= v < len(names) else None
+                for v in columns[name]
+            ]
+    return columns
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Column -> class names, as the `datasets` library writes them into a Parquet file."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {
+            name: [str(word) for word in kind["names"]]
+            for name, kind in features.items()
+            if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def first_line(error: BaseException) -> str:

@@ -40,11 +40,13 @@ def origin_of(settings: Settings, source: ModelSource) -> dict[str, Any]:
         settings: The experiment.
         source: The base model as it was before the experiment.
     """
-    from fedp2eft.data.hub import MASAKHANEWS, XNLI
+    from fedp2eft.data.known import KNOWN
     from fedp2eft.data.registry import find
 
     data = settings.data
-    hub = {"xnli": XNLI.path, "masakhanews": MASAKHANEWS.path, "hub": data.path}
+    hub = {name: known.path for name, known in KNOWN.items()}
+    if data.dataset == "hub" and not Path(data.path or "").expanduser().is_dir():
+        hub["hub"] = data.path or ""
     local = Path(source.name).is_dir()
     return {
         "model": "" if local else source.name,  # a folder's path is nobody's business

@@ -11,10 +11,11 @@ class ClientFile:
     """One client's own file.
 
     Args:
-        path: JSON lines (.jsonl, .json), CSV or Parquet; the first two also with .gz.
+        path: JSON (.jsonl, .json), CSV, TSV or Parquet; all but the last also with .gz, .bz2, .xz.
         language: the language of its text; "und" where it is unknown.
         pool: seen (trains), unseen (never trains) or new-language.
-        test_path: another file whose rows are all test rows.
+        test_path: another file whose rows are test rows: those that its column split calls test,
+            or else all.
     """
 
     path: str
@@ -29,9 +30,9 @@ class DataSettings:
 
     Args:
         dataset: debian-descriptions (ships with the package), libreoffice-help (a sample of it
-            does), files (your own), hub (any data set of the Hugging Face Hub), xnli or masakhanews
-            (the paper's, from the hub), fed-aya (the paper's, from a file), or nodes (each
-            SuperNode's own file; docs/deployment.md).
+            does), files (your own), hub (any data set of the Hugging Face Hub), xnli, masakhanews,
+            afrisenti or sib-200 (from the hub or a local copy), fed-aya (from a file), or nodes
+            (each SuperNode's own file; docs/deployment.md).
         languages: languages of the seen and unseen clients; empty: all that the data set has.
         new_languages: languages that no seen client speaks; their clients never train.
         clients_per_language: clients per language and pool.
@@ -39,10 +40,11 @@ class DataSettings:
         max_train: at most this many train rows a client.
         max_test: at most this many test rows a client.
         seed: seed of the partition.
-        partition: xnli: per-pool draws one for each language and pool; reference draws one from
-            the seen labels and repeats it in all, as the paper's public implementation does.
-        path: files: one file, with a column "client" or else one client's; hub: owner/name;
-            fed-aya, libreoffice-help: the data set's file.
+        partition: xnli, sib-200: per-pool draws one for each language and pool; reference draws one
+            from the seen labels and repeats it in all, as the paper's public implementation does.
+        path: files: one file, with a column "client" or else one client's; hub: owner/name, or a
+            folder; xnli, masakhanews, afrisenti, sib-200: a local copy, with one folder per
+            language; fed-aya, libreoffice-help: the data set's file.
         files: files: client name to its file, in place of path.
         text_columns: files, hub, nodes: columns of the model's input.
         label_column: files, hub, nodes: column of the class; null for a task without classes.
@@ -57,6 +59,8 @@ class DataSettings:
         pool_train: hub: train rows per language and pool; null: half of the split.
         pool_test: hub: test rows per language and pool; null: half of the split.
         revision: hub: branch, tag or commit.
+        unique: of rows with the same text, keep the first alone, train rows before test rows: per
+            client (files, nodes, fed-aya) or per language.
         holdout: share of each client's train rows to hold out and score on in place of its test
             rows, which are then not looked at: for choosing settings.
     """
@@ -82,6 +86,7 @@ class DataSettings:
     pool_train: int | None = None
     pool_test: int | None = None
     revision: str | None = None
+    unique: bool = False
     holdout: float = 0.0
 
     def __post_init__(self) -> None:
