@@ -101,7 +101,7 @@ class Moved:
 
     @torch.no_grad()
     def _lambdas(self, psg: PSG) -> list[Tensor]:
-        return [psg.lambda_for(xi) for xi in self._xi]
+        return [psg(xi) for xi in self._xi]
 
     def _apart(self, lambdas: list[Tensor]) -> dict[str, float]:
         pairs = list(zip(lambdas, self._plain, strict=True))

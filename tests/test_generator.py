@@ -218,9 +218,8 @@ def folder(tmp_path):
         {"layerwise": True, "log_quantity": True, "profile": "reference"},
         {"target_modules": ["q", "v"], "labels": ("no", "yes"), "text_columns": ("x", "y")},
         {"lambda_max": 7, "init_lambda": 0.25, "adapter_seed": 3, "scaling": 1.5},
-        {"target": "log-lambda", "init_lambda": 0.25},
     ],
-    ids=["plain", "flags", "lists", "numbers", "log λ"],
+    ids=["plain", "flags", "lists", "numbers"],
 )
 def test_save_and_load_keep_every_bit_and_every_fact(tmp_path, changes) -> None:
     psg = trained(replace(CONFIG, **changes))
@@ -366,8 +365,7 @@ TUPLES = {"linear_names", "layer_names", "labels", "text_columns"}
         {"lambda_min": 2000.0},
         {"lambda_min": float("nan")},
         {"init_lambda": "1"},
-        {"target": "log-lambda", "init_lambda": 0.0},
-        {"target": "log"},
+        {"init_lambda": 0.0},
         {"scaling": None},
         {"base_model": 5},
     ],
@@ -384,6 +382,15 @@ def test_unknown_facts_of_a_later_version_are_left_out(folder) -> None:
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(written | {"invented_later": 1}))
     assert PSG.from_pretrained(folder).config == CONFIG
+
+
+def test_a_psg_of_the_normalized_prior_names_the_last_version_that_had_it(folder) -> None:
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"target": "lambda"}))
+    assert PSG.from_pretrained(folder).config == CONFIG
+    (folder / "config.json").write_text(json.dumps(written | {"target": "log-lambda"}))
+    with pytest.raises(UserError, match=r"local\.prior: normalized.*0\.1\.0 was the last"):
+        PSG.from_pretrained(folder)
 
 
 # ── does it fit the model at hand? ──────────────────────────────────────────────────────────────
@@ -404,7 +411,6 @@ def test_unknown_facts_of_a_later_version_are_left_out(folder) -> None:
         ({"layer_names": ("b", "a")}, r"other adapted layers: .*their order"),
         ({"adapter_seed": 7}, "another seed of the common A: it has 0, here it is 7"),
         ({"scaling": 1.0}, "another scaling"),
-        ({"target": "log-lambda"}, "another target: it has lambda, here it is log-lambda"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -23,7 +23,7 @@ from transformers import (
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, Prior
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 
@@ -112,11 +112,9 @@ def random_lambda(bt: BTLora, seed: int = 0, low: float = 0.2, high: float = 2.0
     return low + (high - low) * torch.rand(len(bt.names), bt.settings.r_max, generator=generator)
 
 
-def double_adapter(
-    kind: str = "bert", settings: AdapterSettings | None = None, prior: Prior = "gamma"
-) -> BTLora:
+def double_adapter(kind: str = "bert", settings: AdapterSettings | None = None) -> BTLora:
     """An adapted model in float64 without dropout: rounding cannot blur a comparison of steps."""
     settings = settings or AdapterSettings(r_max=4)
-    bt = BTLora(tiny(kind, dropout=0.0).double(), settings, prior=prior)
+    bt = BTLora(tiny(kind, dropout=0.0).double(), settings)
     bt.lam.data = bt.lam.data.double()
     return bt

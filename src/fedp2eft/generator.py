@@ -4,14 +4,10 @@
 
 M linear layers of the base model, L adapted layers. Weights start Xavier-normal with gain 1e-6 and
 biases at 1e-4, so an untrained PSG predicts λ̂ near 1e-4 for every rank.
-
-Where λ was trained under the normalized prior (`fedp2eft.adapters.btlora`) the same network
-predicts θ̂ = log λ̂, clamped to the logarithms of the range, and is regressed on θ^s = log λ^s.
 """
 
 # No `from __future__ import annotations`: PyTorchModelHubMixin reads the annotation of `config`.
 import json
-import math
 import reprlib
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,7 +29,6 @@ from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, Pro
 
 GAIN = 1e-6
 HIDDEN_BIAS = 1e-4
-LAMBDA, LOG_LAMBDA = "lambda", "log-lambda"
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,6 @@ class PSGConfig:
         log_quantity: Whether log N is the last feature.
         profile: "paper" or "reference".
         hidden_multiplier: Hidden width as a multiple of the number of features.
-        target: What it predicts, "lambda" or "log-lambda".
         init_lambda: λ̂ before training.
         lambda_min: Smallest λ̂.
         lambda_max: Largest λ̂.
@@ -85,7 +79,6 @@ class PSGConfig:
     log_quantity: bool = False
     profile: str = "paper"
     hidden_multiplier: int = 2
-    target: str = "lambda"
     init_lambda: float = 1e-4
     lambda_min: float = 1e-4
     lambda_max: float = 1000.0
@@ -161,7 +154,6 @@ class PSGConfig:
             "feature_kind": "feature kind",
             "profile": "profile",
             "log_quantity": "log-quantity feature",
-            "target": "target",
             "linear_names": "linear layers of the base model",
             "layer_names": "adapted layers",
             "adapter_seed": "seed of the common A",
@@ -202,7 +194,6 @@ class PSG(
     def __init__(self, config: PSGConfig) -> None:
         super().__init__()
         self.config = config
-        self._log = config.target == LOG_LAMBDA
         columns = 1 if config.layerwise else config.r_max
         hidden = config.hidden_multiplier * config.n_features
         with torch.random.fork_rng(devices=[]):  # first draws that _reset_parameters() replaces
@@ -215,20 +206,19 @@ class PSG(
         first = self.first_layer[0]
         assert isinstance(first, nn.Linear)
         generator = torch.Generator(device="cpu").manual_seed(derive_seed("psg", self.config.seed))
-        last = math.log(self.config.init_lambda) if self._log else self.config.init_lambda
-        for layer, bias in ((first, HIDDEN_BIAS), (self.last_layer, last)):
+        for layer, bias in ((first, HIDDEN_BIAS), (self.last_layer, self.config.init_lambda)):
             nn.init.xavier_normal_(layer.weight, gain=GAIN, generator=generator)
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """λ̂ from ξ, or log λ̂ where that is the PSG's target; see `lambda_for`.
+        """Return λ̂ for ξ.
 
         Args:
             features: ξ, 2M (or 2M + 1) values.
 
         Returns:
-            The prediction clamped to its range with straight-through gradients: L × r_max, or L × 1
-            where λ is layer-wise.
+            λ̂ clamped to its range with straight-through gradients: L × r_max, or L × 1 where λ is
+            layer-wise.
 
         Raises:
             UserError: ξ has another length, or NaN or infinity in it.
@@ -246,19 +236,7 @@ class PSG(
         """`forward` without its checks, so that `torch.func` can map it over clients."""
         c = self.config
         found = self.last_layer(self.first_layer(features)).reshape(len(c.layer_names), -1)
-        low, high = c.lambda_min, c.lambda_max
-        if self._log:
-            low, high = math.log(low), math.log(high)
-        return clamp_straight_through(found, low, high)
-
-    def lambda_for(self, features: Tensor) -> Tensor:
-        """λ̂ from ξ, whatever the PSG's target is."""
-        found: Tensor = self(features)
-        return found.exp() if self._log else found
-
-    def target_of(self, lam: Tensor) -> Tensor:
-        """What the PSG should predict where λ is right: λ, or log λ."""
-        return lam.log() if self._log else lam
+        return clamp_straight_through(found, c.lambda_min, c.lambda_max)
 
     def features_of(self, features: Tensor, examples: int) -> Tensor:
         """ξ as this PSG wants it: with log N behind it where `log_quantity` is set."""
@@ -346,6 +324,11 @@ def _read_config(path: Path) -> PSGConfig:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} describes no PSG.")
+    if raw.get("target", "lambda") != "lambda":
+        raise UserError(
+            f"{path}: this PSG predicts {reprlib.repr(raw['target'])}, not λ (local.prior: "
+            "normalized). fedp2eft 0.1.0 was the last version that could use it."
+        )
     kinds = get_type_hints(PSGConfig)
     facts = {key: value for key, value in raw.items() if key in kinds}
     for key, value in facts.items():
@@ -357,8 +340,6 @@ def _read_config(path: Path) -> PSGConfig:
         raise UserError(f"{path} describes no PSG ({error}).") from error
     if config.profile not in get_args(ProfileName):
         raise UserError(f"{path} describes no PSG: profile is {reprlib.repr(config.profile)}.")
-    if config.target not in (LAMBDA, LOG_LAMBDA):
-        raise UserError(f"{path} describes no PSG: target is {reprlib.repr(config.target)}.")
     sizes = (config.r_max, config.hidden_multiplier, len(config.layer_names), config.n_features)
     possible = 0 < config.lambda_min < config.lambda_max and config.init_lambda > 0
     if not all(0 < n < 1_000_000 for n in sizes) or not possible:

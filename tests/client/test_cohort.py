@@ -29,8 +29,7 @@ from fedp2eft.client.cohort import (
 )
 from fedp2eft.client.training import Round, features, stage1, stage2, train_round
 from fedp2eft.errors import UserError
-from fedp2eft.generator import LAMBDA, LOG_LAMBDA, PSG
-from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings, Prior
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import PAPER, REFERENCE, Profile
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded, epoch_batches
@@ -58,9 +57,7 @@ class NextToken(Classification):
         return F.cross_entropy(logits, batch["labels"][:, 1:].flatten())
 
 
-def adapter(
-    kind: str, profile: Profile = PAPER, prior: Prior = "gamma", **changes: object
-) -> tuple[BTLora, object]:
+def adapter(kind: str, profile: Profile = PAPER, **changes: object) -> tuple[BTLora, object]:
     """An adapted model without dropout, and its task."""
     if kind == "llama classifier":
         config = tiny("llama").config
@@ -73,7 +70,6 @@ def adapter(
         base.eval(),
         AdapterSettings(r_max=3, **changes),
         clamp_forward=profile.clamp_forward,
-        prior=prior,
     )
     return bt, NextToken(pad_id=0, max_length=16) if kind == "llama" else TASK
 
@@ -90,17 +86,11 @@ def cohort(
     return found
 
 
-def psg_for(bt: BTLora) -> PSG:
-    """A PSG that predicts what is trained of λ."""
-    theta = float(bt.trained_of(torch.tensor(0.5))) < 0
-    return tiny_psg(bt, GENERATOR, target=LOG_LAMBDA if theta else LAMBDA)
-
-
 def alone(
     bt: BTLora, task, clients: Sequence[CohortClient], local: LocalSettings, profile: Profile
 ) -> list[tuple[Round, Weights]]:
     """Every client's round by itself, with its A, B and λ at the end of stage 1."""
-    psg, found = psg_for(bt), []
+    psg, found = tiny_psg(bt, GENERATOR), []
     phi = psg.numbers()
     for client in clients:
         psg.set_numbers(phi)
@@ -123,7 +113,7 @@ def together(
         return kept[0]
 
     with patch("fedp2eft.client.cohort.CohortLora", keep):
-        psg = psg_for(bt)
+        psg = tiny_psg(bt, GENERATOR)
         found = train_cohort(bt, task, clients, psg, local, GENERATOR, profile)
     places = sorted(range(len(clients)), key=lambda c: -len(clients[c].order))
     return found, [kept[0].of_client(places.index(c)) for c in range(len(clients))]
@@ -187,19 +177,6 @@ def test_a_cohort_equals_one_client_at_a_time(kind, profile, layerwise) -> None:
     bt, task = adapter(kind, profile, layerwise=layerwise)
     worst = check_same(bt, task, cohort(bt, LENGTHS), LOCAL, profile)
     print(kind, profile.name, layerwise, {key: f"{value:.1e}" for key, value in worst.items()})
-
-
-@pytest.mark.parametrize(
-    ("layerwise", "limits"),
-    [(False, {}), (True, {}), (False, {"lambda_min": 0.49, "lambda_max": 0.52})],
-    ids=["rank-wise", "layer-wise", "clamp"],
-)
-def test_a_cohort_under_the_normalized_prior(layerwise, limits) -> None:
-    bt, task = adapter("bert", prior="normalized", layerwise=layerwise, **limits)
-    assert float(bt.trained_of(torch.tensor(0.5))) == pytest.approx(math.log(0.5))
-    local = replace(LOCAL, prior="normalized", alpha=1e-4)
-    worst = check_same(bt, task, cohort(bt, LENGTHS, local), local, PAPER)
-    print({key: f"{value:.1e}" for key, value in worst.items()})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ COMMANDS = {*EXPERIMENTS, *(name.split()[0] for name in FUNCTIONS)}
 CASES = [
     (["t"], {"train"}),
     (["data", "d"], {"describe"}),
-    (["train", "x.yaml", "--local.prior", ""], {"gamma", "normalized"}),
+    (["train", "x.yaml", "--federation.profile", ""], {"paper", "reference"}),
     (["train", "x.yaml", "--local.lr", "1", "--federation.wi"], {"--federation.wire"}),
     (["personalize", "--layout", ""], {"portable", "compact"}),
     (["completion", ""], {"bash", "zsh", "fish"}),

@@ -17,7 +17,7 @@ from fedp2eft.client.training import local_order, stage1
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS, check_trained_for
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings, Settings
+from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, Settings
 from fedp2eft.settings.peers import PrivacySettings
 from fedp2eft.settings.profiles import PAPER
 from tiny import TASK, tiny
@@ -121,19 +121,6 @@ def test_global_lambda_is_one_for_all(chosen, layerwise) -> None:
     assert not torch.allclose(own, found[0][0])
 
 
-def test_controls_of_a_psg_that_predicts_log_lambda(bt, chosen) -> None:
-    """λ of the normalized prior is rescaled before anything is made of it."""
-    psg = trained_psg(bt, target="log-lambda")
-    client = one_client(bt=bt, psg=psg)
-    lam, keep = chosen.of(client, "fedp2eft-scale", 2)
-    assert lam[keep].tolist() == pytest.approx([1.0] * (2 * LAYERS))
-    told = asked("fedp2eft-global", [client], 2)
-    with torch.no_grad():
-        torch.testing.assert_close(told["lambda"], psg(client.features()).exp())
-    lam, keep = chosen.of(replace(client, prepared=told), "fedp2eft-global", 2)
-    assert float(lam[keep].mean()) == pytest.approx(1.0)
-
-
 # ── BT-LoRA ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -182,9 +169,6 @@ def test_variant_needs_a_psg_trained_for_it() -> None:
         "has false: set it, or use `fedp2eft compare`."
     )
     check_trained_for("fedp2eft-layerwise", Settings(adapter=AdapterSettings(layerwise=True)))
-    with pytest.raises(UserError, match=r'local\.prior: "normalized", and this run has "gamma"'):
-        check_trained_for("fedp2eft-normalized", Settings())
-    check_trained_for("fedp2eft-normalized", Settings(local=LocalSettings(prior="normalized")))
     for name in ("lora", "fedp2eft", "label-prior"):
         check_trained_for(name, Settings())
 

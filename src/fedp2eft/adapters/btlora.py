@@ -8,18 +8,10 @@ The local objective over (A, B, λ), with N training examples:
 
 The first penalty is a Laplace(0, λ) prior on B, the second λ's Gamma hyper-prior with shape 0.01
 and rate 100 (BayesTune, NeurIPS 2023).
-
-The normalized prior, the project's variant, takes the place of both, and trains θ = log λ:
-
-      (α / N) · Σ_{l,i} [ mean_j |B_l[j,i] − B0_l[j,i]| / λ_{l,i} + log λ_{l,i} ]
-
-It is least at λ = mean_j |B_l[j,i] − B0_l[j,i]|, whatever the number d_out of entries, so λ of
-layers of different widths can be compared.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,7 +28,7 @@ from fedp2eft.adapters.low_rank import fuse
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings.experiment import AdapterSettings, Prior
+from fedp2eft.settings.experiment import AdapterSettings
 
 FULL = "sparse-rank"
 GAMMA_RATE = 100.0
@@ -45,8 +37,6 @@ GAMMA_RATE = 100.0
 @dataclass(frozen=True)
 class PriorLoss:
     """The prior's part of L, of one client or of each of several clients.
-
-    Under the normalized prior mean/λ is the significance and log λ the sparsity.
 
     Args:
         total: What the task's loss is added to.
@@ -79,14 +69,13 @@ class BTLora:
         base: A Hugging Face model; its weights are frozen from here on.
         settings: Shape, prior range and seed of the adapter.
         clamp_forward: Whether the forward pass sees λ clamped (profile `paper`) or raw.
-        prior: "gamma" trains λ under the paper's penalties, "normalized" θ = log λ under its own.
 
     Attributes:
         model: The PEFT model; call it in place of the base.
         names: The L adapted modules, in module order.
         linears: The M linear layers of the base, in module order, for the features ξ.
-        lam: What is trained of λ, λ or θ = log λ: a parameter of shape L × r_max (L × 1 where λ is
-            layer-wise). `lambda_of` makes λ of it.
+        lam: λ, a parameter of shape L × r_max (L × 1 where λ is layer-wise), which training may
+            take out of its range.
     """
 
     def __init__(
@@ -95,14 +84,10 @@ class BTLora:
         settings: AdapterSettings | None = None,
         *,
         clamp_forward: bool = True,
-        prior: Prior = "gamma",
     ) -> None:
         self.settings = settings or AdapterSettings()
         s = self.settings
-        self._log = prior == "normalized"
         self._limits = (s.lambda_min, s.lambda_max)
-        if self._log:
-            self._limits = (math.log(s.lambda_min), math.log(s.lambda_max))
         self.linears = tuple(
             (name, module)
             for name, module in base.named_modules()
@@ -124,10 +109,9 @@ class BTLora:
         self.names = tuple(layer.name for layer in self.layers)
         self.lam = nn.Parameter(torch.empty(len(self.layers), 1 if s.layerwise else s.r_max))
         self.lam.data = self.lam.data.to(self.layers[0].A.device)
-        self._widths = torch.tensor([[float(len(B))] for B in self.B], device=self.lam.device)
         clamp = self._limits if clamp_forward else None
         for row, layer in enumerate(self.layers):
-            layer.gate(self.lam, row, clamp, log=self._log)
+            layer.gate(self.lam, row, clamp)
             fuse(layer.module)
         self.model.train(training)  # PEFT's wrapper is in training mode whatever the base is in
         self._common_A = [common_A(layer.name, layer.A, s.seed) for layer in self.layers]
@@ -168,33 +152,22 @@ class BTLora:
     @torch.no_grad()
     def set_lambda(self, lam: Tensor | float) -> None:
         """Set λ in place, from a number, L × r_max or L × 1 values."""
-        self.lam.copy_(self.trained_of(torch.as_tensor(lam)).expand_as(self.lam))
+        self.lam.copy_(torch.as_tensor(lam).expand_as(self.lam))
         self.lam.grad = None
 
     def anchor(self) -> None:
         """Take the present B as B0: the significance penalty counts changes from here."""
         self._B0 = [B.detach().clone() for B in self.B]
 
-    def trained_of(self, lam: Tensor) -> Tensor:
-        """What is trained of λ, λ or log λ, from λ."""
-        return lam.log() if self._log else lam
-
-    def lambda_of(self, trained: Tensor, clamp: bool = True) -> Tensor:
-        """λ, clamped to its range with gradients straight through, from what is trained of it."""
-        if clamp:
-            trained = clamp_straight_through(trained, *self._limits)
-        return trained.exp() if self._log else trained
-
-    def clamped_lambda(self) -> Tensor:
-        """λ clamped to its range, gradients straight through."""
-        return self.lambda_of(self.lam)
+    def clamped(self, lam: Tensor) -> Tensor:
+        """Return λ clamped to its range, gradients straight through."""
+        return clamp_straight_through(lam, *self._limits)
 
     def penalty(
         self,
         examples: int,
         alpha_s: float = 100.0,
         alpha_p: float = 0.01,
-        alpha: float = 2e-3,
     ) -> Tensor:
         """The prior's part of L for N = `examples` training rows.
 
@@ -204,45 +177,20 @@ class BTLora:
             examples: N.
             alpha_s: Weight of the significance penalty.
             alpha_p: Weight of the sparsity penalty.
-            alpha: Weight of the normalized prior, which takes the place of both.
         """
-        return self.prior_loss(examples, alpha_s, alpha_p, alpha).total
+        return self.prior_loss(examples, alpha_s, alpha_p).total
 
-    def prior_loss(self, examples: int, alpha_s: float, alpha_p: float, alpha: float) -> PriorLoss:
+    def prior_loss(self, examples: int, alpha_s: float, alpha_p: float) -> PriorLoss:
         """`penalty` with its terms."""
         change = (
             self.B if self._B0 is None else [B - B0 for B, B0 in zip(self.B, self._B0, strict=True)]
         )
         columns = torch.stack([delta.abs().sum(dim=0) for delta in change])
-        return self.prior_of(columns, self.lam, examples, alpha_s, alpha_p, alpha)
+        return penalties(columns, self.clamped(self.lam), examples, alpha_s, alpha_p)
 
-    def prior_of(
-        self,
-        columns: Tensor,
-        trained: Tensor,
-        examples: int | Tensor,
-        alpha_s: float,
-        alpha_p: float,
-        alpha: float,
-    ) -> PriorLoss:
-        """`prior_loss` of one client, or of each of several, from the changes of its B.
-
-        Args:
-            columns: ‖B_l[:,i] − B0_l[:,i]‖₁, (clients ×) L × r_max.
-            trained: What is trained of λ, (clients ×) L × r_max or L × 1.
-            examples: N, a number or one per client.
-            alpha_s: Weight of the significance penalty.
-            alpha_p: Weight of the sparsity penalty.
-            alpha: Weight of the normalized prior.
-        """
-        lam = self.lambda_of(trained)
-        if self._log:
-            return normalized_penalties(columns / self._widths, lam, examples, alpha)
-        return penalties(columns, lam, examples, alpha_s, alpha_p)
-
-    def rank_lambda(self, trained: Tensor | None = None) -> Tensor:
-        """λ (this adapter's where none is given) as L × r_max values, detached and clamped."""
-        lam = self.lambda_of((self.lam if trained is None else trained).detach())
+    def rank_lambda(self, lam: Tensor | None = None) -> Tensor:
+        """Return λ (this adapter's by default) as L × r_max values, detached and clamped."""
+        lam = self.clamped((self.lam if lam is None else lam).detach())
         return lam.expand(len(self.names), self.settings.r_max)
 
     @contextmanager
@@ -371,23 +319,6 @@ def penalties(
     total = (alpha_s * sums[0] + alpha_p * sums[1]) / examples
     ranks = significance.detach(), sparsity.detach()
     return PriorLoss(total, ranks, (alpha_s, alpha_p), examples)
-
-
-def normalized_penalties(
-    means: Tensor, lam: Tensor, examples: int | Tensor, alpha: float
-) -> PriorLoss:
-    """The normalized prior of one client, or of each of several clients.
-
-    Args:
-        means: mean_j |B_l[j,i] − B0_l[j,i]|, (clients ×) L × r_max.
-        lam: λ inside its range, (clients ×) L × r_max or L × 1.
-        examples: N, a number or one per client.
-        alpha: Its weight.
-    """
-    significance, sparsity = means / lam, lam.log()
-    total = alpha * (significance + sparsity).sum(dim=(-2, -1)) / examples
-    ranks = significance.detach(), sparsity.detach().expand_as(means)
-    return PriorLoss(total, ranks, (alpha, alpha), examples)
 
 
 def common_A(name: str, like: Tensor, seed: int) -> Tensor:

@@ -31,7 +31,6 @@ class RankGate(nn.Module):
         lam: The shared λ, a parameter where it is trained.
         row: This layer's row.
         clamp: (low, high) to clamp to, or None to see it as it is.
-        log: Whether `lam` holds log λ.
         dtype: Numbers of the scaled A; those of A where none are given.
     """
 
@@ -43,11 +42,9 @@ class RankGate(nn.Module):
         row: int,
         clamp: tuple[float, float] | None,
         dtype: torch.dtype | None = None,
-        log: bool = False,
     ) -> None:
         super().__init__()
         self.dtype = dtype
-        self.log = log
         if isinstance(lam, nn.Parameter):
             self.lam = lam
         else:
@@ -60,8 +57,6 @@ class RankGate(nn.Module):
         lam = self.lam[self.row]
         if self.clamp is not None:
             lam = clamp_straight_through(lam, *self.clamp)
-        if self.log:
-            lam = lam.exp()
         return (A * lam.unsqueeze(1)).to(self.dtype or A.dtype)
 
 
@@ -117,10 +112,8 @@ class AdaptedLayer:
         lam: Tensor,
         row: int,
         clamp: tuple[float, float] | None = None,
-        *,
-        log: bool = False,
     ) -> None:
-        """Gate this layer's A by row `row` of λ (of log λ with `log`).
+        """Gate this layer's A by row `row` of λ.
 
         A base in bf16 or fp16 gets its low-rank products in the same numbers; A, B and λ
         themselves stay fp32.
@@ -129,7 +122,7 @@ class AdaptedLayer:
         half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
         place_A, place_B = self._places()
         # `unsafe` skips a trial run at registration, which would refuse a change of dtype.
-        gate = RankGate(lam, row, clamp, half, log)
+        gate = RankGate(lam, row, clamp, half)
         parametrize.register_parametrization(*place_A, gate, unsafe=True)
         if half is not None:
             parametrize.register_parametrization(*place_B, _Rounded(half), unsafe=True)

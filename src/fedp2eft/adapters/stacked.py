@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedp2eft.adapters.btlora import BTLora, PriorLoss
+from fedp2eft.adapters.btlora import BTLora, PriorLoss, penalties
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
@@ -53,14 +53,14 @@ class CohortLora:
     Attributes:
         A: One tensor per width of input, C × layers × r_max × d_in.
         B: One tensor per width of output, C × layers × d_out × r_max.
-        lam: What is trained of λ: λ, or log λ where the prior of `bt` is normalized.
+        lam: λ of every client, C × L × r_max (C × L × 1).
     """
 
     def __init__(self, bt: BTLora, lam: Tensor, *, clamp_forward: bool = True) -> None:
         self._bt = bt
         self._clamp = clamp_forward
         bt.reset()  # the common A, B = 0
-        self.lam = bt.trained_of(lam.detach()).to(bt.lam.device, bt.lam.dtype).clone()
+        self.lam = lam.detach().to(bt.lam.device, bt.lam.dtype).clone()
         self._in, self.A = _stacked(bt.A, len(lam))
         self._out, self.B = _stacked(bt.B, len(lam))
         self._order = torch.cat([shape.index for shape in self._out]).argsort()
@@ -103,7 +103,9 @@ class CohortLora:
 
     def load(self, leaves: Sequence[Tensor], clients: int, rows: int) -> None:
         """Make the next forward pass read `leaves`: `clients` blocks of `rows` rows each."""
-        lam = self._bt.lambda_of(leaves[-1][:clients], self._clamp)
+        lam = leaves[-1][:clients]
+        if self._clamp:
+            lam = self._bt.clamped(lam)
         lam = lam * self._bt.settings.scaling
         A = [
             (value[:clients] * lam.index_select(1, shape.index).unsqueeze(-1)).to(self._dtype)
@@ -135,7 +137,6 @@ class CohortLora:
         examples: Tensor,
         alpha_s: float,
         alpha_p: float,
-        alpha: float,
     ) -> PriorLoss:
         """The prior's part of L of the first `len(examples)` clients, one value each.
 
@@ -144,13 +145,12 @@ class CohortLora:
             examples: N of each client.
             alpha_s: Weight of the significance penalty.
             alpha_p: Weight of the sparsity penalty.
-            alpha: Weight of the normalized prior.
         """
         clients = len(examples)
         sums = [value[:clients].abs().sum(dim=-2) for value in leaves[len(self.A) : -1]]
         columns = torch.cat(sums, dim=1).index_select(1, self._order)
-        trained = leaves[-1][:clients]
-        return self._bt.prior_of(columns, trained, examples, alpha_s, alpha_p, alpha)
+        lam = self._bt.clamped(leaves[-1][:clients])
+        return penalties(columns, lam, examples, alpha_s, alpha_p)
 
 
 def _stacked(weights: Sequence[Tensor], clients: int) -> tuple[list[_Shape], list[Tensor]]:

@@ -97,10 +97,10 @@ def train_cohort(
     ranked = sorted(range(len(clients)), key=lambda c: -len(clients[c].order))
     chosen = [clients[c] for c in ranked]
     with torch.no_grad():
-        lam = torch.stack([psg.lambda_for(client.xi) for client in chosen])
+        lam = torch.stack([psg(client.xi) for client in chosen])
     lora = CohortLora(bt, lam, clamp_forward=profile.clamp_forward)
     losses = cohort_stage1(lora, bt, task, chosen, settings, profile, on_step=on_step)
-    target = bt.lambda_of(lora.lam, profile.clamp_target)
+    target = bt.clamped(lora.lam) if profile.clamp_target else lora.lam
     xi = torch.stack([client.xi for client in chosen])
     psg_losses, phis = cohort_stage2(psg, xi.to(target.device), target, generator)
     found: list[Round | UserError] = [UserError()] * len(clients)
@@ -164,9 +164,7 @@ def cohort_stage1(
                 count = len(rows)
                 data = [client.data for client in clients[:count]]
                 fit = _losses(lora, leaves, bt, task, data, rows)
-                prior = lora.penalty(
-                    leaves, examples[:count], settings.alpha_s, settings.alpha_p, settings.alpha
-                )
+                prior = lora.penalty(leaves, examples[:count], settings.alpha_s, settings.alpha_p)
                 priors.append(prior)
                 share = torch.tensor([len(group) for group in now[:count]]).to(total.device)
                 fit = settings.alpha_task * fit
@@ -327,7 +325,6 @@ def cohort_stage2(
     }
     predict = vmap(lambda mine, features: functional_call(net, mine, (features,)))
     optimizer = torch.optim.Adam(phi.values(), lr=settings.lr)
-    target = psg.target_of(target)
     total = torch.zeros(len(xi), device=xi.device)
     for _ in range(settings.steps):
         optimizer.zero_grad()

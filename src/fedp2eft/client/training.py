@@ -21,7 +21,7 @@ from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.client.features import client_features
 from fedp2eft.errors import DivergedError, UserError
-from fedp2eft.generator import LOG_LAMBDA, PSG
+from fedp2eft.generator import PSG
 from fedp2eft.modes import in_mode
 from fedp2eft.settings.experiment import GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import Profile
@@ -257,7 +257,7 @@ def stage1(
 
     def prior() -> Tensor:
         nonlocal last
-        last = bt.prior_loss(len(data), settings.alpha_s, settings.alpha_p, settings.alpha)
+        last = bt.prior_loss(len(data), settings.alpha_s, settings.alpha_p)
         return last.total
 
     def tell(task_loss: float) -> None:
@@ -283,8 +283,6 @@ def stage1(
 def stage2(psg: PSG, xi: Tensor, target: Tensor, settings: GeneratorSettings) -> float:
     """Move φ towards predicting λ^s from ξ: Adam on Σ|PSG(ξ; φ) − λ^s|, a fresh optimiser.
 
-    A PSG that predicts log λ is regressed on log λ^s.
-
     Args:
         psg: Changed in place.
         xi: ξ.
@@ -295,7 +293,6 @@ def stage2(psg: PSG, xi: Tensor, target: Tensor, settings: GeneratorSettings) ->
         The mean loss over the steps.
     """
     optimizer = torch.optim.Adam(psg.parameters(), lr=settings.lr)
-    target = psg.target_of(target)
     total = 0.0
     for _ in range(settings.steps):
         optimizer.zero_grad()
@@ -336,14 +333,15 @@ def train_round(
         on_step: Called with L of every step.
     """
     with torch.no_grad():
-        lam = psg.lambda_for(xi)
+        lam = psg(xi)
     bt.reset(lam.to(bt.lam.device))
     terms = [LossTerms()]
     losses = stage1(
         bt, task, data, order, settings, profile,
         seed=seed, on_step=on_step, on_terms=terms.append,
     )  # fmt: skip
-    target = bt.lambda_of(bt.lam, profile.clamp_target).detach().cpu().clone()
+    target = bt.clamped(bt.lam) if profile.clamp_target else bt.lam
+    target = target.detach().cpu().clone()
     psg_loss = stage2(psg, xi, target, generator)
     lam = bt.rank_lambda().cpu()
     return Round(psg.numbers(), len(data), psg_loss, losses, lam, terms[-1])
@@ -412,29 +410,13 @@ def rate_groups(weights: Sequence[nn.Parameter], rates: Tensor) -> list[dict[str
 def structure(psg: PSG, xi: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """λ and kept ranks that the PSG predicts for a client: (λ, mask), both L × r_max."""
     with torch.no_grad():
-        return cut_to(rank, psg.lambda_for(xi), psg)
+        return cut_to(rank, psg(xi), psg.config.r_max)
 
 
-def cut_to(rank: int, lam: Tensor, psg: PSG) -> tuple[Tensor, Tensor]:
-    """λ as personalization takes it, and its kept ranks: (λ, mask), both L × r_max.
-
-    Under the normalized prior, which a PSG that predicts log λ learned, λ is the size of B: right
-    to compare ranks by, too small to train at. It is therefore rescaled to mean 1 over the kept
-    ranks.
-
-    Args:
-        rank: The budget.
-        lam: λ, L × r_max or L × 1.
-        psg: Says what λ was learned under.
-    """
-    lam = lam.expand(-1, psg.config.r_max).contiguous()
-    keep = keep_largest(lam, rank)
-    return (unit_mean(lam, keep) if psg.config.target == LOG_LAMBDA else lam), keep
-
-
-def unit_mean(lam: Tensor, keep: Tensor) -> Tensor:
-    """λ rescaled to mean 1 over the kept ranks."""
-    return lam / lam[keep].mean()
+def cut_to(rank: int, lam: Tensor, r_max: int) -> tuple[Tensor, Tensor]:
+    """Return λ (L × r_max or L × 1) and its r·L largest entries: (λ, mask), both L × r_max."""
+    lam = lam.expand(-1, r_max).contiguous()
+    return lam, keep_largest(lam, rank)
 
 
 def local_order(rows: int, epochs: int, batch_size: int, seed: int) -> Iterator[NDArray]:  # type: ignore[type-arg]

@@ -67,7 +67,7 @@ def keep_lambdas(
         return
     psg = PSG.from_pretrained(str(run / "psg"))
     with torch.no_grad():
-        lam = {name: psg.lambda_for(workspace.features(name)) for name in sorted(clients)}
+        lam = {name: psg(workspace.features(name)) for name in sorted(clients)}
     members = {name: workspace.client(name) for name in lam}
     found = structures(workspace, run, clients, ranks)
     if found:

@@ -97,10 +97,7 @@ def structures(
     for progress, phi in all_checkpoints(run / "checkpoints", "psg"):
         psg.set_numbers(phi)
         with torch.no_grad():
-            lam = {
-                name: psg.lambda_for(workspace.features(name)).expand(-1, columns)
-                for name in clients
-            }
+            lam = {name: psg(workspace.features(name)).expand(-1, columns) for name in clients}
         value = structure(progress.round, lam, languages, workspace.bt.names, ranks)
         found.append(asdict(value))
     return found

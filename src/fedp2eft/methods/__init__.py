@@ -42,9 +42,6 @@ for _name, _method in {
     "lora": Method(_ours("lora:lora")),
     "fedl2p": Method(_ours("fedl2p.method:fedl2p"), shared="fedl2p", settings=FedL2PSettings),
     "fedp2eft": Method(_ours("fedp2eft:fedp2eft"), shared="psg"),
-    "fedp2eft-normalized": Method(
-        _ours("fedp2eft:fedp2eft"), shared="psg", variant={"local": {"prior": "normalized"}}
-    ),
     "adalora": Method(_ours("adalora:adalora"), settings=AdaLoraSettings),
     "bt-lora": Method(_ours("bt_lora:bt_lora")),
     "lora-tuned": Method(
@@ -95,6 +92,8 @@ def load() -> None:
 
 def method_named(name: str) -> Method:
     """The method of that name; an unknown one is a `UserError`."""
+    if name == "fedp2eft-normalized":
+        raise UserError(f"Method {name} is gone: fedp2eft 0.1.0 was the last version that had it.")
     if name not in METHODS:
         known = ", ".join(METHODS)
         raise UserError(

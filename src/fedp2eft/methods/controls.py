@@ -44,13 +44,13 @@ def random_structure(client: ClientSide, rank: int) -> Outcome:
 
 def global_lambda(client: ClientSide, rank: int) -> Outcome:
     """The mean of λ̂ over the seen clients, the same ranks and λ for every client."""
-    return client.fit(*cut_to(rank, client.prepared["lambda"], client.psg))
+    return client.fit(*cut_to(rank, client.prepared["lambda"], client.bt.settings.r_max))
 
 
 def ask_lambda(client: ClientSide, _rank: int) -> dict[str, Tensor]:
     """λ̂ of a seen client, which leaves it: for experiments, never for a deployment."""
     with torch.no_grad():
-        return {"lambda": client.psg.lambda_for(client.features())}
+        return {"lambda": client.psg(client.features())}
 
 
 def mean_lambda(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

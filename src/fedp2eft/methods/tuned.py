@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fedp2eft.client.side import ClientSide, Outcome
-from fedp2eft.client.training import unit_mean
 from fedp2eft.errors import DivergedError
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
@@ -92,7 +91,7 @@ def unit_predicted(client: ClientSide, rank: int) -> tuple[Tensor, Tensor]:
     stand at the same scale.
     """
     lam, keep = predicted(client, rank)
-    return unit_mean(lam, keep), keep
+    return lam / lam[keep].mean(), keep
 
 
 of_lora, of_fedp2eft = Tuned(uniform_ones), Tuned(unit_predicted)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import numpy as np
 
+from fedp2eft.methods import METHODS
 from fedp2eft.results.cells import Facts, name_of, scored, values
 from fedp2eft.results.metrics import ACCURACY, METRICS, Metric, metric_of
-from fedp2eft.results.plan import plan
+from fedp2eft.results.plan import Cell, plan
 from fedp2eft.results.rows import Row, row_of
 from fedp2eft.results.statistics import Estimate, estimate, paired_difference
 from fedp2eft.seeding import derive_seed
@@ -155,16 +156,30 @@ def summarize(settings: Settings, cells: Iterable[Facts]) -> Comparison:
 
     Args:
         settings: The comparison: its bases, pools, methods, ranks and seeds.
-        cells: In any order; those that the settings do not ask for are left out.
+        cells: In any order; those that the settings do not ask for are left out. A method that is
+            not installed (any more) keeps the cells that it has.
     """
-    planned = {cell.name: cell for cell in plan(settings)}
+    cells, evaluation = list(cells), settings.evaluation
+    installed = [name for name in evaluation.methods if name in METHODS]
+    planned = {
+        cell.name: cell
+        for cell in plan(replace(settings, evaluation=replace(evaluation, methods=installed)))
+    }
+    trainings = {
+        (cell.training.base, cell.training.seed): cell.training for cell in planned.values()
+    }
+    for facts in cells:
+        if facts["method"] in set(evaluation.methods) - {*installed}:
+            training = trainings.get((facts["base"], facts["seed"]))
+            if training and facts["pool"] in evaluation.pools:
+                cell = Cell(training, facts["pool"], facts["method"], facts["rank"])
+                planned[cell.name] = cell
     found = {name_of(facts): facts for facts in cells if name_of(facts) in planned}
     groups: dict[Key, dict[int, Facts]] = defaultdict(dict)
     for name, cell in planned.items():  # the order of the settings
         if name in found and scored(found[name]):
             key = (cell.training.base, cell.pool, cell.method, cell.rank)
             groups[key][cell.training.seed] = found[name]
-    evaluation = settings.evaluation
     axes: tuple[list[str], ...] = (
         list(settings.compare.bases or [settings.base.kind]),
         [str(pool) for pool in evaluation.pools],

@@ -23,7 +23,7 @@ from fedp2eft.data.nodes import Value as NodeValue
 from fedp2eft.data.nodes import federation_of_node
 from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import TellableError, UserError
-from fedp2eft.generator import LAMBDA, LOG_LAMBDA, PSG, PSGConfig
+from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.models.loading import (
@@ -244,8 +244,7 @@ class Workspace:
             check_room(base.config, self.settings.local.max_length, new_tokens)
         self._frozen = dict(base.named_parameters())
         clamp = self.profile.clamp_forward
-        prior = self.settings.local.prior
-        return BTLora(base, self.settings.adapter, clamp_forward=clamp, prior=prior)
+        return BTLora(base, self.settings.adapter, clamp_forward=clamp)
 
     def for_client(self, name: str) -> None:
         """Put a client's own part of the base, if there is one, into `bt`'s base.
@@ -273,7 +272,6 @@ class Workspace:
             layer_names=self.bt.names,
             feature_kind=self.profile.feature_kind,
             profile=self.profile.name,
-            target=LAMBDA if self.settings.local.prior == "gamma" else LOG_LAMBDA,
             max_length=self.settings.local.max_length,
             labels=self.labels,
             text_columns=self.federation.text_columns,

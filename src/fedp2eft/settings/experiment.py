@@ -13,7 +13,6 @@ from fedp2eft.settings.data import DataSettings
 from fedp2eft.settings.peers import AggregationSettings, PeerSettings, PrivacySettings
 
 ProfileName = Literal["paper", "reference"]
-Prior = Literal["gamma", "normalized"]
 Wire = Literal["fp32", "bf16", "int8"]
 TaskName = Literal["classification", "causal_lm"]
 Quantize = Literal["none", "8bit", "4bit"]
@@ -64,8 +63,7 @@ class GeneratorSettings:
 
     Args:
         hidden_multiplier: Width of the hidden layer as a multiple of the number of features.
-        init_lambda: λ̂ that an untrained PSG predicts for every rank (the bias of its last layer, or
-            the exponential of it where the PSG predicts log λ).
+        init_lambda: λ̂ that an untrained PSG predicts for every rank, the bias of its last layer.
         log_quantity: Give the PSG log N (N training examples) as one more feature.
         steps: Adam steps of stage 2 in each round.
         lr: Learning rate of stage 2.
@@ -95,21 +93,12 @@ class LocalSettings:
         batch_size: Rows per mini-batch.
         accumulate: Mini-batches per optimiser step.
         lr: Learning rate of A and B in stage 1.
-        prior: What draws B and λ together in stage 1. "gamma" is the paper's: significance and
-            sparsity, λ trained. "normalized" is the project's variant, whose resting point is λ =
-            mean |B| whatever the width of a layer: log λ is trained, and the PSG predicts log λ.
-        lambda_lr: Learning rate of λ in stage 1 (of log λ where the prior is normalized).
+        lambda_lr: Learning rate of λ in stage 1.
         personalize_lr: Learning rate of A and B in personalization and in the LoRA baseline.
         personalize_epochs: Passes over the client's training rows in personalization.
         alpha_task: Weight of the task loss in stage 1.
         alpha_s: Weight of the significance penalty, before division by N.
         alpha_p: Weight of the sparsity penalty, before division by N.
-        alpha: Weight of the normalized prior, before division by N. A rank's λ rises in stage 1
-            where its saliency, −Σ_j B_ji·∂task_loss/∂B_ji, exceeds α / N, and falls towards
-            mean |B| where not. On training rows of seen clients of the Debian descriptions (N = 48,
-            after stage 1) the upper quartile of saliency is 3.8e-5, 4.3e-5 and 4.6e-5 at (lr, λ)
-            of (1e-3, 1), (1e-3, 0.1) and (1e-4, 1): the default lets about a quarter of the ranks
-            rise. It was not chosen by accuracy.
         max_grad_norm: Gradient-norm clip over A and B (λ is not clipped).
         dropout: Keep the base model's own dropout on while training.
         max_length: Longest input in tokens; the rest of a row is cut.
@@ -120,14 +109,12 @@ class LocalSettings:
     batch_size: int = 32
     accumulate: int = 1
     lr: float = 1e-4
-    prior: Prior = "gamma"
     lambda_lr: float = 1e-2
     personalize_lr: float = 1e-4
     personalize_epochs: int = 2
     alpha_task: float = 1.0
     alpha_s: float = 100.0
     alpha_p: float = 0.01
-    alpha: float = 2e-3
     max_grad_norm: float = 1.0
     dropout: bool = True
     max_length: int = 128
@@ -140,7 +127,7 @@ class LocalSettings:
             require(getattr(self, name) >= 1, f"local.{name} must be 1 or more.")
         for name in ("lr", "lambda_lr", "personalize_lr", "max_grad_norm"):
             require(getattr(self, name) > 0, f"local.{name} must be above 0.")
-        for name in ("alpha_task", "alpha_s", "alpha_p", "alpha"):
+        for name in ("alpha_task", "alpha_s", "alpha_p"):
             require(getattr(self, name) >= 0, f"local.{name} must be 0 or more.")
 
 
@@ -363,11 +350,6 @@ class Settings:
             self.model.task == "causal_lm" or not self.evaluation.generate,
             "evaluation.generate needs a model that answers in text: set it to false, or "
             "model.task to causal_lm.",
-        )
-        require(
-            self.local.prior == "gamma" or self.federation.profile == "paper",
-            "federation.profile is reference, whose prior is the paper's: "
-            "set local.prior to gamma, or the profile to paper.",
         )
 
     def section(self, kind: type[T]) -> T:

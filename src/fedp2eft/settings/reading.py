@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from fedp2eft.errors import UserError, nearest
+from fedp2eft.errors import UserError, nearest, require
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.sections import settings_class
 
@@ -95,6 +95,24 @@ def check_keys(raw: Mapping[str, Any], kind: type, where: str = "") -> None:
                 _check_section(section, inner, f"{name}.{each}")
 
 
+def without_retired(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings without keys of earlier versions that can only mean what is done now.
+
+    Raises:
+        UserError: Such a key has a value that is no longer possible.
+    """
+    local = raw.get("local")
+    if not isinstance(local, Mapping) or "prior" not in local:
+        return dict(raw)
+    require(
+        local["prior"] == "gamma",
+        f"local.prior: {local['prior']} is gone, fedp2eft 0.1.0 was the last version that had it: "
+        "leave it out, or use that version.",
+    )
+    # `alpha` was the weight of the normalized prior alone.
+    return {**raw, "local": {k: v for k, v in local.items() if k not in ("prior", "alpha")}}
+
+
 def _check_section(value: Any, kind: Any, name: str) -> None:
     # jsonargparse would take a word here for the name of a class, and import its module.
     if not isinstance(value, Mapping):
@@ -111,7 +129,7 @@ def settings_from(raw: Mapping[str, Any], options: list[str] | None = None) -> S
     Raises:
         UserError: An unknown key, or a value of the wrong type or out of range.
     """
-    kind = settings_class()
+    kind, raw = settings_class(), without_retired(raw)
     check_keys(raw, kind)
     parser = settings_parser()
     parsed: Namespace = parser.parse_object(deepcopy(dict(raw)))  # it would put its own values in
@@ -174,7 +192,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         return as_dict(settings_from(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, UserError) as error:
+    except UserError as error:
+        raise UserError(f"{path} is not a run's: {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged or not a run's: name another run folder.") from error
 
 
