@@ -31,7 +31,7 @@ def commands() -> list[str]:
 def help_of(command: str) -> tuple[Any, str]:
     """The parser that a command shows with --help, and what it prints."""
     from fedp2eft import cli
-    from fedp2eft.settings.reading import Parser
+    from fedp2eft.settings.options import Parser
 
     found: list[Any] = []
 

@@ -129,7 +129,7 @@ def function_of(command: str) -> Callable[..., None]:
 
 def _call(command: str, options: list[str]) -> None:
     """Parse the options of a command's function and call it."""
-    from fedp2eft.settings.reading import Parser
+    from fedp2eft.settings.options import Parser
 
     function = function_of(command)
     parser = Parser(prog=f"fedp2eft {command}", description=_summary(function))
@@ -158,7 +158,7 @@ def _split(
     usage: str, options: list[str], function: Callable[..., None]
 ) -> tuple[str | None, bool, list[str]]:
     """Take --run and --watch out of the options; the rest are settings on top of a file's."""
-    from fedp2eft.settings.reading import Parser, settings_parser
+    from fedp2eft.settings.options import Parser, settings_parser
 
     if "-h" in options or "--help" in options:
         parser = Parser(prog=f"fedp2eft {usage}", description=_summary(function))

@@ -16,7 +16,7 @@ from fedp2eft.bases.parts import ROWS, Overlay, Replacement, own_rows
 from fedp2eft.client.training import adamw
 from fedp2eft.errors import UserError
 from fedp2eft.settings.experiment import AdapterSettings, BaseSettings, LocalSettings, Settings
-from fedp2eft.settings.reading import as_dict, settings_from
+from fedp2eft.settings.reading import settings_from
 from tiny import TASK, tiny, tiny_rows
 
 ROWS_OF_CLIENT = [6, 9, 4, 12, 7, 5, 8]
@@ -400,7 +400,7 @@ def test_clients_take_turns_without_drift(dtype: torch.dtype) -> None:
 def test_off_the_shelf_is_none() -> None:
     made = settings_from({"base": {"kind": "off-the-shelf"}})
     assert made == settings_from({"base": {"kind": "none"}})
-    assert as_dict(made)["base"]["kind"] == "none"
+    assert made.base.kind == "none"
     assert set(BASES) == {
         "standard-fl", "fedit", "ffa-lora", "feddpa-t", "dept-spec", "none",
     }  # fmt: skip

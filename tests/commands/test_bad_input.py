@@ -61,7 +61,7 @@ def personalize(mistake, finished, tmp_path: Path):
         ({"locale": {}}, "Unknown setting 'locale'. Did you mean 'local'?"),
         ({"local__batchsize": 3}, "Unknown setting 'local.batchsize'. Did you mean 'batch_size'?"),
         ({"data__file": "x"}, "Unknown setting 'data.file'. Did you mean 'files'?"),
-        ({"local": 3}, "Setting 'local' must be a mapping, not 3"),
+        ({"local": 3}, "Setting 'local' must be a mapping, not '3'"),
         ({"data__files": {"a": "os.path"}}, "Setting 'data.files.a' must be a mapping, not 'os.p"),
         ({"data__files": {"a": {"pth": "x"}}}, "'data.files.a.pth'. Did you mean 'path'?"),
         ({"local": None}, "Setting 'local' must be a mapping"),

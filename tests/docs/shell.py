@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 from fedp2eft import cli
 from fedp2eft.commands import run as runs
-from fedp2eft.settings.reading import Parser, read_yaml, settings_from
+from fedp2eft.settings.options import Parser
+from fedp2eft.settings.reading import read_settings
 
 ROOT = Path(__file__).parents[2]
 PRESET = ROOT / "src" / "fedp2eft" / "presets" / "quickstart.yaml"
@@ -57,7 +58,7 @@ def understood(words: list[str]) -> None:
         raise ParsedError
 
     def settings(config: str, run: str | None, options: list[str], *_: Any) -> None:
-        settings_from(read_yaml(PRESET if config == "CONFIG" else config), options)
+        read_settings(PRESET if config == "CONFIG" else config, options)
         raise ParsedError
 
     def preset(run: str, options: list[str], *_: Any) -> None:
@@ -121,4 +122,4 @@ def _flwr(words: list[str]) -> None:
         assert not word.startswith("--") or word in options, f"flwr has no {word}"
     for config in re.findall(r"config='([^']+)'", " ".join(rest)):
         assert Path(config).is_file(), f"there is no {config}"
-        settings_from(read_yaml(config))
+        read_settings(config)

@@ -197,9 +197,9 @@ def test_variants_share_the_base(world: World, tmp_path: Path, monkeypatch: pyte
 
 def work(config: str, folder: str, journal: str, pause: float) -> None:
     """A process of its own that works on the comparison."""
-    from fedp2eft.settings.reading import read_yaml, settings_from
+    from fedp2eft.settings.reading import read_settings
 
-    compare(settings_from(read_yaml(config)), folder, Journal(Path(journal), pause))
+    compare(read_settings(config), folder, Journal(Path(journal), pause))
 
 
 def test_two_processes_share_and_one_is_killed(world: World, whole: Path, tmp_path: Path):

@@ -11,7 +11,7 @@ from fedp2eft.bases import BASES
 from fedp2eft.data.registry import find, load_federation
 from fedp2eft.methods import METHODS, method_named
 from fedp2eft.results.plan import plan, settings_of
-from fedp2eft.settings.reading import read_yaml, settings_from
+from fedp2eft.settings.reading import read_settings
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *Path(fedp2eft.__file__).parent.glob("presets/*")])
@@ -24,7 +24,7 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_file_loads_and_its_clients_exist(path: Path) -> None:
-    settings = settings_from(read_yaml(path))
+    settings = read_settings(path)
     assert find(settings.data)
     assert all(method_named(method) for method in settings.evaluation.methods)
     assert max(settings.evaluation.ranks) <= settings.adapter.r_max
@@ -39,7 +39,7 @@ def test_the_file_loads_and_its_clients_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", COMPARISONS, ids=name)
 def test_every_training_of_a_comparison_can_be_started(path: Path) -> None:
     """A dry run: every cell is planned, and every training has settings of its own."""
-    settings = settings_from(read_yaml(path))
+    settings = read_settings(path)
     cells = plan(settings)
     evaluation, varied = settings.evaluation, settings.compare
     budgets = sum(len(evaluation.ranks) if METHODS[m].ranked else 1 for m in evaluation.methods)
@@ -61,7 +61,7 @@ def test_the_papers_tables_have_the_papers_numbers() -> None:
         paths = [path for path in COMPARISONS if path.parent.name == dataset]
         bases: list[str] = []
         for path in paths:
-            settings = settings_from(read_yaml(path))
+            settings = read_settings(path)
             assert settings.data.dataset == dataset
             assert len(find(settings.data).languages) == languages
             assert settings.data.languages == []
@@ -83,7 +83,7 @@ def test_the_papers_table_of_causal_lms_has_the_papers_numbers() -> None:
         "llama": ("meta-llama/Llama-3.2-3B-Instruct", ["none"]),
     }
     for stem, (model, bases) in expected.items():
-        settings = settings_from(read_yaml(ROOT / "configs" / "fed-aya" / f"{stem}.yaml"))
+        settings = read_settings(ROOT / "configs" / "fed-aya" / f"{stem}.yaml")
         assert (settings.model.name, settings.compare.bases) == (model, bases)
         assert (settings.model.task, settings.data.dataset) == ("causal_lm", "fed-aya")
         assert (settings.local.batch_size, settings.local.accumulate) == (4, 4)
@@ -93,14 +93,14 @@ def test_the_papers_table_of_causal_lms_has_the_papers_numbers() -> None:
         assert settings.evaluation.generate
         local = settings.local
         assert (local.lr, local.lambda_lr, local.personalize_lr) == (1e-4, 1e-2, 1e-4)
-    base = settings_from(read_yaml(ROOT / "configs" / "fed-aya" / "mobilellama.yaml")).base
+    base = read_settings(ROOT / "configs" / "fed-aya" / "mobilellama.yaml").base
     assert (base.kind, base.rounds, base.steps, base.batch_size) == ("fedit", 200, 10, 4)
     assert (base.lr, base.schedule, base.clients_per_round) == (2e-5, "cosine", 3)
 
 
 def test_the_debian_comparison_is_wide_enough() -> None:
     """At least eight languages in four scripts, three further ones, every method and control."""
-    settings = settings_from(read_yaml(ROOT / "configs/debian-descriptions/comparison.yaml"))
+    settings = read_settings(ROOT / "configs/debian-descriptions/comparison.yaml")
     scripts = {"ja": "Japanese", "ko": "Korean", "ru": "Cyrillic", "uk": "Cyrillic", "zh_CN": "Han"}
     assert len(settings.data.languages) >= 8
     assert len({scripts.get(language, "Latin") for language in settings.data.languages}) >= 4
@@ -111,7 +111,7 @@ def test_the_debian_comparison_is_wide_enough() -> None:
 
 def test_the_quickstart_is_what_it_says() -> None:
     """Six languages in at least four scripts, seen and unseen clients, two budgets."""
-    settings = settings_from(read_yaml(ROOT / "src/fedp2eft/presets/quickstart.yaml"))
+    settings = read_settings(ROOT / "src/fedp2eft/presets/quickstart.yaml")
     assert len(settings.data.languages) == 6
     assert {"de", "ja", "ko", "ru"} <= set(settings.data.languages)
     assert settings.evaluation.pools == ["seen", "unseen"]

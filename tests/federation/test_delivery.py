@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from toy import Notes
 
 from fedp2eft.errors import UserError
 from fedp2eft.federation.client.node import own_folder
-from fedp2eft.federation.client.state import shared_state
+from fedp2eft.federation.client.state import release_state
 from fedp2eft.federation.client_app import app as client_app
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.server.delivery import deliver_base
@@ -24,8 +24,8 @@ from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, TAKE_BASE, TRAIN_PSG, to_arrays
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.runtime.workspace import Workspace
-from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import as_dict
+from fedp2eft.settings.experiment import FederationSettings
+from fedp2eft.settings.reading import settings_from, settings_text
 from tiny_run import LABELS, World, all_rows, write_jsonl
 
 NAMES = ("de-seen-00", "fr-seen-00")
@@ -37,7 +37,7 @@ class Nodes:
     def __init__(self, world: World, folder: Path, **changes: Any) -> None:
         changes = {"base__rounds": 1, "federation__rounds": 1, **changes}
         data = {"dataset": "nodes", "labels": list(LABELS)}
-        self.settings: Settings = world.settings(data=data, **changes)
+        self.settings = world.settings(data=data, **changes)
         self.folder = folder
         self.configs = []
         for name in NAMES:
@@ -56,7 +56,7 @@ class Nodes:
         self.workspace = Workspace(self.settings, self.run.path)
 
     def grid(self, configs: list[dict[str, str]] | None = None) -> LocalGrid:
-        config = {"settings": json.dumps(as_dict(self.settings)), "run": "runs/x"}
+        config = {"settings": settings_text(self.settings), "run": "runs/x"}
         grid = LocalGrid(client_app, configs or self.configs, config)  # type: ignore[arg-type]
         self.sent: list[str] = []
         push = grid.push_messages
@@ -81,7 +81,7 @@ class Nodes:
 
     def close(self) -> None:
         self.run.close()
-        shared_state.cache_clear()
+        release_state()
 
 
 @pytest.mark.parametrize("kind", ["standard-fl", "fedit", "none"])
@@ -202,7 +202,7 @@ def test_a_node_that_keeps_another_base_than_it_was_sent_is_refused(
 
 
 def test_a_run_has_a_folder_of_its_own_that_no_peer_names(tmp_path: Path) -> None:
-    settings, node = as_dict(Settings()), {"client": "a", "keep": str(tmp_path)}
+    settings, node = settings_from({}), {"client": "a", "keep": str(tmp_path)}
     folder = own_folder(node, settings, "../../etc/passwd")
     assert folder.parent == tmp_path / "a"
     assert "passwd" not in folder.name
@@ -211,17 +211,16 @@ def test_a_run_has_a_folder_of_its_own_that_no_peer_names(tmp_path: Path) -> Non
     assert own_folder(node, settings, "other") != folder
     assert own_folder({**node, "client": "b"}, settings, "other").parent == tmp_path / "b"
     # what may change between two starts of a run changes no folder, the rest does
-    more = as_dict(Settings())
-    more["federation"]["rounds"] += 1
+    more = replace(settings, federation=FederationSettings(rounds=151))
     assert own_folder(node, more, "../../etc/passwd") == folder
-    more["seed"] += 1
+    more = replace(more, seed=43)
     assert own_folder(node, more, "../../etc/passwd") != folder
     text = (folder / "settings.yaml").read_text()
     assert "seed: 42" in text
 
 
 def test_what_a_killed_process_left_half_written_is_swept(tmp_path: Path) -> None:
-    settings, node = as_dict(Settings()), {"client": "a", "keep": str(tmp_path)}
+    settings, node = settings_from({}), {"client": "a", "keep": str(tmp_path)}
     folder = own_folder(node, settings, "x")
     (folder / ".base-12345678" / "new").mkdir(parents=True)
     assert own_folder(node, settings, "x") == folder
@@ -234,7 +233,7 @@ def test_what_a_killed_process_left_half_written_is_swept(tmp_path: Path) -> Non
 )
 def test_a_folder_must_be_named(node: dict[str, str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        own_folder(node, as_dict(Settings()), "x")
+        own_folder(node, settings_from({}), "x")
 
 
 def test_the_local_engine_has_no_rows_of_nodes(world: World, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fedp2eft.data.debian import load_debian
 from fedp2eft.data.registry import load_federation
 from fedp2eft.experiment.train import train
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import read_yaml, settings_from
+from fedp2eft.settings.reading import read_settings, settings_from
 from tiny_run import LABELS, World, all_rows, write_jsonl
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deployment"
@@ -129,7 +129,7 @@ def world_settings(world: World, folder: Path) -> Settings:
 
 def test_the_examples_experiment_is_one_of_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
-    s = settings_from(read_yaml(EXAMPLE / "experiment.yaml"))
+    s = read_settings(EXAMPLE / "experiment.yaml")
     assert load_federation(s.data).labels == load_debian().labels
     clients = runpy.run_path(str(EXAMPLE / "run.py"))["CLIENTS"]
     assert len(clients) == s.federation.min_clients

@@ -31,7 +31,7 @@ from fedp2eft.federation.server.rounds import run_rounds
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.messages import CONFIG, TRAIN_PSG
 from fedp2eft.settings.experiment import FederationSettings, Settings
-from fedp2eft.settings.reading import as_dict
+from fedp2eft.settings.reading import settings_text
 
 BAD = "c03"
 
@@ -101,7 +101,7 @@ def rounds(
 
 
 def remote(s: Settings, fate: Callable[[str, int, Message], list[Message]] | None = None) -> Remote:
-    config = {"settings": json.dumps(as_dict(s))}
+    config = {"settings": settings_text(s)}
     return Remote(LocalGrid(app(), [{"client": name} for name in CLIENTS], config), fate)
 
 
@@ -377,8 +377,8 @@ TOY = Path(__file__).parent / "toy_app"
 
 def start(there: Deployment, s: Settings) -> None:
     """`flwr run` of the toy's app."""
-    config = there.folder / "settings.json"
-    config.write_text(json.dumps(as_dict(s)), encoding="utf-8")
+    config = there.folder / "settings.yaml"
+    config.write_text(settings_text(s), encoding="utf-8")
     there.flwr("run", TOY, "--run-config", f"settings='{config}' run='{there.folder / 'run'}'")
 
 

@@ -32,7 +32,7 @@ from fedp2eft.federation.wire.messages import (
 from fedp2eft.progress import LogReporter
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import PeerSettings
-from fedp2eft.settings.reading import as_dict
+from fedp2eft.settings.reading import settings_text
 
 CLIENTS = [f"c{i:02d}" for i in range(20)]
 FIRST = {"w": torch.zeros(3, 4), "v": torch.zeros(5)}
@@ -122,7 +122,7 @@ def train(
 ) -> dict[str, torch.Tensor]:
     """φ after the rounds; a folder that is there is gone on with."""
     s = settings(**changes)
-    config = {"settings": json.dumps(as_dict(s))}
+    config = {"settings": settings_text(s)}
     grid = LocalGrid(app(spoil, mods), [{"client": name} for name in names], config)
     sampling = (members(names), clients_per_round, s.seed, TRAIN_PSG)
     privacy = Privacy(s.privacy, *sampling) if s.privacy.on else None

@@ -48,7 +48,7 @@ from fedp2eft.federation.wire.messages import (
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.runtime.client_files import ClientFiles
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings
-from fedp2eft.settings.reading import read_settings, read_yaml, settings_from
+from fedp2eft.settings.reading import read_settings, settings_of_folder
 
 LIKE = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.tensor([1.5])}
 ROWS = [{"text": f"der hund {i}", "label": "ab"[i % 2], "client": "c", "pool": "seen"}
@@ -172,11 +172,11 @@ def packed_rows(data: bytes) -> None:
 
 
 def settings(data: bytes) -> None:
-    settings_from(read_yaml(file("settings.yaml", data)))
+    read_settings(file("settings.yaml", data))
 
 
 def run_settings(data: bytes) -> None:
-    read_settings(file("run-settings.yaml", data))
+    settings_of_folder(file("settings.yaml", data).parent)
 
 
 def checkpoint(data: bytes) -> None:

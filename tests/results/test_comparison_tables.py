@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from test_summary import all_cells, comparison_settings
 
 from fedp2eft.errors import UserError
@@ -21,7 +20,7 @@ from fedp2eft.results.figures import write_figures
 from fedp2eft.results.layout import MISSING, tables
 from fedp2eft.results.summary import summarize
 from fedp2eft.results.tables import as_csv, escape, latex, markdown, write_tables
-from fedp2eft.settings.reading import as_dict
+from fedp2eft.settings.reading import settings_text
 
 
 def path_of(facts: dict[str, Any]) -> str:
@@ -32,7 +31,7 @@ def path_of(facts: dict[str, Any]) -> str:
 def folder(tmp_path: Path) -> Path:
     """A comparison of one pool; two of its cells are not there yet."""
     asked = comparison_settings(pools=["unseen"], bases=["none"])
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(as_dict(asked)))
+    (tmp_path / "settings.yaml").write_text(settings_text(asked))
     for facts in all_cells():
         name = (facts["base"], facts["method"], facts["rank"])
         if facts["base"] != "none" or facts["pool"] != "unseen" or name == ("none", "lora", 8):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from fedp2eft.results.cells import read_cells
 from fedp2eft.results.summary import summarize
-from fedp2eft.settings.reading import read_settings, settings_from
+from fedp2eft.settings.reading import settings_of_folder
 
 FOLDER = Path(__file__).parents[2] / "results" / "debian-descriptions"
 
 
 def test_a_method_that_is_gone_keeps_its_lines() -> None:
-    settings = settings_from(read_settings(FOLDER / "settings.yaml"))
+    settings = settings_of_folder(FOLDER)
     comparison = summarize(settings, read_cells(FOLDER))
     assert not comparison.missing
     gone = [line for line in comparison.lines if line.method == "fedp2eft-normalized"]

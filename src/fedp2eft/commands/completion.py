@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from shtab import DIRECTORY, FILE, complete, glob
 
-from fedp2eft.settings.reading import Parser, settings_parser
+from fedp2eft.settings.options import Parser, settings_parser
 
 
 def completion(shell: Literal["bash", "zsh", "fish"]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedp2eft.errors import InterruptedRunError
-from fedp2eft.settings.reading import read_yaml, settings_from
+from fedp2eft.settings.reading import read_settings
 
 if TYPE_CHECKING:
     from fedp2eft.progress import Reporter
@@ -29,7 +29,7 @@ def train(
         options: Settings on top of the file.
         watch: Keep report.html of the folder up to date while it goes on.
     """
-    settings = settings_from(read_yaml(config), options)
+    settings = read_settings(config, options)
     folder = Path(run) if run else Path("runs") / Path(config).stem
     _run(settings, folder, watch)
 
@@ -48,7 +48,7 @@ def compare(
         options: Settings on top of the file.
         watch: Keep report.html of the folder up to date while it goes on.
     """
-    settings = settings_from(read_yaml(config), options)
+    settings = read_settings(config, options)
     folder = Path(run) if run else Path("runs") / Path(config).stem
 
     from fedp2eft.commands.terminal import progress
@@ -81,7 +81,7 @@ def quickstart(
         watch: Keep report.html of the folder up to date while it goes on.
     """
     preset = files("fedp2eft") / "presets" / "quickstart.yaml"
-    _run(settings_from(read_yaml(str(preset)), options), Path(run), watch)
+    _run(read_settings(str(preset), options), Path(run), watch)
 
 
 def _run(settings: Any, folder: Path, watch: bool) -> None:

@@ -14,7 +14,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +32,12 @@ from fedp2eft.progress import Reporter, current
 from fedp2eft.results.cells import traffic
 from fedp2eft.results.plan import Cell, Training, claim, plan, settings_of
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import as_dict, check_same, read_settings
+from fedp2eft.settings.reading import (
+    SETTINGS_FILE,
+    check_same,
+    settings_of_folder,
+    settings_text,
+)
 
 FREE = {
     ("evaluation", "methods"),
@@ -87,17 +91,16 @@ def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = 
 
 def _open(folder: Path, settings: Settings) -> None:
     """Make the folder, or check that it was made for the same comparison."""
-    file = folder / "settings.yaml"
+    file = folder / SETTINGS_FILE
     try:
         if folder.is_dir() and not file.exists() and any(folder.glob("[!.]*")):
             raise UserError(f"{folder} is not empty and holds no comparison: name another folder.")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"Cannot use {folder}: {error.strerror}.") from error
-    wanted = as_dict(settings)
     if file.exists():
-        check_same(folder, read_settings(file), wanted, FREE)
-    write_text(file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+        check_same(folder, settings_of_folder(folder), settings, FREE)
+    write_text(file, settings_text(settings))
 
 
 def _left(folder: Path, cells: list[Cell]) -> list[Cell]:

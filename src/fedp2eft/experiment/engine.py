@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from flwr.app import Context, RecordDict
 
 from fedp2eft.errors import require
 from fedp2eft.federation.client.lookahead import cohort_size
-from fedp2eft.federation.client.state import shared_state
+from fedp2eft.federation.client.state import release_state, shared_state
 from fedp2eft.federation.client_app import app as client_app
 from fedp2eft.federation.client_app import train_psg_ahead
 from fedp2eft.federation.local import SERVER_NODE_ID, Cohort, LocalGrid
@@ -21,7 +20,7 @@ from fedp2eft.federation.wire.messages import TRAIN_PSG
 from fedp2eft.progress import Reporter, report_to
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import as_dict
+from fedp2eft.settings.reading import settings_of_run, settings_text
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,15 @@ def local_engine(
         run: The run folder.
         reporter: Hears of progress; the present one where none is given.
     """
-    text, run = json.dumps(as_dict(settings)), run.resolve()
-    config: dict[str, bool | float | int | str] = {"settings": text, "run": str(run)}
+    run = run.resolve()
+    config: dict[str, bool | float | int | str] = {
+        "settings": settings_text(settings),
+        "run": str(run),
+    }
+    settings = settings_of_run(config)  # with the sections of all methods
     with torch.random.fork_rng(), report_to(reporter) if reporter else nullcontext():
         try:
-            workspace = shared_state(text, str(run)).workspace
+            workspace = shared_state(settings, run).workspace
             require(
                 bool(workspace.clients),
                 "data.dataset is nodes, whose rows are on the SuperNodes: start it with flwr run "
@@ -77,4 +80,4 @@ def local_engine(
             yield LocalEngine(grid, workspace, context)
         finally:
             # A run that goes on after a stop must begin from the folder, not from this memory.
-            shared_state.cache_clear()
+            release_state()

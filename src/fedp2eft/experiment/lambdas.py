@@ -25,7 +25,7 @@ from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import read_settings, settings_from
+from fedp2eft.settings.reading import settings_of_folder
 
 FILE, HEADER = "lambda.safetensors", "fedp2eft"
 
@@ -120,7 +120,7 @@ def ask_again(run: Path) -> Lambdas | None:
     """
     if found := read_lambdas(run):
         return found
-    settings = settings_from(read_settings(run / "settings.yaml"))
+    settings = settings_of_folder(run)
     ready = all((run / name / "config.json").exists() for name in ("psg", "base"))
     if not ready or settings.data.dataset == NODES:
         return None

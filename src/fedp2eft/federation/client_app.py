@@ -7,7 +7,6 @@ and a folder of its own, too (`fedp2eft.data.nodes`, `fedp2eft.federation.client
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation.client.mods import end_with_supernode, keep_private, tell_errors
 from fedp2eft.federation.client.node import keep_base, kept_base, own_folder
 from fedp2eft.federation.client.round import local_run, set_phi
-from fedp2eft.federation.client.state import ClientState, shared_state
+from fedp2eft.federation.client.state import ClientState, release_state, shared_state
 from fedp2eft.federation.client.texts import answering
 from fedp2eft.federation.wire.messages import (
     ABOUT,
@@ -61,6 +60,7 @@ from fedp2eft.results.cards import adapter_card, origin_of
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import check_rank
+from fedp2eft.settings.reading import settings_of_run
 
 app = ClientApp(mods=[end_with_supernode, tell_errors])
 logger = logging.getLogger(__name__)
@@ -73,15 +73,12 @@ def open_workspace(context: Context) -> Workspace:
 
 def open_state(context: Context) -> ClientState:
     """What the process keeps for the run that `context` belongs to."""
-    from fedp2eft.settings.reading import settings_of_run
-
     config = context.run_config
     settings, run = settings_of_run(config), str(config.get("run") or "")
-    if settings["data"]["dataset"] == NODES:
-        folder = own_folder(context.node_config, settings, run)
-        node = json.dumps(dict(context.node_config))
-        return shared_state(json.dumps(settings), str(folder), node)
-    return shared_state(json.dumps(settings), run or None)
+    if settings.data.dataset == NODES:
+        node = dict(context.node_config)
+        return shared_state(settings, own_folder(node, settings, run), node)
+    return shared_state(settings, Path(run) if run else None)
 
 
 def client_name(context: Context, workspace: Workspace) -> str:
@@ -123,7 +120,7 @@ def take_base(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     name = client_name(context, workspace)
     about = ConfigRecord({"client": name, "base": keep_base(workspace, message)})
-    shared_state.cache_clear()  # what was made of another base before
+    release_state()  # what was made of another base before
     return reply_with(message, RecordDict({ABOUT: about}))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +23,7 @@ from fedp2eft.methods import check_trained_for
 from fedp2eft.progress import current
 from fedp2eft.results.cards import psg_card
 from fedp2eft.results.rows import collect
-from fedp2eft.settings.reading import settings_of_json, settings_of_run
+from fedp2eft.settings.reading import settings_of_run
 
 app = ServerApp()
 logger = logging.getLogger(__name__)
@@ -41,11 +40,10 @@ def main(grid: Grid, context: Context) -> None:
     """
     end_with_parent()
     config = context.run_config
-    settings = settings_of_run(config)
+    experiment = settings_of_run(config)
     if not config.get("run"):
         raise UserError("The run config names no run folder: add run='runs/NAME'.")
     folder = Path(str(config["run"]))
-    experiment = settings_of_json(json.dumps(settings))
     for method in experiment.evaluation.methods:
         check_trained_for(method, experiment)
     again = (folder / "settings.yaml").exists()
@@ -58,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
         try:
             if again:
                 run.faults.happened("started-again")
-            workspace = shared_state(json.dumps(settings), str(folder)).workspace
+            workspace = shared_state(experiment, folder).workspace
             serve(grid, run, workspace, current())
             results = collect(folder)
             write_text(

@@ -9,7 +9,6 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -24,7 +23,7 @@ from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.report.svg import inline
 from fedp2eft.results.figures import MARKS, STYLE, look_of, shade
 from fedp2eft.results.layout import language_table, long_table, notes
-from fedp2eft.settings.reading import as_dict
+from fedp2eft.settings.reading import settings_text
 
 MOST_CLIENTS, MOST_ROWS, MOST_FAULTS = 40, 8, 500
 """What a page shows of generations (clients in all, rows each) and of faults; it says so."""
@@ -80,7 +79,7 @@ def page(report: Report, *, refresh: int = 0) -> str:
             script=Markup(script),
             script_hash=base64.b64encode(sha256(script.encode()).digest()).decode(),
             facts=list(facts(report)),
-            yaml=yaml.safe_dump(as_dict(report.settings), sort_keys=False, allow_unicode=True),
+            yaml=settings_text(report.settings),
             methods=_methods(report),
             ranks=[(rank, _css(shade(_ranks(report), rank))) for rank in _ranks(report)],
             scores=list(_scores(report)),

@@ -18,7 +18,7 @@ from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.results.cells import Facts, is_client, read_cells, traffic
 from fedp2eft.results.summary import Comparison, summarize
 from fedp2eft.settings.experiment import CompareSettings, Settings
-from fedp2eft.settings.reading import read_settings, settings_from
+from fedp2eft.settings.reading import settings_of_folder
 
 _log = logging.getLogger(__name__)
 PLANNED = {
@@ -89,7 +89,7 @@ def read_report(folder: str | Path, *, ask: bool = True) -> Report:
         raise UserError(f"There is no folder {folder}: name a run or comparison folder.")
     if not (folder / "settings.yaml").exists():
         raise UserError(f"{folder} holds no run or comparison: it has no settings.yaml.")
-    settings = settings_from(read_settings(folder / "settings.yaml"))
+    settings = settings_of_folder(folder)
     single = not _is_comparison(folder)
     notes: list[str] = []
     if single:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedp2eft.files import read_json, take_lock
 from fedp2eft.methods import METHODS, method_named
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import as_dict, settings_from
+from fedp2eft.settings.sections import with_sections
 
 SEEDED = ("adapter", "data", "fedl2p", "generator", "model")
 """Sections whose `seed` a comparison's seed replaces, beside the experiment's own."""
@@ -121,25 +121,21 @@ def settings_of(settings: Settings, training: Training, *, base_only: bool = Fal
         settings: The comparison.
         training: Which training.
         base_only: That of the base alone, the same for every variant on it.
-
-    Raises:
-        UserError: The base is unknown.
     """
+    settings = with_sections(settings)
     methods = [
         name
         for name in settings.evaluation.methods
         if variant_name(method_named(name).variant) == training.variant
     ]
-    raw = as_dict(settings)
-    raw["seed"] = training.seed
-    for section in SEEDED:
-        raw[section]["seed"] = training.seed
-    raw["base"]["kind"] = training.base
-    raw["evaluation"] |= {"methods": [] if base_only else methods, "save_adapters": False}
+    changes: dict[str, dict[str, Any]] = {name: {"seed": training.seed} for name in SEEDED}
+    changes["base"] = {"kind": training.base}
+    changes["evaluation"] = {"methods": [] if base_only else methods, "save_adapters": False}
     if not base_only:
         for section, keys in METHODS[methods[0]].variant.items():
-            raw[section].update(keys)
-    return settings_from(raw)
+            changes.setdefault(section, {}).update(keys)
+    sections = {name: replace(getattr(settings, name), **keys) for name, keys in changes.items()}
+    return replace(settings, seed=training.seed, **sections)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from fedp2eft.results.layout import budgets, notes, tables
 from fedp2eft.results.metrics import METRICS
 from fedp2eft.results.statistics import Estimate
 from fedp2eft.results.summary import REFERENCES, Comparison, Line, summarize
-from fedp2eft.settings.reading import read_settings, settings_from
+from fedp2eft.settings.reading import settings_of_folder
 
 _SHARES = ("mean", "worst_language", "worst_client", "worse_than_base")
 _COSTS = ("seconds", "parameters", "bytes_up", "bytes_down", "peak_memory")
@@ -33,7 +33,7 @@ def write_tables(folder: str | Path) -> Comparison:
         UserError: The folder holds no comparison, or cannot be written.
     """
     folder = Path(folder)
-    settings = settings_from(read_settings(folder / "settings.yaml"))
+    settings = settings_of_folder(folder)
     comparison = summarize(settings, read_cells(folder))
     write_json(folder / "results.json", asdict(comparison))
     write_text(folder / "table.md", markdown(comparison))

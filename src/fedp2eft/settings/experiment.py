@@ -296,7 +296,7 @@ class CompareSettings:
             (head, common A, PSG), sampling and mini-batches.
     """
 
-    bases: list[str] = field(default_factory=list)
+    bases: list[BaseKind] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [42, 52, 62])
 
     def __post_init__(self) -> None:

@@ -1,98 +1,62 @@
-"""Settings from YAML and the command line; an unknown key names the nearest known one."""
+"""Settings from YAML and the command line, once; and back into a file.
+
+YAML text becomes `Settings` here and nowhere else. What comes in:
+
+* `read_settings(file, options)`   an experiment's YAML file, with command-line options on top
+* `settings_of_run(run_config)`    what a Flower run config names; cached by its text
+* `settings_of_folder(folder)`     the settings.yaml of a run or comparison folder
+* `settings_from(mapping)`         a mapping of Python values
+
+and `settings_text` writes what the last three read.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
 from fedp2eft.errors import UserError, nearest, require
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.sections import settings_class
+from fedp2eft.settings.words import load_words, parsed, typed, types_of
+
+SETTINGS_FILE = "settings.yaml"
 
 
-class Parser(ArgumentParser):
-    """jsonargparse's parser; a mistake is a `UserError` of one line instead of a usage page."""
+def read_settings(path: str | Path, options: Sequence[str] | None = None) -> Settings:
+    """Return the settings in an experiment's YAML file, with command-line options on top.
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the mistake, with the nearest known option where one is unknown."""
-        line = " ".join(str(message).split())
-        hint = ""
-        if "unrecognized arguments" in line.lower():
-            words = [word.split("=")[0] for word in line.split() if word.startswith("--")]
-            hint = nearest(words[0], self._known_options()) if words else ""
-        raise UserError(f"{line}.{hint} See --help.") from ex
-
-    def add_function(self, function: Callable[..., None], positional: bool = False) -> None:
-        """Add a function's arguments as options; a switch may be named without a value.
-
-        Args:
-            function: Its signature and docstring say what there is.
-            positional: Whether those without a default are words in their order, not options.
-        """
-        self.add_function_arguments(function, as_group=False, as_positional=positional)
-        for action in self._actions:
-            if action.default is False:
-                action.nargs, action.const = "?", True
-
-    def _known_options(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings]
-
-
-def settings_parser(parser: Parser | None = None) -> Parser:
-    """A parser that has every setting as an option, e.g. `--local.lr`."""
-    parser = parser or Parser(exit_on_error=True)
-    parser.add_class_arguments(settings_class(), as_group=False)
-    return parser
+    Raises:
+        UserError: The file cannot be read, or a setting is wrong: the line names file and key.
+    """
+    source = f"{path} with the options given" if options else str(path)
+    return _settings(read_yaml(path), options, source)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from a file.
+    """Return a YAML file's mapping; its scalars are words (see `settings.words`).
 
     Raises:
         UserError: Missing, unreadable, not UTF-8, not YAML, or not a mapping.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"There is no file {path}: give an experiment's YAML file.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML{where}.") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no settings: it must be a mapping of section to values.")
-    return raw
+    return _mapping(_text_of(Path(path)), str(path))
 
 
-def check_keys(raw: Mapping[str, Any], kind: type, where: str = "") -> None:
-    """Raise `UserError` for the first key that no setting has, naming the nearest one."""
-    known = {f.name for f in fields(kind)}
-    hints = get_type_hints(kind)
-    for key, value in raw.items():
-        name = f"{where}{key}"
-        if key not in known:
-            options = ", ".join(sorted(known))
-            hint = nearest(str(key), sorted(known))
-            raise UserError(f"Unknown setting {name!r}.{hint} Known here: {options}.")
-        if is_dataclass(hints[key]):
-            _check_section(value, hints[key], name)
-        elif get_origin(hints[key]) is dict and is_dataclass(inner := get_args(hints[key])[1]):
-            for each, section in (value if isinstance(value, Mapping) else {}).items():
-                _check_section(section, inner, f"{name}.{each}")
+def settings_from(raw: Mapping[str, Any], options: Sequence[str] | None = None) -> Settings:
+    """Return typed settings from a mapping, with command-line options (`--local.lr 1e-3`) on top.
+
+    Raises:
+        UserError: An unknown key, or a value of the wrong type or out of range.
+    """
+    merged = _merged(raw, options_tree(options)) if options else raw
+    made: Settings = typed(settings_class(), without_retired(merged), "")
+    return made
 
 
 def without_retired(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,66 +77,66 @@ def without_retired(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**raw, "local": {k: v for k, v in local.items() if k not in ("prior", "alpha")}}
 
 
-def _check_section(value: Any, kind: Any, name: str) -> None:
-    # jsonargparse would take a word here for the name of a class, and import its module.
-    if not isinstance(value, Mapping):
-        options = ", ".join(f.name for f in fields(kind))
-        raise UserError(
-            f"Setting {name!r} must be a mapping, not {value!r}. Known here: {options}."
-        )
-    check_keys(value, kind, f"{name}.")
-
-
-def settings_from(raw: Mapping[str, Any], options: list[str] | None = None) -> Settings:
-    """Typed settings from a mapping, with command-line options (`--local.lr 1e-3`) on top.
-
-    Raises:
-        UserError: An unknown key, or a value of the wrong type or out of range.
-    """
-    kind, raw = settings_class(), without_retired(raw)
-    check_keys(raw, kind)
-    parser = settings_parser()
-    parsed: Namespace = parser.parse_object(deepcopy(dict(raw)))  # it would put its own values in
-    if options:
-        parser.set_defaults(parsed.as_flat().__dict__)
-        parsed = parser.parse_args(options)
-    made = parser.instantiate(parsed)
-    return kind(**{f.name: getattr(made, f.name) for f in fields(kind)})
-
-
-@lru_cache(maxsize=4)
-def settings_of_json(text: str) -> Settings:
-    """`settings_from` of JSON; kept, for reading takes half a second and a run's parts all do."""
-    return settings_from(json.loads(text))
-
-
-def as_dict(settings: Settings) -> dict[str, Any]:
-    """The settings as plain JSON values."""
-    value: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    return value
-
-
-def settings_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved settings that a Flower run config names, as plain values.
+def settings_of_run(config: Mapping[str, Any]) -> Settings:
+    """Return the settings that a Flower run config names.
 
     Args:
-        config: Has `settings` (JSON) or `config` (path of a YAML file; see `app_file`).
+        config: Has `settings` (YAML or JSON) or `config` (path of a YAML file; see `app_file`).
     """
+    sections = tuple(types_of(settings_class()))
     if text := config.get("settings"):
-        return _resolved(str(text))
+        return _settings_of_text(str(text), "The run config's settings", sections)
     if path := config.get("config"):
-        return _resolved(json.dumps(read_yaml(app_file(str(path))), default=str))
+        file = app_file(str(path))
+        return _settings_of_text(_text_of(file), str(file), sections)
     raise UserError("The run config names no experiment: add config='configs/….yaml'.")
 
 
-@lru_cache(maxsize=4)
-def _resolved(text: str) -> dict[str, Any]:
-    """The whole of settings given as JSON; kept, for every message of a run asks for the same."""
-    return as_dict(settings_of_json(text))
+def settings_of_folder(folder: str | Path) -> Settings:
+    """Return what a run or comparison folder was made for; later settings have their defaults.
+
+    Raises:
+        UserError: settings.yaml is missing, damaged or another program's.
+    """
+    path = Path(folder) / SETTINGS_FILE
+    try:
+        return settings_from(read_yaml(path))
+    except UserError as error:
+        raise UserError(f"{path} is damaged or not a run's: {error}") from error
+
+
+def settings_text(settings: Settings) -> str:
+    """Return all settings as YAML, for a file or a message; whatever reads settings reads it."""
+    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
+
+
+def check_same(
+    folder: Path, old: Any, new: Any, free: set[tuple[str, ...]], where: tuple[str, ...] = ()
+) -> None:
+    """Raise `UserError` for the first setting outside `free` that has another value in a folder.
+
+    Args:
+        folder: Whose settings `old` are.
+        old: Settings, or a section of them.
+        new: The same, as asked for now.
+        free: Settings that may change between two starts.
+        where: Name of the section.
+    """
+    if where in free or old == new:
+        return
+    if is_dataclass(new):
+        for field in fields(new):
+            pair = getattr(old, field.name), getattr(new, field.name)
+            check_same(folder, *pair, free, (*where, field.name))
+        return
+    raise UserError(
+        f"{folder} holds another experiment: {'.'.join(where)} is {old!r} there and {new!r} here. "
+        "Name another run folder."
+    )
 
 
 def app_file(path: str) -> Path:
-    """A file that a Flower run config names.
+    """Return a file that a Flower run config names.
 
     A relative path means a file of the Flower app: `flwr run FOLDER` bundles the YAML files of
     the folder, and Flower unpacks the bundle wherever the app runs and puts it on `sys.path`. Where
@@ -184,31 +148,92 @@ def app_file(path: str) -> Path:
     return Path(path)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that a folder was made for, those that came later at their defaults.
+def options_tree(options: Sequence[str]) -> dict[str, Any]:
+    """Return command-line options as a mapping: `--local.lr 1e-3` is {"local": {"lr": "1e-3"}}.
 
     Raises:
-        UserError: Damaged, or no settings.
+        UserError: An unknown option, or one without a value.
     """
+    tree: dict[str, Any] = {}
+    words = iter(options)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        section, key = _place(word, name)
+        if not equals:
+            value = next(words, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"--{name} has no value: write --{name}=VALUE.")
+        given = None if value == "null" else value
+        if key:
+            tree.setdefault(section, {})[key] = given
+        else:
+            whole = parsed(given)
+            if is_dataclass(types_of(settings_class())[section]) and not isinstance(whole, Mapping):
+                raise UserError(f"--{section} is {given!r}; give a mapping, or --{section}.KEY.")
+            tree[section] = _merged(tree.get(section), whole)
+    return tree
+
+
+def _place(word: str, name: str) -> tuple[str, str]:
+    """Section and key that an option names."""
+    known = {f"--{each}" for each in option_names()}
+    if f"--{name}" not in known or not word.startswith("--"):
+        hint = nearest(word.split("=")[0], sorted(known)) if word.startswith("--") else ""
+        raise UserError(f"Unknown option {word.split('=')[0]!r}.{hint} See --help.")
+    section, _, key = name.partition(".")
+    return section, key
+
+
+def option_names() -> list[str]:
+    """Return every setting as the command line names it: seed, local, local.lr, …"""
+    names = []
+    for section, kind in types_of(settings_class()).items():
+        names.append(section)
+        names += [f"{section}.{key}" for key in types_of(kind)] if is_dataclass(kind) else []
+    return names
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """One mapping of two; the second wins."""
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    both = {key: _merged(below[key], above[key]) for key in above if key in below}
+    return {**below, **above, **both}
+
+
+@lru_cache(maxsize=4)
+def _settings_of_text(text: str, source: str, _sections: tuple[str, ...]) -> Settings:
+    """Kept as long as no method adds a section: every message of a run asks for the same."""
+    return _settings(_mapping(text, source), None, source)
+
+
+def _settings(raw: Mapping[str, Any], options: Sequence[str] | None, source: str) -> Settings:
     try:
-        return as_dict(settings_from(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        return settings_from(raw, options)
     except UserError as error:
-        raise UserError(f"{path} is not a run's: {error}") from error
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged or not a run's: name another run folder.") from error
+        raise UserError(f"{source}: {error}") from error
 
 
-def check_same(
-    folder: Path, old: Any, new: Any, free: set[tuple[str, ...]], where: tuple[str, ...] = ()
-) -> None:
-    """Raise `UserError` for the first setting outside `free` that is another in the folder."""
-    if where in free or old == new:
-        return
-    if isinstance(old, dict) and isinstance(new, dict) and where != ("data", "files"):
-        for key in new:
-            check_same(folder, old.get(key), new[key], free, (*where, key))
-        return
-    raise UserError(
-        f"{folder} holds another experiment: {'.'.join(where)} is {old!r} there and {new!r} here. "
-        "Name another run folder."
-    )
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        raw = load_words(text)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{source} is not valid YAML{where}.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{source} holds no settings: it must be a mapping of section to values.")
+    return raw
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}: give an experiment's YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error

@@ -36,6 +36,14 @@ def settings_class() -> type[Settings]:
     return _extended(tuple(_SECTIONS.items()))
 
 
+def with_sections(settings: Settings) -> Settings:
+    """Return the same settings with the sections of all methods, which plain `Settings` lack."""
+    kind = settings_class()
+    if isinstance(settings, kind):
+        return settings
+    return kind(**{f.name: getattr(settings, f.name) for f in fields(settings)})
+
+
 @lru_cache(maxsize=4)
 def _extended(sections: Iterable[tuple[str, type]]) -> type[Settings]:
     """A subclass: everything that reads the fields of `Settings` finds the sections among them."""

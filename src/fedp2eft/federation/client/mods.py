@@ -15,6 +15,7 @@ from fedp2eft.federation.orphan import end_with_parent
 from fedp2eft.federation.server.privacy import CLIP_NORM, noise_from
 from fedp2eft.federation.wire.messages import the_config
 from fedp2eft.settings.peers import PrivacySettings
+from fedp2eft.settings.reading import settings_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,7 @@ def tell_errors(message: Message, context: Context, handle: Handler) -> Message:
 
 def keep_private(message: Message, context: Context, handle: Handler) -> Message:
     """Clip the change of φ, and add noise to it, where the settings have the client do so."""
-    from fedp2eft.settings.reading import settings_of_run
-
-    s = PrivacySettings(**settings_of_run(context.run_config)["privacy"])
+    s = settings_of_run(context.run_config).privacy
     if not s.on or s.clip_on == "server":
         return handle(message, context)
     round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from copy import deepcopy
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
 from flwr.app import Message
 
 from fedp2eft.data.federation import check_client_name
@@ -29,6 +28,8 @@ from fedp2eft.federation.server.run_folder import FREE
 from fedp2eft.federation.wire.messages import array_digest, from_arrays, the_arrays, the_config
 from fedp2eft.files import read_json, sweep, write_text
 from fedp2eft.models.sources import hash_weights
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import SETTINGS_FILE, settings_text
 
 if TYPE_CHECKING:
     from fedp2eft.runtime.workspace import Workspace
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 RECEIVED = "received.json"
 
 
-def own_folder(node: Mapping[str, Value], settings: Mapping[str, Any], run: str) -> Path:
+def own_folder(node: Mapping[str, Value], settings: Settings, run: str) -> Path:
     """This SuperNode's folder for a run; the same one when the run is gone on with.
 
     Nothing that a peer sent becomes part of the path: the name is a digest of the run's name and of
@@ -49,7 +50,7 @@ def own_folder(node: Mapping[str, Value], settings: Mapping[str, Any], run: str)
         raise TellableError(
             "The node config names no folder for this client's base and adapters: add keep='…'."
         )
-    fixed = deepcopy(dict(settings))
+    fixed = asdict(settings)
     for section, *rest in FREE:
         if rest:
             fixed[section].pop(rest[0])
@@ -61,9 +62,9 @@ def own_folder(node: Mapping[str, Value], settings: Mapping[str, Any], run: str)
     folder = Path(str(node["keep"])).expanduser() / client / digest
     for place in (folder, folder / "adapters" / client, folder / "clients" / client):
         sweep(place)
-    if not (folder / "settings.yaml").exists():
-        text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-        write_text(folder / "settings.yaml", f"# run: {json.dumps(run)}\n{text}")
+    if not (folder / SETTINGS_FILE).exists():
+        text = f"# run: {json.dumps(run)}\n{settings_text(settings)}"
+        write_text(folder / SETTINGS_FILE, text)
     return folder
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 
+from fedp2eft.data.nodes import Value
 from fedp2eft.federation.client.lookahead import LookAhead
 from fedp2eft.federation.wire.compression import Feedback
 from fedp2eft.runtime.workspace import Workspace
-from fedp2eft.settings.reading import settings_of_json
+from fedp2eft.settings.experiment import Settings
 
 
 class ClientState:
@@ -30,15 +30,27 @@ class ClientState:
         self.feedback = Feedback(workspace.client_folder, keep)
 
 
-@lru_cache(maxsize=1)
-def shared_state(settings_json: str, run: str | None, node_json: str | None = None) -> ClientState:
-    """This process's state for an experiment; the one before is released.
+_Key = tuple[Settings, Path | None, Mapping[str, Value] | None]
+_kept: list[tuple[_Key, ClientState]] = []
+
+
+def shared_state(
+    settings: Settings, run: Path | None, node: Mapping[str, Value] | None = None
+) -> ClientState:
+    """Return this process's state for an experiment; that of any other is released before.
 
     Args:
-        settings_json: The resolved settings as JSON.
+        settings: The experiment.
         run: The run folder, or None if this process has none.
-        node_json: The node config as JSON, of a SuperNode that reads its own client's file.
+        node: The node config of a SuperNode that reads its own client's file.
     """
-    node = json.loads(node_json) if node_json else None
-    settings = settings_of_json(settings_json)
-    return ClientState(Workspace(settings, Path(run) if run else None, node))
+    key: _Key = (settings, run, node)
+    if not _kept or _kept[0][0] != key:
+        release_state()
+        _kept.append((key, ClientState(Workspace(settings, run, node))))
+    return _kept[0][1]
+
+
+def release_state() -> None:
+    """Let go of the model and caches that this process keeps."""
+    _kept.clear()

@@ -27,7 +27,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import BaseFileLock
 from torch import Tensor
 
@@ -52,7 +51,12 @@ from fedp2eft.files import (
 )
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import as_dict, check_same, read_settings
+from fedp2eft.settings.reading import (
+    SETTINGS_FILE,
+    check_same,
+    settings_of_folder,
+    settings_text,
+)
 
 # Settings that may change between two starts of one run: they add to it, and change nothing done.
 FREE = {
@@ -102,7 +106,7 @@ class RunFolder:
             raise
 
     def _open(self) -> None:
-        settings_file = self.path / "settings.yaml"
+        settings_file = self.path / SETTINGS_FILE
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.path} is a file: name a folder for the run.")
@@ -116,15 +120,14 @@ class RunFolder:
             raise UserError(
                 f"Another process is working on {self.path}: wait for it, or name another folder."
             )
-        wanted = as_dict(self.settings)
         if settings_file.exists():
-            check_same(self.path, read_settings(settings_file), wanted, FREE)
+            check_same(self.path, settings_of_folder(self.path), self.settings, FREE)
             self._check_rounds()
         for part in ("checkpoints", "cells/*", "adapters/*", "generations/*", "clients/*"):
             for folder in self.path.glob(part):
                 sweep(folder)
         sweep(self.path)
-        write_text(settings_file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+        write_text(settings_file, settings_text(self.settings))
 
     def _check_rounds(self) -> None:
         """The numbers of a finished round cannot be taken back."""

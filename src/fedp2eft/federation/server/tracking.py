@@ -7,6 +7,7 @@ none of a single client by name, and no text. The trackers are accelerate's, imp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from fedp2eft.errors import UserError, shortened
 from fedp2eft.progress import current
 from fedp2eft.results.rows import Results
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import as_dict
 
 _INSTALL = {
     "tensorboard": "'fedp2eft[trackers]'",
@@ -51,7 +51,7 @@ class Trackers:
             try:
                 tracker = _make(name, run)
                 tracker.start()
-                tracker.store_init_configuration(_flat(as_dict(settings)))
+                tracker.store_init_configuration(_flat(asdict(settings)))
             except Exception as error:  # each library raises its own
                 self.finish()
                 raise UserError(

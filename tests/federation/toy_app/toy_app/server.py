@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from fedp2eft.federation.server.rounds import run_rounds
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.messages import TRAIN_PSG
 from fedp2eft.progress import current
-from fedp2eft.settings.reading import settings_from
+from fedp2eft.settings.reading import read_settings
 
 FIRST = {"w": torch.zeros(3)}
 app = ServerApp()
@@ -29,8 +28,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     end_with_parent()
     logging.basicConfig(level=logging.INFO)
-    text = Path(str(context.run_config["settings"])).read_text(encoding="utf-8")
-    s = settings_from(json.loads(text))
+    s = read_settings(str(context.run_config["settings"]))
     folder = Path(str(context.run_config["run"]))
     again = (folder / "settings.yaml").exists()
     run = RunFolder(folder, s)
