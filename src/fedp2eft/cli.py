@@ -32,13 +32,11 @@ fedp2eft COMMAND --help tells more. Start with: fedp2eft quickstart
 """
 GROUP_HELP = {
     "data": """\
-usage: fedp2eft data list | describe | partition | build-libreoffice-help [OPTIONS]
+usage: fedp2eft data list | describe | partition [OPTIONS]
 
   list          the data sets
   describe      clients, rows and labels of a data set as a federation would see them
   partition     write which rows are whose as readable JSON
-  build-libreoffice-help
-                make the whole of the data set libreoffice-help from Debian's packages
 """
 }
 EXPERIMENTS = ("quickstart", "train", "compare")
@@ -52,7 +50,6 @@ FUNCTIONS = {
     "data list": ("datasets", "list_datasets"),
     "data describe": ("datasets", "describe"),
     "data partition": ("datasets", "partition"),
-    "data build-libreoffice-help": ("datasets", "build_libreoffice_help"),
     "doctor": ("doctor", "doctor"),
     "completion": ("completion", "completion"),
 }

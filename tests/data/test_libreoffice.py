@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedp2eft.cli import main
+from build_libreoffice_help import Page, build, main, pages_of, read_page
 from fedp2eft.data.libreoffice import LANGUAGES, load_libreoffice, read_sample
-from fedp2eft.data.libreoffice_build import Page, build, pages_of, read_page
 from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings
@@ -152,8 +151,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     french = folder_of(tmp_path, "fr", {"scalc/x": page("fr", "A", "Deuxième paragraphe.")})
     english = folder_of(tmp_path, "en_US", {"scalc/x": page("en_US")})
     out = tmp_path / "whole.jsonl.gz"
-    options = ["--packages", json.dumps([str(french), str(english)]), "--out", str(out)]
-    assert main(["data", "build-libreoffice-help", *options]) == 0
+    assert main([str(out), str(french), str(english)]) is None
     assert capsys.readouterr().out == f"en_US 1, fr 1\n2 rows: {out}\n"
     federation = load_libreoffice(out, ["fr"], clients_per_language=1, pools=())
     assert federation.table["title"][:] == ["Sort", "A"]
@@ -207,5 +205,5 @@ def test_another_file_is_one_line(tmp_path: Path):
         "label": "x",
     }
     (tmp_path / "o.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UserError, match=r"split 'dev' is not one of .*build-libreoffice-help"):
+    with pytest.raises(UserError, match=r"split 'dev' is not one of .*build_libreoffice_help"):
         load_libreoffice(tmp_path / "o.jsonl")

@@ -16,7 +16,7 @@ from fedp2eft.settings.reading import read_settings
 
 ROOT = Path(__file__).parents[2]
 PRESET = ROOT / "src" / "fedp2eft" / "presets" / "quickstart.yaml"
-LONG = ("quickstart", "train", "compare", "build-libreoffice-help")
+LONG = ("quickstart", "train", "compare")
 ELSEWHERE = {
     ".": "enters the virtual environment",
     "git": "fetches the project",

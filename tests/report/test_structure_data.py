@@ -12,7 +12,6 @@ import torch
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.experiment.lambdas import FILE, Lambdas, ask_again, read_lambdas
 from fedp2eft.files import read_json
-from fedp2eft.report.families import family
 from fedp2eft.report.structure import clustered, grid_of, kept_by_language, likeness
 
 
@@ -99,13 +98,6 @@ def test_order_of_clusters_is_whole():
     rng = np.random.default_rng(0)
     alike = np.corrcoef(rng.normal(size=(7, 20)))
     assert sorted(clustered(alike)) == list(range(7))
-
-
-def test_families():
-    assert family("zh_CN") == family("zh") == "Sinitic"
-    assert family("swa") == family("sw") == "Bantu"
-    assert family("pt-BR") == "Romance"
-    assert family("<script>") == ""
 
 
 def test_structure_file_is_about_the_same_clients(finished):

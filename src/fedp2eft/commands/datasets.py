@@ -57,25 +57,6 @@ def partition(data: DataSettings, out: str) -> None:
     print(f"{len(federation.clients)} clients: {out}")
 
 
-def build_libreoffice_help(packages: list[str], out: str, pages: int | None = None) -> None:
-    """Make the data set libreoffice-help from Debian's packages libreoffice-help-<lang>.
-
-    Fetch them first, with `apt-get download libreoffice-help-fr libreoffice-help-en-us …` on Debian
-    or from https://packages.debian.org. Then set data.path to the file that is written here.
-
-    Args:
-        packages: The .deb files, or folders that such a file was unpacked into; libreoffice-help-
-            en-us among them, by which untranslated text is told.
-        out: The file, ending in .jsonl.gz.
-        pages: Keep the so many pages that most languages have; all where none is given.
-    """
-    from fedp2eft.data.libreoffice_build import build
-
-    rows = build(packages, out, pages)
-    print(", ".join(f"{language} {count}" for language, count in sorted(rows.items())))
-    print(f"{sum(rows.values())} rows: {out}")
-
-
 def _cell(value: object) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key} {count}" for key, count in value.items())

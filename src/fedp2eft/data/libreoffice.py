@@ -1,7 +1,7 @@
 """LibreOffice's help in many languages: title -> first paragraphs, for causal LMs.
 
-A sample of few pages ships with the package; `fedp2eft data build-libreoffice-help` makes the whole
-from Debian's packages. See `assets/README.md` for the fields and the licence.
+A sample of few pages ships with the package; the repository's `scripts/build_libreoffice_help.py`
+builds the whole from Debian's packages. See `assets/README.md` for the fields and the licence.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def load_libreoffice(
     train/test or seen/unseen in any language.
 
     Args:
-        path: a file that `build-libreoffice-help` wrote; None: the sample.
+        path: a file that `build_libreoffice_help.py` wrote; None: the sample.
         languages: languages of the seen and unseen clients; None: all but `new_languages`.
         new_languages: languages that no seen client speaks.
         clients_per_language: clients per language and pool.
@@ -70,7 +70,7 @@ def load_libreoffice(
         A federation with `text_columns` ("title",) and `target_column` "text".
 
     Raises:
-        UserError: as `federation_of_pools`; a file that `build-libreoffice-help` did not write.
+        UserError: as `federation_of_pools`; a file that `build_libreoffice_help.py` did not write.
     """
     if path is None:
         table = read_sample()
@@ -80,7 +80,7 @@ def load_libreoffice(
             if wrong := set(table[column][:]) - set(values):
                 raise UserError(
                     f"{path}: {column} {min(wrong)!r} is not one of {list(values)}. Make the file "
-                    "with fedp2eft data build-libreoffice-help."
+                    "with scripts/build_libreoffice_help.py of the repository."
                 )
     return federation_of_pools(
         NAME,

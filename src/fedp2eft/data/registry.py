@@ -137,7 +137,7 @@ DATASETS: dict[str, DatasetEntry] = {
     ),
     libreoffice.NAME: DatasetEntry(
         "LibreOffice help, title to first paragraphs, for causal LMs; a sample ships with the "
-        "package, the whole is built by: fedp2eft data build-libreoffice-help",
+        "package, scripts/build_libreoffice_help.py in the repository builds the whole",
         libreoffice.LANGUAGES,
         "MPL-2.0; name LibreOffice and its translators",
         _load_libreoffice,

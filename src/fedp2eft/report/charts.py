@@ -13,7 +13,6 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from fedp2eft.report.families import family
 from fedp2eft.report.source import Report, Training
 from fedp2eft.report.structure import Grid, Matrix
 from fedp2eft.results.cells import scored, values
@@ -126,8 +125,7 @@ def structure_figure(
     shown = {"mean of languages": mean, **kept}
     if difference:
         shown = {name: value - mean for name, value in kept.items()}
-    titled = {f"{name}  {family(name)}".strip(): value for name, value in shown.items()}
-    figure = _grids(grid, titled, r_max, difference=difference)
+    figure = _grids(grid, shown, r_max, difference=difference)
     what = "less the mean of the languages" if difference else "mean over a language's clients"
     figure.suptitle(f"Ranks kept in each layer at r = {rank}: {what}")
     return figure
@@ -172,12 +170,11 @@ def _grids(
 
 
 def likeness_figure(names: Sequence[str], alike: Matrix) -> Figure:
-    """Correlation between languages, in clustered order, with their families."""
+    """Correlation between languages, in clustered order."""
     size = 1.8 + 0.28 * len(names)
     figure, ax = panel(size + 1.2, size)
     drawn = ax.pcolormesh(alike, vmin=-1, vmax=1, cmap="PuOr", edgecolors="white", linewidth=0.3)
-    labels = [f"{family(name)}  {name}".strip() for name in names]
-    ax.set_yticks(np.arange(len(names)) + 0.5, labels)
+    ax.set_yticks(np.arange(len(names)) + 0.5, names)
     ax.set_xticks(np.arange(len(names)) + 0.5, names, rotation=90)
     ax.invert_yaxis()
     ax.grid(False)

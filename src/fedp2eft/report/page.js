@@ -77,8 +77,7 @@ if (source) {
     offer(rank, Object.keys(made.ranks).map((name) => [name, name]));
     const kept = made.ranks[rank.value];
     const names = Object.keys(kept);
-    offer(language, [["", MEAN], ...names.map((name) =>
-      [name, made.families[name] ? `${name} (${made.families[name]})` : name])]);
+    offer(language, [["", MEAN], ...names.map((name) => [name, name])]);
     const mean = meanOf(names.map((name) => kept[name]));
     const own = language.value === "" ? mean : kept[language.value];
     const less = mode.value === "difference";

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from fedp2eft.federation.server.faults import MEANING
 from fedp2eft.report import charts
 from fedp2eft.report.facts import costs, facts, fault_counts, left_out
-from fedp2eft.report.families import family
 from fedp2eft.report.source import Report, Training
 from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.report.svg import inline
@@ -175,7 +174,6 @@ def structure_data(report: Report) -> list[dict[str, Any]]:
                     "modules": grid.modules,
                     "layers": grid.layers,
                     "r_max": r_max,
-                    "families": {n: family(n) for n in sorted(training.lambdas.languages.values())},
                     "ranks": ranks,
                 }
             )
@@ -192,7 +190,7 @@ def _likenesses(report: Report) -> Iterator[dict[str, Any]]:
         names, alike = likeness(training.lambdas)
         if names:
             rows = [
-                {"name": name, "family": family(name), "cells": [_shaded(v) for v in row]}
+                {"name": name, "cells": [_shaded(v) for v in row]}
                 for name, row in zip(names, alike.tolist(), strict=True)
             ]
             yield {"training": training.name or "this run", "names": names, "rows": rows}

@@ -1,14 +1,20 @@
-"""LibreOffice's help pages, from Debian's packages to one file: title -> first paragraphs.
+"""Build the data set libreoffice-help from Debian's packages: title -> first paragraphs.
+
+    python scripts/build_libreoffice_help.py whole.jsonl.gz libreoffice-help-*.deb
 
 Debian has the same pages, at the same paths, in a package `libreoffice-help-<lang>` for each of
-some thirty languages. The pages are LibreOffice's and its translators', under the MPL-2.0.
+some thirty languages. Fetch them first, with `apt-get download libreoffice-help-fr
+libreoffice-help-en-us …` on Debian or from https://packages.debian.org. Then set data.path to the
+file that this script writes. The pages are LibreOffice's and its translators', under the MPL-2.0.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import io
 import json
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -235,3 +241,28 @@ def _data_member(package: Path) -> bytes:
             return raw[at + 60 : at + 60 + size]
         at += 60 + size + size % 2
     raise tarfile.TarError("it has no data archive")
+
+
+def main(arguments: Sequence[str] | None = None) -> str | None:
+    """Run the script; a mistake is returned as one line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", help="the file to write, ending in .jsonl.gz")
+    parser.add_argument(
+        "packages",
+        nargs="+",
+        help=".deb files, or folders that such a file was unpacked into; libreoffice-help-en-us "
+        "among them, by which untranslated text is recognised",
+    )
+    parser.add_argument("--pages", type=int, help="keep only the pages that most languages have")
+    chosen = parser.parse_args(arguments)
+    try:
+        rows = build(chosen.packages, chosen.out, chosen.pages)
+    except UserError as error:
+        return str(error)
+    print(", ".join(f"{language} {count}" for language, count in sorted(rows.items())))
+    print(f"{sum(rows.values())} rows: {chosen.out}")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
