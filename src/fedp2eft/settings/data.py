@@ -12,10 +12,10 @@ class ClientFile:
 
     Args:
         path: JSON (.jsonl, .json), CSV, TSV or Parquet; all but the last also with .gz, .bz2, .xz.
-        language: the language of its text; "und" where it is unknown.
+        language: language of its text; "und" if unknown.
         pool: seen (trains), unseen (never trains) or new-language.
-        test_path: another file whose rows are test rows: those that its column split calls test,
-            or else all.
+        test_path: a second file of test rows: those with split "test", or all if it has no column
+            split.
     """
 
     path: str
@@ -26,43 +26,43 @@ class ClientFile:
 
 @dataclass
 class DataSettings:
-    """Which rows the clients have.
+    """The clients and their rows.
 
     Args:
         dataset: debian-descriptions (ships with the package), libreoffice-help (a sample of it
             does), files (your own), hub (any data set of the Hugging Face Hub), xnli, masakhanews,
             afrisenti or sib-200 (from the hub or a local copy), fed-aya (from a file), or nodes
             (each SuperNode's own file; docs/deployment.md).
-        languages: languages of the seen and unseen clients; empty: all that the data set has.
+        languages: languages of the seen and unseen clients; empty: all of the data set's.
         new_languages: languages that no seen client speaks; their clients never train.
         clients_per_language: clients per language and pool.
         alpha: concentration of the Dirichlet distribution of labels over a pool's clients.
-        max_train: at most this many train rows a client.
-        max_test: at most this many test rows a client.
+        max_train: maximum train rows per client.
+        max_test: maximum test rows per client.
         seed: seed of the partition.
-        partition: xnli, sib-200: per-pool draws one for each language and pool; reference draws one
-            from the seen labels and repeats it in all, as the paper's public implementation does.
-        path: files: one file, with a column "client" or else one client's; hub: owner/name, or a
-            folder; xnli, masakhanews, afrisenti, sib-200: a local copy, with one folder per
+        partition: xnli, sib-200: per-pool draws one partition per language and pool; reference
+            draws one from the seen labels and repeats it in all, like the paper's public
+            implementation.
+        path: files: one file, with a column "client" unless it is one client's; hub: owner/name, or
+            a folder; xnli, masakhanews, afrisenti, sib-200: a local copy, with one folder per
             language; fed-aya, libreoffice-help: the data set's file.
-        files: files: client name to its file, in place of path.
+        files: files: client name to its file, instead of path.
         text_columns: files, hub, nodes: columns of the model's input.
         label_column: files, hub, nodes: column of the class; null for a task without classes.
-        target_column: files, hub, nodes: column a generating model shall answer with. A column of
+        target_column: files, hub, nodes: column of the responses, for a causal LM. A column of
             conversations (lists of role and content) is text column and target column in one.
-        labels: files, nodes: class names in the order of their ids; files, where empty: the values
+        labels: files, nodes: class names in the order of their ids; files, if empty: the values
             found, sorted.
-        test_fraction: files, nodes: share of a client's rows to test on where the file does not
-            say.
-        train_split: hub: split that train rows are taken from, several joined by "+".
-        test_split: hub: split that test rows are taken from.
+        test_fraction: files, nodes: share of a client's rows to test on, if the file has no split.
+        train_split: hub: split of the train rows; join several by "+".
+        test_split: hub: split of the test rows.
         pool_train: hub: train rows per language and pool; null: half of the split.
         pool_test: hub: test rows per language and pool; null: half of the split.
         revision: hub: branch, tag or commit.
-        unique: of rows with the same text, keep the first alone, train rows before test rows: per
-            client (files, nodes, fed-aya) or per language.
-        holdout: share of each client's train rows to hold out and score on in place of its test
-            rows, which are then not looked at: for choosing settings.
+        unique: drop rows whose text occurred before, train rows first: per client (files, nodes,
+            fed-aya) or per language.
+        holdout: share of each client's train rows to hold out and score on, instead of its test
+            rows, which stay untouched: for choosing settings.
     """
 
     dataset: str = "debian-descriptions"

@@ -26,17 +26,17 @@ BaseKind = Literal[
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The sparse-rank adapter that every client starts from (paper section 3, BT-LoRA).
+    """The sparse-rank adapter of every client (BT-LoRA, paper section 3).
 
     Args:
-        r_max: Ranks that every adapted layer starts with; also the largest rank budget.
-        scaling: The factor s in W + s·B·diag(λ)·A. It stays the same after trimming.
+        r_max: Initial ranks per adapted layer, and the largest rank budget.
+        scaling: Factor s in W + s·B·diag(λ)·A, before and after trimming.
         target_modules: PEFT's `target_modules`. "all-linear" adapts every linear layer except a
             causal LM's output head.
-        lambda_min: Smallest λ that the penalties and the forward pass see.
-        lambda_max: Largest λ that the penalties and the forward pass see.
-        layerwise: One λ per layer instead of one per rank.
-        seed: Seed of the common A. It must be the same for all clients of a federation.
+        lambda_min: Lower bound of λ in the penalties and the forward pass.
+        lambda_max: Upper bound of λ in the penalties and the forward pass.
+        layerwise: Use one λ per layer instead of one per rank.
+        seed: Seed of the common A. Must be the same for all clients.
     """
 
     r_max: int = 32
@@ -63,11 +63,11 @@ class GeneratorSettings:
 
     Args:
         hidden_multiplier: Width of the hidden layer as a multiple of the number of features.
-        init_lambda: λ̂ that an untrained PSG predicts for every rank, the bias of its last layer.
-        log_quantity: Give the PSG log N (N training examples) as one more feature.
-        steps: Adam steps of stage 2 in each round.
+        init_lambda: λ̂ that an untrained PSG predicts for every rank (the bias of its last layer).
+        log_quantity: Add log N (N training examples) to the features.
+        steps: Adam steps of stage 2 per round.
         lr: Learning rate of stage 2.
-        seed: Seed of the PSG's first weights.
+        seed: Seed of the PSG's initial weights.
     """
 
     hidden_multiplier: int = 2
@@ -86,12 +86,12 @@ class GeneratorSettings:
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """What a client does with its own text: stage 1 of a round, and personalization.
+    """Training on the client: stage 1 of a round, and personalization.
 
     Args:
-        epochs: Passes over the client's training rows.
+        epochs: Passes over the client's training rows in stage 1.
         batch_size: Rows per mini-batch.
-        accumulate: Mini-batches per optimiser step.
+        accumulate: Mini-batches per optimizer step.
         lr: Learning rate of A and B in stage 1.
         lambda_lr: Learning rate of λ in stage 1.
         personalize_lr: Learning rate of A and B in personalization and in the LoRA baseline.
@@ -99,10 +99,10 @@ class LocalSettings:
         alpha_task: Weight of the task loss in stage 1.
         alpha_s: Weight of the significance penalty, before division by N.
         alpha_p: Weight of the sparsity penalty, before division by N.
-        max_grad_norm: Gradient-norm clip over A and B (λ is not clipped).
-        dropout: Keep the base model's own dropout on while training.
-        max_length: Longest input in tokens; the rest of a row is cut.
-        eval_batch_size: Rows per batch where no gradient is needed (ξ and scores).
+        max_grad_norm: Clip the gradient norm of A and B (λ is not clipped).
+        dropout: Use the base model's own dropout while training.
+        max_length: Maximum input length in tokens; longer rows are truncated.
+        eval_batch_size: Rows per batch without gradients (ξ and scores).
     """
 
     epochs: int = 2
@@ -137,16 +137,16 @@ class ModelSettings:
 
     Args:
         name: Folder or hub id of a Hugging Face model.
-        revision: Commit of the hub model; the newest where none is given.
-        task: What the model is trained for: one class per text, or the response to a prompt.
-        precision: Numbers of the frozen base. "auto" takes bf16 where the device multiplies it
+        revision: Commit of the hub model. Default: the newest.
+        task: "classification" (one class per text) or "causal_lm" (a response to a prompt).
+        precision: Dtype of the frozen base model. "auto" uses bf16 where the device multiplies it
             faster than fp32. Adapters, λ, the PSG and the penalties are always fp32.
-        quantize: Hold the weights of the linear layers in 8 or 4 bits (bitsandbytes, extra
-            `quantized`) while PSG and adapters are trained; the run keeps the base in full.
-        gradient_checkpointing: Compute the forward pass of each block again in the backward pass
-            instead of keeping it: less memory, more time.
-        device: Where the model runs: "auto", "cpu", "cuda" or "cuda:1".
-        seed: Seed of a classification head that the base does not have yet.
+        quantize: Load the weights of the linear layers in 8 or 4 bits (bitsandbytes, extra
+            `quantized`) while PSG and adapters train. The run stores the full base model.
+        gradient_checkpointing: Recompute each block's forward pass in the backward pass: less
+            memory, more time.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        seed: Seed of a new classification head, if the model has none.
     """
 
     name: str = "intfloat/multilingual-e5-small"
@@ -161,28 +161,27 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """How the base model itself is trained by the federation before any PSG.
+    """Federated training of the base model, before the PSG.
 
     Args:
-        kind: "standard-fl" is FedAvg of full fine-tuning; "fedit" of LoRA; "ffa-lora" of LoRA whose
-            A stays as it starts; "feddpa-t" is "fedit" and then a LoRA for each client that stays
-            there; "dept-spec" is "standard-fl" with embeddings that stay on the client; "none"
-            ("off-the-shelf" is the same) leaves the model untouched.
+        kind: "standard-fl": FedAvg of full fine-tuning. "fedit": FedAvg of LoRA. "ffa-lora": the
+            same with A fixed. "feddpa-t": "fedit", then one more LoRA per client that stays there.
+            "dept-spec": "standard-fl" with embeddings that stay on the client. "none" (or
+            "off-the-shelf"): no training.
         rounds: Federated rounds.
-        clients_per_round: Seen clients sampled in each round.
-        epochs: Passes over a client's training rows in a round.
-        steps: Optimiser steps in a round, in place of `epochs`: the rows are passed over as often
-            as that takes. local.accumulate mini-batches make one step.
+        clients_per_round: Seen clients sampled per round.
+        epochs: Passes over a client's training rows per round.
+        steps: Optimizer steps per round, instead of `epochs`; the rows repeat as often as needed.
+            Each step takes local.accumulate mini-batches.
         batch_size: Rows per mini-batch.
         lr: Learning rate.
-        schedule: "constant", or "cosine": from `lr` in the first round along half a cosine that
-            ends at 0 after the last.
-        train_embeddings: Train the token embeddings too (no matter to the kinds with LoRA). They
-            are most of a small multilingual model, so leaving them out makes the messages of
-            "standard-fl" several times smaller.
+        schedule: "constant", or "cosine": half a cosine over the rounds, from `lr` down to 0.
+        train_embeddings: Train the token embeddings too (ignored by the kinds with LoRA). They are
+            most of a small multilingual model: without them, the messages of "standard-fl" are
+            several times smaller.
         lora_rank: Rank of the LoRA of "fedit", "ffa-lora" and "feddpa-t", on every linear layer.
-        lora_alpha: Its alpha; B·A is scaled by alpha / rank.
-        lora_dropout: Dropout of its input while it is trained, where local.dropout is on.
+        lora_alpha: Alpha of that LoRA; B·A is scaled by alpha / rank.
+        lora_dropout: Input dropout of that LoRA in training, if local.dropout is on.
     """
 
     kind: BaseKind = "standard-fl"
@@ -214,21 +213,21 @@ class BaseSettings:
 
 @dataclass(frozen=True)
 class FederationSettings:
-    """The federation of the PSG.
+    """Federated training of the PSG.
 
     Args:
-        rounds: Federated rounds of PSG training.
-        clients_per_round: Seen clients sampled in each round.
-        profile: "paper" follows the paper; "reference" repeats what its public implementation
-            does differently, for comparing numbers.
-        keep_checkpoints: Finished rounds kept on disk to go on from.
-        timeout: Deadline of a round: seconds to wait for its replies. A later one is left out.
-            Surveys and personalization end when as long has passed without a reply.
-        min_clients: Clients that must be connected for the run to start, and seen ones for each
-            round (all of them where there are fewer). No matter to the local engine.
-        wait: Seconds to wait for them before the run ends, to be gone on with later.
-        wire: Numbers that φ travels in. "bf16" and "int8" send rounded changes upwards, with error
-            feedback on the client, and φ in bf16 downwards.
+        rounds: Federated rounds.
+        clients_per_round: Seen clients sampled per round.
+        profile: "paper" follows the paper; "reference" copies where its public implementation
+            differs, so that numbers can be compared.
+        keep_checkpoints: Finished rounds to keep on disk. Runs resume from the newest.
+        timeout: Seconds to wait for the replies of a round; later replies are ignored. Surveys and
+            personalization end after this many seconds without a reply.
+        min_clients: Clients that must be connected to start the run, and seen clients to start each
+            round (all of them if there are fewer). Ignored by the local engine.
+        wait: Seconds to wait for them. Then the run ends, and can be resumed.
+        wire: Dtype of φ in messages. "bf16" and "int8" send rounded changes to the server, with
+            error feedback on the client, and φ in bf16 to the clients.
         cohort: Clients of a round that the local engine trains in one batch; results are the same
             up to rounding. "auto" is 16 on a GPU and 1 on a CPU. They train one at a time where
             the base model has dropout and local.dropout is on, on layers other than nn.Linear, and
@@ -260,17 +259,17 @@ class FederationSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured after training, on every client of the named pools.
+    """Personalization and scores of the clients after training.
 
     Args:
         methods: Methods to compare.
-        ranks: Rank budgets r; each at most adapter.r_max.
+        ranks: Rank budgets r, each at most adapter.r_max.
         pools: Client pools to personalize and score.
-        save_adapters: Keep every FedP²EFT adapter in the run folder.
-        layout: Layout of kept adapters.
-        generate: Have every personalized causal LM answer its client's test prompts, greedily, and
-            score the texts (ROUGE, METEOR, chrF) beside the response loss.
-        max_new_tokens: Most tokens of a generated text.
+        save_adapters: Save every FedP²EFT adapter in the run folder.
+        layout: Layout of saved adapters.
+        generate: Generate each causal LM's answers to its client's test prompts, greedily, and
+            score them (ROUGE, METEOR, chrF) in addition to the response loss.
+        max_new_tokens: Maximum length of a generated text in tokens.
     """
 
     methods: list[str] = field(default_factory=lambda: ["base", "lora", "fedp2eft"])
@@ -287,13 +286,12 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What `fedp2eft compare` varies beside the methods, ranks and pools of `evaluation`.
+    """What `fedp2eft compare` varies, besides the methods, ranks and pools of `evaluation`.
 
     Args:
-        bases: How the base model is trained, each in place of base.kind; base.kind itself where
-            none are given.
-        seeds: Each seeds everything anew in place of the seeds elsewhere: partition, first weights
-            (head, common A, PSG), sampling and mini-batches.
+        bases: Values of base.kind to compare. Default: base.kind alone.
+        seeds: Seeds to repeat everything with. Each replaces all other seeds: partition, initial
+            weights (head, common A, PSG), sampling and mini-batches.
     """
 
     bases: list[BaseKind] = field(default_factory=list)
@@ -305,7 +303,7 @@ class CompareSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """One experiment: `fedp2eft train` reads it from YAML, with the command line on top.
+    """One experiment, read from YAML and command-line options.
 
     Methods add sections of their own (`fedp2eft.settings.sections`).
 
@@ -313,18 +311,18 @@ class Settings:
         seed: Seed of client sampling and of mini-batch order.
         data: The clients and their text.
         model: The frozen base model.
-        base: Federated training of the base before the PSG.
+        base: Federated training of the base model, before the PSG.
         adapter: The sparse-rank adapter.
         generator: The PSG.
-        local: What a client does.
-        federation: The PSG's federation.
-        peers: What the server takes from clients.
+        local: Training on the client.
+        federation: Federated training of the PSG.
+        peers: Checks of the clients' replies.
         aggregation: How the server averages.
         privacy: Differential privacy of φ.
-        evaluation: What is measured at the end.
-        compare: What `fedp2eft compare` varies; nothing else looks at it.
-        trackers: Where `train` and `flwr run` send the numbers of rounds and the final tables
-            beside the run folder: "tensorboard" (extra `trackers`), "wandb" or "mlflow".
+        evaluation: Personalization and scores after training.
+        compare: What `fedp2eft compare` varies; other commands ignore it.
+        trackers: Trackers that `train` and `flwr run` send metrics and final tables to, in addition
+            to the run folder: "tensorboard" (extra `trackers`), "wandb" or "mlflow".
     """
 
     seed: int = 42

@@ -1,4 +1,4 @@
-"""Settings of how a federation guards itself: against broken or hostile peers, and for privacy."""
+"""Settings that protect a federation: against faulty or hostile peers, and for privacy."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ Aggregator = Literal[
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """What the server takes from clients, and what happens where one fails.
+    """Checks of the clients' replies, and what happens if a client fails.
 
     Args:
-        failures: "continue" notes a client that fails or sends what cannot be used, counts it and
-            goes on with the rest; "stop" ends the run with its error. "auto" is "stop" where all
-            clients are in this process, so that a mistake of yours is not passed over, and
-            "continue" elsewhere.
-        min_share: Least share of a round's clients whose replies must be usable.
-        quarantine: A client that failed as many times in a row is not asked again before the run is
-            started anew; 0 asks it always.
-        max_norm: A client may move the trained numbers by at most this multiple of the median
-            client of its round; 0 for no limit. Honest clients train with one learning rate, so
-            their moves differ by little more than their numbers of steps.
-        max_examples: A client's number of examples, its weight in the average, counts up to this
-            multiple of the round's median; 0 for no limit.
+        failures: "continue" logs and counts a client that fails or sends an unusable reply, and
+            continues with the rest. "stop" ends the run with the client's error. "auto" is "stop"
+            if all clients run in this process, where the mistake is yours, else "continue".
+        min_share: Minimum share of a round's clients whose replies must be usable.
+        quarantine: Failures in a row after which a client is not asked again until the run is
+            restarted; 0 for no limit.
+        max_norm: Leave out a client whose change of the parameters has a norm above this multiple
+            of its round's median; 0 for no limit. Honest clients share one learning rate, so their
+            changes differ by little more than their numbers of steps.
+        max_examples: Cap a client's number of examples, its weight in the average, at this multiple
+            of its round's median; 0 for no limit.
     """
 
     failures: Literal["auto", "stop", "continue"] = "auto"
@@ -61,17 +60,17 @@ class PeerSettings:
 
 @dataclass(frozen=True)
 class AggregationSettings:
-    """How the server makes one set of numbers of many (Flower's strategies).
+    """How the server averages the clients' parameters (Flower's strategies).
 
     Args:
-        kind: "fedavg" is the mean weighted by examples (the paper's). "fedmedian", "trimmed-mean"
-            (of each number on its own), "krum" and "multi-krum" (of whole clients) withstand
-            hostile clients, and give every client the same weight, multi-krum apart. The other
-            kinds are server optimisers; they apply to the PSG, and the base is averaged.
-        hostile: Largest share of a round's clients that may be hostile: what trimmed-mean cuts off
-            at either end, and what Krum reckons with.
-        server_lr: Learning rate of a server optimiser. Where none is given, 1 for fedavgm and 1e-3
-            for the others: as far as ten local steps at a learning rate of 1e-4.
+        kind: "fedavg" is the mean weighted by examples, as in the paper. "fedmedian" and
+            "trimmed-mean" (per parameter), "krum" and "multi-krum" (per client) are robust to
+            hostile clients and weigh all clients equally, except multi-krum. The other kinds are
+            server optimizers for the PSG; the base model is then averaged.
+        hostile: Maximum share of hostile clients per round: trimmed-mean cuts this share off at
+            either end, and Krum assumes it.
+        server_lr: Learning rate of a server optimizer. Default: 1 for fedavgm, 1e-3 for the others,
+            as far as ten local steps at a learning rate of 1e-4.
         momentum: Momentum of fedavgm.
         beta1: Decay of the first moment (fedadam, fedyogi).
         beta2: Decay of the second moment (fedadam, fedyogi).
@@ -108,23 +107,24 @@ class PrivacySettings:
     """Client-level differential privacy of φ (docs/privacy.md); off by default.
 
     Args:
-        clipping: "off"; "fixed" cuts every client's change of φ to norm clip_norm; "adaptive"
-            moves that norm so that a set share of the clients stays below it (Andrew et al. 2021).
-        clip_on: Where changes are cut. "client" lets no larger change leave.
-        noise: Who adds Gaussian noise. "server": once, to the average; the server itself sees
-            every client's change. "client": every client to its own change, before it leaves; as
-            noisy an average takes many more clients. It needs fixed clipping on the client.
-        noise_multiplier: Standard deviation of the noise as a multiple of the clip norm.
-        clip_norm: The norm, or the first one where it adapts.
-        quantile: Share of the clients that adaptive clipping keeps below the norm.
-        clip_lr: How fast the norm adapts.
-        delta: The δ that ε is told for; below one over the number of seen clients.
-        epsilon: Budget: training ends before the round that would spend more. None for no limit.
-        sampling: "seeded": clients are sampled from the experiment's seed, as ever; anybody may
-            know who took part, and ε is that of the client that took part most often. "secret":
-            sampled from the system's randomness; ε counts on nobody knowing the sample.
-        test_seed: Draws noise and secret samples from this seed. Whoever knows it can take the
-            noise away, so there is no privacy: for tests only.
+        clipping: "off"; "fixed" clips every client's change of φ to norm clip_norm; "adaptive"
+            adapts that norm so that a given share of clients stays below it (Andrew et al. 2021).
+        clip_on: Where changes are clipped. With "client", no larger change leaves the client.
+        noise: Who adds Gaussian noise. "server": once, to the average; the server sees every
+            client's change. "client": every client, to its own change before sending it; the same
+            noise on the average then takes many more clients. Needs fixed clipping on the client.
+        noise_multiplier: Standard deviation of the noise, as a multiple of the clip norm.
+        clip_norm: Clip norm; with adaptive clipping, its initial value.
+        quantile: Share of clients that adaptive clipping keeps below the norm.
+        clip_lr: Learning rate of adaptive clipping.
+        delta: δ at which ε is reported; choose it below one over the number of seen clients.
+        epsilon: Privacy budget: training ends before the round that would exceed it. null for no
+            limit.
+        sampling: "seeded": draw clients from the experiment's seed; anyone may know who took part,
+            and ε is that of the client that took part most often. "secret": draw them from the
+            system's randomness; ε relies on nobody knowing the sample.
+        test_seed: Draw noise and secret samples from this seed. Anyone who knows it can subtract
+            the noise, so there is no privacy: for tests only.
     """
 
     clipping: Literal["off", "fixed", "adaptive"] = "off"
@@ -162,11 +162,11 @@ class PrivacySettings:
 
     @property
     def on(self) -> bool:
-        """Whether φ is trained privately."""
+        """Return whether φ is trained with differential privacy."""
         return self.clipping != "off"
 
     def check(self, aggregation: AggregationSettings, wire: str) -> None:
-        """Raise `UserError` where other settings do not go with these."""
+        """Raise `UserError` if other settings are incompatible with these."""
         if not self.on:
             return
         require(

@@ -1,4 +1,4 @@
-"""The two ways of running the method: as the paper states it, or as its public code does it."""
+"""Two profiles: the method as in the paper, or as in its public implementation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from fedp2eft.settings.experiment import ProfileName
 
 @dataclass(frozen=True)
 class Profile:
-    """What `paper` and `reference` do differently. Everything else is the same code.
+    """What differs between `paper` and `reference`. Everything else is the same code.
 
     Args:
         name: "paper" or "reference".
-        clamp_forward: The forward pass sees λ clamped (the penalties always do).
-        clamp_target: Stage 2 regresses on λ clamped.
-        zero_lambda_grad: Gradients of λ are zeroed before every step; else they add up over a
-            local run.
-        masked_features: ξ leaves padding positions out.
-        feature_batch_size: Rows per batch of ξ, inputs padded to the longest allowed length; None
-            takes large batches of similar length, padded to their own longest row.
+        clamp_forward: Clamp λ in the forward pass (the penalties always do).
+        clamp_target: Clamp the λ that stage 2 regresses on.
+        zero_lambda_grad: Zero the gradients of λ before every step; otherwise they accumulate over
+            a local run.
+        masked_features: Exclude padding positions from ξ.
+        feature_batch_size: Rows per batch of ξ, with inputs padded to the maximum length. None uses
+            large batches of similar length, padded to their own longest row.
     """
 
     name: ProfileName
@@ -31,7 +31,7 @@ class Profile:
 
     @property
     def feature_kind(self) -> str:
-        """Short name of what ξ averages over; a PSG remembers it."""
+        """Return what ξ averages over, as the PSG's config stores it."""
         return "masked" if self.masked_features else "padded"
 
 
