@@ -30,12 +30,14 @@ from fedp2eft.data.federation import Federation
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
+from fedp2eft.models.fit import class_names
 from fedp2eft.models.loading import (
     ModelSource,
     load_base,
     load_config,
     load_tokenizer,
     longest_input,
+    prepare_for_length,
     resolve_model,
     save_model,
 )
@@ -163,7 +165,7 @@ def personalize(
     source = resolve_model(str(model))
     revision = hash_weights(Path(source.path))
     c.check_fits(replace(c, base_revision=revision))  # before it is loaded
-    base, task, tokenizer = _load(source, kind, len(c.labels), c.max_length, precision, device)
+    base, task, tokenizer = _load(source, kind, c.labels, c.max_length, precision, device)
     frozen = dict(base.named_parameters())
     bt = BTLora(base, c.adapter_settings(), clamp_forward=profile.clamp_forward)
     linears = tuple(name for name, _ in bt.linears)
@@ -249,23 +251,23 @@ def evaluate(
         raise UserError("Only a causal LM generates: name the column of responses, target_column.")
     if generate:
         check_scorers()
-    labels = () if target_column else tuple(config.id2label[i] for i in sorted(config.id2label))
+    labels = () if target_column else class_names(config)
     answers = _Answers(kind, label_column, target_column or "")
     train = _rows(data, tuple(text_columns or ("text",)), answers, labels)
     if adapter is not None:
         _check_same_base(adapter, source)
-    if max_length is None:
-        usual = 1024 if target_column else 128
-        known = adapter_facts(adapter).get("max_length") if adapter is not None else None
-        max_length = known if isinstance(known, int) else min(usual, longest_input(config) or usual)
-    base, task, tokenizer = _load(source, kind, len(labels), max_length, precision, device)
+    if max_length is None and adapter is not None:
+        known = adapter_facts(adapter).get("max_length")
+        max_length = known if isinstance(known, int) else None
+    base, task, tokenizer = _load(source, kind, (), max_length, precision, device)
+    longest = longest_input(base)
     if adapter is not None:
         base = _with_adapter(base, adapter)
     scores = task.score(base, _encode(task, tokenizer, train), batch_size)
     if not generate:
         return scores
     assert isinstance(task, CausalLM)
-    check_room(config, max_length, max_new_tokens)
+    check_room(longest, task.max_length, max_new_tokens)
     questions = list(task.questions(Prompts(tokenizer), *_texts(train)))
     texts = generate_texts(base, tokenizer, questions, max_new_tokens, batch_size)
     return replace(scores, texts=text_scores(texts, [asked.reference for asked in questions]))
@@ -341,19 +343,29 @@ def _rows(
 
 
 def _load(
-    source: ModelSource, kind: TaskName, labels: int, max_length: int, precision: Any, device: str
+    source: ModelSource,
+    kind: TaskName,
+    labels: Sequence[str],
+    max_length: int | None,
+    precision: Any,
+    device: str,
 ) -> tuple[Any, Task, Any]:
-    where = choose_device(device)
+    """Model, task and tokenizer; the usual length, if none is given, or what the model reads."""
+    where, tokenizer = choose_device(device), load_tokenizer(source)
     base = load_base(
         source,
         kind,
-        num_labels=labels or None,
+        labels=labels,
+        tokenizer=tokenizer,
         dtype=resolve_precision(precision, where),
         device=where,
         max_length=max_length,
     )
-    tokenizer = load_tokenizer(source)
-    return base, make_task(kind, tokenizer, max_length, where), tokenizer
+    if max_length is None:
+        usual = 1024 if kind == "causal_lm" else 128
+        max_length = min(usual, longest_input(base) or usual)
+        prepare_for_length(base, max_length, where)
+    return base, make_task(kind, tokenizer, max_length, where, base.config), tokenizer
 
 
 def _encode(task: Task, tokenizer: Any, federation: Federation) -> Encoded:

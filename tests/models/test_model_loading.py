@@ -13,7 +13,6 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -125,13 +124,6 @@ def test_causal_lm(tiny_llama: Path) -> None:
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, reference(ids).logits)
-
-
-def test_decoder_as_classifier_has_a_padding_token(tiny_llama: Path) -> None:
-    model = load_base(source_of(tiny_llama), "classification", num_labels=3, seed=1)
-    assert isinstance(model, LlamaForSequenceClassification)
-    assert model.config.pad_token_id == 2
-    assert model(torch.tensor([[3, 4, 2], [5, 6, 7]])).logits.shape == (2, 3)
 
 
 def test_encoder_is_no_causal_lm(tiny_bert: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedp2eft.errors import UserError
+from fedp2eft.models.fit import longest_input
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.generation import Question, check_room, generate
 from fedp2eft.tasks.prompts import Prompts
@@ -122,6 +123,6 @@ def test_no_questions_no_texts(llama):
 
 
 def test_a_response_that_the_model_cannot_read_is_one_line(llama):
-    check_room(llama.config, LENGTH, 3 * LENGTH)
+    check_room(longest_input(llama), LENGTH, 3 * LENGTH)
     with pytest.raises(UserError, match=r"reads 96 tokens.* lower evaluation\.max_new_tokens"):
-        check_room(llama.config, LENGTH, 3 * LENGTH + 1)
+        check_room(longest_input(llama), LENGTH, 3 * LENGTH + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedp2eft.data.registry import load_federation
-from fedp2eft.models.loading import load_base, load_tokenizer
+from fedp2eft.models.loading import load_base, load_tokenizer, longest_input
 from fedp2eft.models.sources import ModelSource
 from fedp2eft.settings.data import DataSettings
 from fedp2eft.tasks import make_task
@@ -27,7 +27,7 @@ def test_it_answers_its_prompts_and_ends_its_turn(smollm2: ModelSource) -> None:
     titles, answers = [*titles, "What is 2 + 2?"], [*answers, "4"]
     task = make_task("causal_lm", tokenizer, 64, "cpu")
     assert isinstance(task, CausalLM)
-    check_room(model.config, 64, 16)
+    check_room(longest_input(model), 64, 16)
     questions = list(task.questions(Prompts(tokenizer), [titles], answers))
     texts = generate(model, tokenizer, questions, 16, 4)
     assert len(texts) == 3

@@ -1,7 +1,8 @@
 """Loads base models and tokenizers from local folders; never code, never pickles."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,13 @@ from transformers import (
 
 from fedp2eft.errors import UserError
 from fedp2eft.files import write_folder, write_json
+from fedp2eft.models.fit import (
+    choose_padding,
+    longest_input,
+    name_classes,
+    take_padding,
+    vocabulary_size,
+)
 from fedp2eft.models.quiet import quiet_transformers
 from fedp2eft.models.sources import (
     OFFLINE_PARTS,
@@ -36,6 +44,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "longest_input",
+    "prepare_for_length",
     "resolve_model",
     "save_model",
 ]
@@ -51,6 +60,8 @@ def load_base(
     task: Task,
     *,
     num_labels: int | None = None,
+    labels: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -67,7 +78,11 @@ def load_base(
     Args:
         source: from `resolve_model`.
         task: `"classification"` (one label per text) or `"causal_lm"`.
-        num_labels: number of classes; may be left out if the folder holds a trained head.
+        num_labels: number of classes, if they have no names; may be left out if the folder holds a
+            trained head.
+        labels: the data's class names in the order of their ids. A trained head is put into this
+            order by the names in its config.
+        tokenizer: from `load_tokenizer`; loaded if it is not given. It chooses the padding token.
         dtype: of all weights, the head included.
         seed: for the layers that are new.
         device: where the model is put.
@@ -79,21 +94,15 @@ def load_base(
             model in training mode.
 
     Raises:
-        UserError: the folder does not fit the task, the number of labels or the longest input, or
-            cannot be loaded.
+        UserError: the folder does not fit the task, the classes or the longest input, or cannot be
+            loaded.
     """
     if task not in ("classification", "causal_lm"):
         raise UserError(f"Task {task!r} is unknown: use classification or causal_lm.")
     config = _load(source, AutoConfig)
-    limit = longest_input(config)
-    if max_length is not None and limit is not None and max_length > limit:
-        raise UserError(
-            f"The longest input is set to {max_length} tokens and {source.name} reads at most "
-            f"{limit}: set max_length to {limit} or less."
-        )
     options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
     if task == "classification":
-        _set_labels(config, num_labels, source)
+        _set_labels(config, len(labels) or num_labels, source)
         auto = AutoModelForSequenceClassification
         # A head of another size is refused below, in one line instead of a page.
         options["ignore_mismatched_sizes"] = True
@@ -104,8 +113,19 @@ def load_base(
     with quiet_transformers(), _cpu_seed(seed):
         model, report = _load(source, auto, output_loading_info=True, **options)
     _check_report(model, report, task, source)
-    if max_length is not None and max_length <= _EAGER and torch.device(device).type == "cpu":
-        model.set_attn_implementation("eager")
+    limit = longest_input(model)
+    if max_length is not None and limit is not None and max_length > limit:
+        raise UserError(
+            f"The longest input is set to {max_length} tokens and {source.name} reads at most "
+            f"{limit}: set max_length to {limit} or less."
+        )
+    if task == "classification":
+        if labels:
+            name_classes(model, labels, _has_trained_head(model, report), source.name)
+        with suppress(UserError) if tokenizer is None else nullcontext():  # weights alone
+            take_padding(model, tokenizer or load_tokenizer(source))
+    if max_length is not None:
+        prepare_for_length(model, max_length, device)
     if gradient_checkpointing:
         _checkpoint(model)
     if quantize != "none":
@@ -116,6 +136,12 @@ def load_base(
         )
         return prepared.eval()
     return model.to(device).eval()
+
+
+def prepare_for_length(model: Any, max_length: int, device: torch.device | str) -> None:
+    """Choose the attention that is fastest for inputs of at most that many tokens."""
+    if max_length <= _EAGER and torch.device(device).type == "cpu":
+        model.set_attn_implementation("eager")
 
 
 def _bits(quantize: Quantize, dtype: torch.dtype) -> Any:
@@ -145,23 +171,32 @@ def _checkpoint(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; one without a padding token pads with its end-of-text token.
+    """Return the folder's tokenizer; it has a padding token (`fit.choose_padding`).
 
     Raises:
         UserError: the folder holds no tokenizer that can be loaded.
     """
-    if not any((Path(source.path) / name).is_file() for name in VOCABULARY_FILES):
-        # transformers would make one up that knows no words.
+    tokenizer = None
+    if _has_vocabulary(source):
+        tokenizer = _load(source, AutoTokenizer)
+    else:  # transformers would make one up that knows no words, unless it needs none (ByT5, CANINE)
+        with suppress(UserError):
+            found = _load(source, AutoTokenizer)
+            tokenizer = found if not found.vocab_files_names else None
+    if tokenizer is None:
         raise UserError(
             f"The folder {source.path} has no tokenizer: put the model's tokenizer.json into it."
         )
-    tokenizer = _load(source, AutoTokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    choose_padding(tokenizer, vocabulary_size(_load(source, AutoConfig)))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         tokenizer.first_limits = backend.truncation, backend.padding
     return tokenizer
+
+
+def _has_vocabulary(source: ModelSource) -> bool:
+    names = [path.name for path in Path(source.path).iterdir()]
+    return any(fnmatch(name, pattern) for name in names for pattern in VOCABULARY_FILES)
 
 
 def as_loaded(tokenizer: Any) -> Any:
@@ -180,12 +215,6 @@ def as_loaded(tokenizer: Any) -> Any:
 def load_config(source: ModelSource) -> Any:
     """The folder's transformers configuration; a `UserError` where it cannot be read."""
     return _load(source, AutoConfig)
-
-
-def longest_input(config: Any) -> int | None:
-    """Tokens that the model has positions for; None where its config does not say."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def save_model(
@@ -228,7 +257,10 @@ def _set_labels(config: Any, num_labels: int | None, source: ModelSource) -> Non
     trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if num_labels is None:
         if not trained:
-            raise UserError(f"{source.name} has no classification head: give num_labels.")
+            raise UserError(
+                f"{source.name} has no trained classification head: choose a model that has one "
+                "(the base of a run has), or give num_labels for a new one."
+            )
         num_labels = config.num_labels
     elif num_labels < 2:
         raise UserError(f"num_labels is {num_labels}: a classification needs at least 2 labels.")
@@ -237,10 +269,6 @@ def _set_labels(config: Any, num_labels: int | None, source: ModelSource) -> Non
     if config.num_labels != num_labels:  # setting it resets the labels' names
         config.num_labels = num_labels
     config.problem_type = "single_label_classification"
-    if getattr(config, "pad_token_id", None) is None:
-        # Decoders look for the last token that is not padding; see `load_tokenizer`.
-        end = getattr(config, "eos_token_id", None)
-        config.pad_token_id = end[0] if isinstance(end, list) else end
 
 
 def _check_report(model: Any, report: dict[str, Any], task: Task, source: ModelSource) -> None:
@@ -258,6 +286,11 @@ def _check_report(model: Any, report: dict[str, Any], task: Task, source: ModelS
             f"The weights in {source.path} do not fit a {type(model).__name__}: {bad[0]} is "
             f"missing or of another size ({len(bad)} in all). Choose a model for the task {task}."
         )
+
+
+def _has_trained_head(model: Any, report: dict[str, Any]) -> bool:
+    """Whether every layer outside the base was loaded."""
+    return all(key.startswith(model.base_model_prefix + ".") for key in report["missing_keys"])
 
 
 def _other_head(source: ModelSource, found: int, wanted: int) -> UserError:

@@ -27,11 +27,10 @@ logger = logging.getLogger(__name__)
 # What a model folder needs. Pickled weights (.bin, .pt, .ckpt) and code are never fetched.
 VOCABULARY_FILES = [
     "tokenizer.json",
-    "tokenizer.model",
     "vocab.json",
     "vocab.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
+    "bpe.codes",
+    "*.model",  # SentencePiece's, by any name: tokenizer, spiece, spm, sentencepiece.bpe
 ]
 HUB_FILES = [
     *VOCABULARY_FILES,

@@ -31,7 +31,9 @@ from fedp2eft.models.loading import (
     as_loaded,
     has_dropout,
     load_base,
+    load_config,
     load_tokenizer,
+    longest_input,
     resolve_model,
     save_model,
 )
@@ -113,7 +115,8 @@ class Workspace:
     def task(self) -> Task:
         """How rows become batches, losses and scores."""
         length = self.settings.local.max_length
-        return make_task(self.settings.model.task, self.tokenizer, length, self.device)
+        config = load_config(self.source)
+        return make_task(self.settings.model.task, self.tokenizer, length, self.device, config)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -189,14 +192,14 @@ class Workspace:
         model = load_base(
             source,
             self.settings.model.task,
-            num_labels=len(self.labels) or None,
+            labels=self.labels,
+            tokenizer=self.tokenizer,
             seed=self.settings.model.seed,
             device=self.device,
             max_length=self.settings.local.max_length,
             gradient_checkpointing=self.settings.model.gradient_checkpointing,
         )
         self._check_dropout(model)
-        self._name_labels(model)
         return self.base.wrap(model, self.settings)
 
     def _check_dropout(self, model: nn.Module) -> None:
@@ -206,13 +209,6 @@ class Workspace:
                 "Gradient checkpointing needs training mode, in which this base model drops out: "
                 "set local.dropout to true, or model.gradient_checkpointing to false."
             )
-
-    def _name_labels(self, model: nn.Module) -> None:
-        if self.settings.model.task != "classification":
-            return
-        labels = self.labels
-        model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
-        model.config.label2id = {name: i for i, name in enumerate(labels)}  # type: ignore[union-attr]
 
     @cached_property
     def base_source(self) -> ModelSource:
@@ -231,7 +227,8 @@ class Workspace:
         base = load_base(
             self.base_source,
             self.settings.model.task,
-            num_labels=len(self.labels) or None,
+            labels=self.labels,
+            tokenizer=self.tokenizer,
             dtype=resolve_precision(self.settings.model.precision, self.device),
             device=self.device,
             max_length=self.settings.local.max_length,
@@ -241,7 +238,7 @@ class Workspace:
         self._check_dropout(base)
         if self.settings.evaluation.generate:
             new_tokens = self.settings.evaluation.max_new_tokens
-            check_room(base.config, self.settings.local.max_length, new_tokens)
+            check_room(longest_input(base), self.settings.local.max_length, new_tokens)
         self._frozen = dict(base.named_parameters())
         clamp = self.profile.clamp_forward
         return BTLora(base, self.settings.adapter, clamp_forward=clamp)

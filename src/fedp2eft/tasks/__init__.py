@@ -19,16 +19,22 @@ def make_task(
     tokenizer: Any,
     max_length: int,
     device: torch.device | str,
+    config: Any = None,
 ) -> Task:
-    """The task of that kind for a model's tokenizer.
+    """Return the task of that kind for a model's tokenizer.
 
     Args:
         kind: `model.task` of the settings.
         tokenizer: A Hugging Face tokenizer.
         max_length: Longest input in tokens.
         device: Where batches go.
+        config: The model's; it tells how many tokens the model knows and whether its results
+            depend on how far a row is padded.
     """
+    text = config.get_text_config() if config else None
+    size = getattr(text, "vocab_size", None)
     if kind == "causal_lm":
-        return CausalLM(Prompts(tokenizer).pad, max_length, device)
-    pad = tokenizer.pad_token_id
-    return Classification(0 if pad is None else int(pad), max_length, device)
+        return CausalLM(Prompts(tokenizer, size).pad, max_length, device, size)
+    # CANINE's convolutions read across the end of a row: every row is padded alike.
+    whole = hasattr(text, "downsampling_rate")
+    return Classification(int(tokenizer.pad_token_id), max_length, device, size, whole)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fedp2eft.errors import UserError
 from fedp2eft.modes import in_mode
-from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.encoded import Encoded, check_tokens
 from fedp2eft.tasks.generation import Question
 from fedp2eft.tasks.prompts import Prompts
 from fedp2eft.tasks.task import Scores
@@ -37,11 +37,13 @@ class CausalLM:
         max_length: Longest prompt with its response, in tokens. A longer response is cut; a row
             whose prompt leaves no room for a response is dropped. Both are counted.
         device: Where batches go.
+        vocabulary: Token ids that the model has embeddings for; None if that is not known.
     """
 
     pad_id: int
     max_length: int
     device: torch.device | str = "cpu"
+    vocabulary: int | None = None
 
     def encode(
         self, tokenizer: Any, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
@@ -58,13 +60,14 @@ class CausalLM:
             Rows of prompt, response and end token, with the start of each response. A response that
             was cut has no end token: it does not end there.
         """
-        prompts = Prompts(tokenizer)
+        prompts = Prompts(tokenizer, self.vocabulary)
         rows, starts, cut = [], [], 0
         for asked in self.questions(prompts, texts, answers):
             row = [*asked.tokens, *prompts.response(asked.reference)]
             cut += len(row) > self.max_length
             rows.append(row[: self.max_length])
             starts.append(len(asked.tokens))
+        check_tokens(rows, self.vocabulary, tokenizer)
         encoded = Encoded.from_rows(rows, [0] * len(rows), starts=starts)
         return replace(encoded, dropped=len(answers) - len(rows), cut=cut)
 

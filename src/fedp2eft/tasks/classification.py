@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, shortened
 from fedp2eft.modes import in_mode
-from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.encoded import Encoded, check_tokens
 from fedp2eft.tasks.first_position import only_first_position
 from fedp2eft.tasks.packed import can_pack, pack, packed_logits
 from fedp2eft.tasks.task import RowsLoss, Scores
@@ -28,11 +28,15 @@ class Classification:
         pad_id: Token id at padding positions.
         max_length: Longest input in tokens; the rest of a row is cut.
         device: Where batches go.
+        vocabulary: Token ids that the model has embeddings for; None if that is not known.
+        whole: Pad every batch to `max_length`.
     """
 
     pad_id: int
     max_length: int
     device: torch.device | str = "cpu"
+    vocabulary: int | None = None
+    whole: bool = False
 
     def encode(
         self,
@@ -55,11 +59,22 @@ class Classification:
             max_length=self.max_length,
             return_attention_mask=False,
         )
-        return Encoded.from_rows(wanted["input_ids"], answers, wanted.get("token_type_ids"))
+        if not any(wanted["input_ids"]):
+            shown = shortened(str(texts[0][0]), 40)
+            raise UserError(
+                f"The tokenizer makes no token of any text (the first: {shown}): it is not this "
+                "model's, or knows none of the words."
+            )
+        # A text without any token (a decoder's tokenizer adds none) becomes one padding token.
+        rows = [row or [self.pad_id] for row in wanted["input_ids"]]
+        types = wanted.get("token_type_ids")
+        check_tokens(rows, self.vocabulary, tokenizer)
+        return Encoded.from_rows(rows, answers, types and [each or [0] for each in types])
 
     def batch(self, data: Encoded, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
-        """Model inputs, padded to the longest of these rows."""
-        return data.batch(indices, pad_id=self.pad_id, device=self.device)
+        """Return model inputs, padded to the longest of these rows, or to `max_length`."""
+        length = self.max_length if self.whole else None
+        return data.batch(indices, pad_id=self.pad_id, device=self.device, length=length)
 
     def feature_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
         """All rows in large batches of similar length, for ξ (profile `paper`)."""

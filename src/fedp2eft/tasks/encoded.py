@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fedp2eft.errors import UserError, shortened
 
 
 @dataclass(frozen=True)
@@ -202,3 +205,14 @@ def epoch_batches(
         order = generator.permutation(rows)
         for start in range(0, rows, batch_size):
             yield order[start : start + batch_size]
+
+
+def check_tokens(rows: Sequence[Sequence[int]], size: int | None, tokenizer: Any) -> None:
+    """Raise `UserError` if a row has a token that the model has no embedding for."""
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if size is not None and largest >= size:
+        token = shortened(str(tokenizer.convert_ids_to_tokens(int(largest))))
+        raise UserError(
+            f"The tokenizer gives {token} the id {largest}, and the model has embeddings for "
+            f"{size} tokens: resize the model's embeddings, or use its own tokenizer."
+        )

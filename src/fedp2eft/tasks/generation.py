@@ -36,9 +36,14 @@ class Question:
     reference: str
 
 
-def check_room(config: Any, max_length: int, max_new_tokens: int) -> None:
-    """Raise a `UserError` where prompt and response may be longer than the model can read."""
-    longest = getattr(config, "max_position_embeddings", None)
+def check_room(longest: int | None, max_length: int, max_new_tokens: int) -> None:
+    """Raise `UserError` if prompt and response may be longer than the model reads.
+
+    Args:
+        longest: Most tokens that the model reads (`models.fit.longest_input`).
+        max_length: Longest prompt.
+        max_new_tokens: Most tokens of a response.
+    """
     if longest and max_length + max_new_tokens > longest:
         raise UserError(
             f"The model reads {longest} tokens, fewer than a prompt of local.max_length = "

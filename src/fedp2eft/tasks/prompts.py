@@ -31,6 +31,7 @@ class Prompts:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
+        vocabulary: Token ids that the model has embeddings for; None if that is not known.
 
     Attributes:
         end: Token that ends a response: the one that the chat template ends a turn with, else eos.
@@ -40,7 +41,7 @@ class Prompts:
         UserError: The tokenizer has no end-of-text token.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.chat = bool(tokenizer.chat_template)
         if tokenizer.eos_token_id is None:
@@ -51,7 +52,7 @@ class Prompts:
         self._special = {
             int(id_): str(token)
             for id_, token in sorted(tokenizer.added_tokens_decoder.items())
-            if token.special
+            if token.special and (vocabulary is None or id_ < vocabulary)
         }
         self.end = self._turn_end() if self.chat else int(tokenizer.eos_token_id)
         self.pad = self._padding()
