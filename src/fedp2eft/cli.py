@@ -13,30 +13,30 @@ from fedp2eft.errors import InterruptedRunError, UserError, nearest
 HELP = """\
 usage: fedp2eft COMMAND [OPTIONS]
 
-A federation learns which LoRA ranks each client needs, and every client leaves with its own PEFT
-adapter.
+Federated personalization of language models: clients train a network together that predicts the
+LoRA ranks each of them needs, and every client gets its own PEFT adapter.
 
-  quickstart    run the whole main job on real text in a few minutes
-  train         train base and PSG, then personalize and score every client
-  compare       compute a table of methods, bases, ranks and seeds; several processes may share it
-  report        write the page of a run or comparison: one HTML file, and its figures
-  show          print what a run or comparison is, how far it is, and its results
-  personalize   fit one client's own adapter with a trained PSG
+  quickstart    run the whole pipeline on real text in a few minutes
+  train         train base model and PSG, then personalize and score every client
+  compare       compute a table of methods, base models, ranks and seeds, also in several processes
+  report        write an HTML report of a run or comparison, and its figures
+  show          print settings, progress and results of a run or comparison
+  personalize   fit one client's adapter with a trained PSG
   evaluate      score a base model, with or without an adapter
   export        change the layout of an adapter: portable, compact or merged
   data          list, describe and partition data sets
-  doctor        say what this machine has and what a run will therefore use
-  completion    print a script that completes commands and settings: bash, zsh or fish
+  doctor        print what this machine has and what a run will use
+  completion    print a completion script for bash, zsh or fish
 
-fedp2eft COMMAND --help tells more. Start with: fedp2eft quickstart
+fedp2eft COMMAND --help shows the options. Start with: fedp2eft quickstart
 """
 GROUP_HELP = {
     "data": """\
 usage: fedp2eft data list | describe | partition [OPTIONS]
 
-  list          the data sets
-  describe      clients, rows and labels of a data set as a federation would see them
-  partition     write which rows are whose as readable JSON
+  list          list the data sets
+  describe      show clients, rows and labels of a data set
+  partition     write which row belongs to which client, as JSON
 """
 }
 EXPERIMENTS = ("quickstart", "train", "compare")
@@ -54,25 +54,25 @@ FUNCTIONS = {
     "completion": ("completion", "completion"),
 }
 """Commands whose options are a function's arguments: module of `fedp2eft.commands`, function."""
-WATCH_HELP = "keep report.html of the run folder up to date while the run goes on"
+WATCH_HELP = "keep report.html of the run folder up to date during the run"
 POSITIONAL = ("completion", "report", "show")
-"""Those of them whose arguments without a default are words, not options."""
+"""Commands of `FUNCTIONS` whose required arguments are positional."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status.
+    """Run a command and return its exit status.
 
-    0: done. 2: a mistake that the user can mend, said in one line. 130: interrupted.
+    0: done. 2: a `UserError`, printed in one line. 130: interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # It warns at import of a faster kernel that it could fetch, whether or not a run needs any.
+    # bitsandbytes warns at import about a faster kernel that it could fetch, needed or not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # other libraries' advice to programmers; ours is logged
+        warnings.simplefilter("ignore")  # other libraries' advice to developers; ours is logged
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait spin only briefly before they give their core away: beside other work long
-    # spinning makes every step several times slower, and none at all wastes the second core.
+    # Waiting threads spin only briefly before they yield their core: next to other processes, long
+    # spinning makes every step several times slower, and no spinning wastes the second core.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         _dispatch(sys.argv[1:] if arguments is None else list(arguments))
@@ -116,7 +116,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def function_of(command: str) -> Callable[..., None]:
-    """The function that a command calls."""
+    """Return the function that a command calls."""
     from importlib import import_module
 
     module, name = FUNCTIONS.get(command, ("run", command))
@@ -154,7 +154,7 @@ def _experiment(name: str, options: list[str]) -> None:
 def _split(
     usage: str, options: list[str], function: Callable[..., None]
 ) -> tuple[str | None, bool, list[str]]:
-    """Take --run and --watch out of the options; the rest are settings on top of a file's."""
+    """Split --run and --watch from the options; the rest override the file's settings."""
     from fedp2eft.settings.options import Parser, settings_parser
 
     if "-h" in options or "--help" in options:
@@ -180,7 +180,7 @@ def _split(
 
 
 def _group(name: str, options: list[str]) -> None:
-    """A command of a group: fedp2eft data describe."""
+    """Run a command of a group: fedp2eft data describe."""
     known = [command.split()[1] for command in FUNCTIONS if command.startswith(f"{name} ")]
     if not options or options[0] in ("-h", "--help"):
         print(GROUP_HELP[name], end="")

@@ -83,7 +83,7 @@ def test_ctrl_c_says_how_to_go_on_and_one_process_works_at_a_time(
         process.kill()
     assert process.returncode == 130
     assert error.count("\n") == 1
-    assert "start the same command again to go on" in error
+    assert "start the same command again to resume" in error
     assert str(run) in error
     train(world.settings(**SMALL), run)
     train(world.settings(**SMALL), tmp_path / "whole")

@@ -67,7 +67,7 @@ def test_train_with_watch(world, three_clients, tmp_path, capsys):
         federation__rounds=1, evaluation__ranks=[1],
     )  # fmt: skip
     assert main(["train", str(config), "--run", str(run), "--watch"]) == 0
-    assert f"Live page: {Path(run) / 'report.html'}" in capsys.readouterr().out
+    assert f"Live report: {Path(run) / 'report.html'}" in capsys.readouterr().out
     text = (run / "report.html").read_text(encoding="utf-8")
     assert REFRESH not in text
     assert 'id="results"' in text

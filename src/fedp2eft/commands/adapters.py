@@ -26,23 +26,23 @@ def personalize(
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Fit one client's own adapter; the client need not have taken part in any federation.
+    """Fit one client's adapter. The client need not have taken part in the training.
 
     Args:
         psg: Folder or hub id of a trained PSG.
         model: Folder or hub id of the base model that the PSG was trained with.
         data: The client's rows: JSON lines, CSV or Parquet.
-        rank: Rank budget r, from 1 to the PSG's r_max: r·L ranks in all, placed where the PSG says.
+        rank: Rank budget r, from 1 to the PSG's r_max: r·L ranks in total, placed by the PSG.
         out: Folder for the adapter.
         layout: "portable" loads everywhere, "compact" keeps the true ranks.
-        test_data: Another file to score the adapter on.
-        text_columns: Columns with the text; the PSG's where none are given.
-        label_column: Column with the class; the PSG's where none is given.
-        target_column: Column with the response, for a causal LM; the PSG's where none is given.
-        lr: Learning rate of A and B; the PSG's where none is given.
-        epochs: Passes over the rows; the PSG's where none are given.
-        batch_size: Rows per mini-batch; the PSG's where none is given.
-        precision: Numbers of the frozen base.
+        test_data: A second file to score the adapter on.
+        text_columns: Columns with the text. Default: the PSG's.
+        label_column: Column with the class. Default: the PSG's.
+        target_column: Column with the response, for a causal LM. Default: the PSG's.
+        lr: Learning rate of A and B. Default: the PSG's.
+        epochs: Passes over the rows. Default: the PSG's.
+        batch_size: Rows per mini-batch. Default: the PSG's.
+        precision: Dtype of the frozen base model.
         device: "auto", "cpu" or "cuda".
         seed: Seed of the mini-batch order.
     """
@@ -50,7 +50,7 @@ def personalize(
     from fedp2eft.adapters.export import check_replaceable
     from fedp2eft.generator import PSG
 
-    check_replaceable(Path(out))  # before the work, not after it
+    check_replaceable(Path(out))  # fail before the work, not after it
     adapter = api.personalize(
         PSG.from_pretrained(psg),
         model,
@@ -91,24 +91,24 @@ def evaluate(
     generate: bool = False,
     max_new_tokens: int = 256,
 ) -> None:
-    """Score a base model, with or without an adapter, on rows with a class or a response each.
+    """Score a base model, with or without an adapter, on rows with a class or a response.
 
     Args:
         model: Folder or hub id of the base model.
         data: Rows with labels or responses: JSON lines, CSV or Parquet.
-        adapter: Folder of an adapter; the base model alone where none is given.
-        text_columns: Columns with the text; "text" where none are given.
+        adapter: Folder of an adapter. Default: score the base model alone.
+        text_columns: Columns with the text. Default: "text".
         label_column: Column with the class.
-        target_column: Column with the response: the model is a causal LM then, and no class is
-            looked at.
-        max_length: Longest input in tokens; the adapter's where none is given, or else 128 (a
-            causal LM: 1024).
+        target_column: Column with the response. The model is then a causal LM, and classes are
+            ignored.
+        max_length: Maximum input length in tokens. Default: the adapter's, or else 128 (a causal
+            LM: 1024).
         batch_size: Rows per batch.
-        precision: Numbers of the base.
+        precision: Dtype of the base model.
         device: "auto", "cpu" or "cuda".
-        generate: Have the causal LM answer every prompt, greedily, and score the texts (ROUGE,
-            METEOR, chrF).
-        max_new_tokens: Most tokens of a generated text.
+        generate: Generate the causal LM's answer to every prompt, greedily, and score the texts
+            (ROUGE, METEOR, chrF).
+        max_new_tokens: Maximum length of a generated text in tokens.
     """
     from fedp2eft import api
 
@@ -142,7 +142,7 @@ def export(
         out: Folder for the new layout.
         layout: "portable" (every module at one rank, loads everywhere), "compact" (true ranks) or
             "merged" (the full model with the adapter in its weights).
-        model: Base model, for "merged"; the one that the adapter names where none is given.
+        model: Base model, for "merged". Default: the one that the adapter names.
     """
     if not layout:
         raise UserError("Name a layout: portable, compact or merged.")

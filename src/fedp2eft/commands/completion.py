@@ -12,11 +12,11 @@ from fedp2eft.settings.options import Parser, settings_parser
 
 
 def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
-    """Print a script that completes commands, options and the keys of settings.
+    """Print a script that completes commands, options and settings in your shell.
 
-    For bash put `eval "$(fedp2eft completion bash)"` into ~/.bashrc, or better the script itself
-    into ~/.local/share/bash-completion/completions/fedp2eft; for zsh into _fedp2eft in a folder of
-    $fpath; for fish into ~/.config/fish/completions/fedp2eft.fish.
+    For bash, add `eval "$(fedp2eft completion bash)"` to ~/.bashrc or, faster, save the script as
+    ~/.local/share/bash-completion/completions/fedp2eft. For zsh, save it as _fedp2eft in a folder
+    of $fpath; for fish, as ~/.config/fish/completions/fedp2eft.fish.
 
     Args:
         shell: "bash", "zsh" or "fish".

@@ -19,10 +19,10 @@ def list_datasets() -> None:
 
 
 def describe(data: DataSettings) -> None:
-    """Show clients, rows and labels of a data set as a federation would see them.
+    """Show clients, rows and labels of a data set.
 
     Args:
-        data: Which rows the clients have.
+        data: The clients and their rows.
     """
     from rich.console import Console
     from rich.table import Table
@@ -41,10 +41,10 @@ def describe(data: DataSettings) -> None:
 
 
 def partition(data: DataSettings, out: str) -> None:
-    """Write which rows are whose as readable JSON.
+    """Write which row belongs to which client, as JSON.
 
     Args:
-        data: Which rows the clients have.
+        data: The clients and their rows.
         out: The JSON file.
     """
     from pathlib import Path

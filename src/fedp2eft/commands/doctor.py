@@ -9,7 +9,7 @@ from fedp2eft.commands.machine import Machine, look
 
 
 def doctor(json: bool = False) -> None:
-    """Say what this machine has and what a run on it will therefore use.
+    """Print what this machine has and what a run on it will use.
 
     Args:
         json: Print JSON instead of a table.
@@ -22,7 +22,7 @@ def doctor(json: bool = False) -> None:
 
 
 def show(machine: Machine) -> None:
-    """Print what was found as a table, then what will be used."""
+    """Print two tables: what was found, and what a run will use."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -11,15 +11,14 @@ NEEDED = ("matplotlib", "scipy")
 
 
 def report(folder: str, out: str | None = None) -> None:
-    """Write the page of a run or comparison: report.html, and its figures as PNG and SVG.
+    """Write the report of a run or comparison: report.html, and its figures as PNG and SVG.
 
-    The page is one file that works offline. A run or comparison that is not finished gets a page of
-    what there is.
+    The report is one file that works offline. An unfinished run or comparison gets a report of what
+    exists so far.
 
     Args:
         folder: The run or comparison folder.
-        out: Folder for the page and for report/, which holds the figures; that same folder where
-            none is given.
+        out: Folder for report.html and for report/, which holds the figures. Default: `folder`.
     """
     with extra_needed():
         from fedp2eft.report.write import FIGURES, write_report
@@ -32,7 +31,7 @@ def report(folder: str, out: str | None = None) -> None:
 
 
 def show(folder: str) -> None:
-    """Print what a run or comparison is, how far it is, and its results.
+    """Print settings, progress and results of a run or comparison.
 
     Args:
         folder: The run or comparison folder.
@@ -44,10 +43,12 @@ def show(folder: str) -> None:
 
 @contextmanager
 def extra_needed() -> Iterator[None]:
-    """Around imports that need the extra `report`."""
+    """Turn a missing package into a `UserError` that names the extra `report`."""
     try:
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in NEEDED:
             raise
-        raise UserError("A page needs the extra report: pip install 'fedp2eft[report]'.") from error
+        raise UserError(
+            "The report needs the extra report: pip install 'fedp2eft[report]'."
+        ) from error

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 def train(
     config: str, run: str | None = None, options: list[str] | None = None, watch: bool = False
 ) -> None:
-    """Train base and PSG, then personalize and score every client.
+    """Train base model and PSG, then personalize and score every client.
 
-    Start the same command again to go on with a run that was stopped.
+    To resume an interrupted run, start the same command again.
 
     Args:
         config: The experiment's YAML file.
-        run: The run folder; runs/NAME where none is given, NAME being the file's.
-        options: Settings on top of the file.
-        watch: Keep report.html of the folder up to date while it goes on.
+        run: The run folder. Default: runs/NAME, with the file's name.
+        options: Settings that override the file's.
+        watch: Keep report.html of the folder up to date during the run.
     """
     settings = read_settings(config, options)
     folder = Path(run) if run else Path("runs") / Path(config).stem
@@ -39,14 +39,14 @@ def compare(
 ) -> None:
     """Compute a table of methods, base models, ranks, seeds and pools.
 
-    Every cell is computed once and kept: start the same command again to go on, or in several
-    terminals at once to share the work.
+    Each cell is computed once and kept. To resume, start the same command again; to share the work,
+    start it in several terminals.
 
     Args:
         config: The comparison's YAML file.
-        run: The comparison folder; runs/NAME where none is given, NAME being the file's.
-        options: Settings on top of the file.
-        watch: Keep report.html of the folder up to date while it goes on.
+        run: The comparison folder. Default: runs/NAME, with the file's name.
+        options: Settings that override the file's.
+        watch: Keep report.html of the folder up to date during the run.
     """
     settings = read_settings(config, options)
     folder = Path(run) if run else Path("runs") / Path(config).stem
@@ -61,7 +61,7 @@ def compare(
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"Interrupted. Finished cells are kept in {folder}: start the same command again to "
-            "go on."
+            "resume."
         ) from None
     write_tables(folder)
     print((folder / "table.md").read_text(encoding="utf-8"))
@@ -71,14 +71,15 @@ def compare(
 def quickstart(
     run: str = "runs/quickstart", options: list[str] | None = None, watch: bool = False
 ) -> None:
-    """Run the whole main job on real text in a few minutes.
+    """Run the whole pipeline on real text in a few minutes.
 
-    Six languages of Debian package descriptions, multilingual-e5-small, seen and unseen clients.
+    It uses Debian package descriptions in six languages, multilingual-e5-small, and seen and unseen
+    clients.
 
     Args:
         run: The run folder.
-        options: Settings on top of the preset.
-        watch: Keep report.html of the folder up to date while it goes on.
+        options: Settings that override the preset's.
+        watch: Keep report.html of the folder up to date during the run.
     """
     preset = files("fedp2eft") / "presets" / "quickstart.yaml"
     _run(read_settings(str(preset), options), Path(run), watch)
@@ -95,7 +96,7 @@ def _run(settings: Any, folder: Path, watch: bool) -> None:
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"Interrupted. Finished rounds are kept in {folder}: start the same command again to "
-            "go on."
+            "resume."
         ) from None
     show_results(results)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
@@ -116,6 +117,6 @@ def _watched(reporter: Reporter, folder: Path, watch: bool) -> Iterator[Reporter
 
     with extra_needed():
         from fedp2eft.report.watch import watched
-    print(f"Live page: {folder / 'report.html'}")
+    print(f"Live report: {folder / 'report.html'}")
     with watched(reporter, folder) as watching:
         yield watching
