@@ -31,7 +31,7 @@ def test_the_command_reference_has_every_command_and_option() -> None:
         assert f"## `fedp2eft {name}`" in text
         parser, shown = generated.help_of(name)
         assert parser or shown.strip(), name
-    for option in ("--psg", "--rank", "--layout", "--label_column", "--run", "--pages", "shell"):
+    for option in ("--psg", "--rank", "--layout", "--label_column", "--run", "shell"):
         assert f"| `{option}` |" in text
     personalize = text.split("## `fedp2eft personalize`")[1].split("\n## ")[0]
     assert "| `--model` | required |" in personalize
