@@ -10,6 +10,7 @@ import torch
 
 import fedp2eft
 from fedp2eft.client.training import structure
+from fedp2eft.errors import UserError
 from fedp2eft.runtime.workspace import Workspace
 from tiny_run import R_MAX, World, write_jsonl
 
@@ -104,3 +105,50 @@ def test_personalize_takes_the_psgs_own_recipe_where_none_is_given(
 
     assert torch.equal(B(), B(**recipe, batch_size=local.batch_size))
     assert not torch.equal(B(), B(lr=1e-4))
+
+
+def rows_of(world: World, client: str) -> list[dict[str, str]]:
+    return [
+        {**row, "split": split}
+        for split in ("train", "test")
+        for row in world.client_rows(client, split)
+    ]
+
+
+def test_a_split_column_decides_what_trains_and_what_is_scored(
+    finished, world: World, tmp_path: Path
+):
+    both = rows_of(world, "fr-unseen-00")
+    psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
+    base = finished.folder / "base"
+    made = fedp2eft.personalize(psg, base, write_jsonl(tmp_path / "both.jsonl", both), 2)
+    train = write_jsonl(tmp_path / "train.jsonl", world.client_rows("fr-unseen-00", "train"))
+    test = write_jsonl(tmp_path / "test.jsonl", world.client_rows("fr-unseen-00", "test"))
+    apart = fedp2eft.personalize(psg, base, train, 2, test_data=test)
+    assert made.scores == apart.scores
+    assert made.facts["train_rows"] == len(world.client_rows("fr-unseen-00", "train"))
+    for mine, same in zip(made.weights.layers, apart.weights.layers, strict=True):
+        torch.testing.assert_close(mine.B, same.B, rtol=0, atol=0)
+    same_file = fedp2eft.personalize(
+        psg, base, tmp_path / "both.jsonl", 2, test_data=tmp_path / "both.jsonl"
+    )
+    assert same_file.scores == apart.scores
+    assert fedp2eft.evaluate(base, tmp_path / "both.jsonl") == fedp2eft.evaluate(base, test)
+    assert fedp2eft.personalize(psg, base, train, 2).scores is None
+
+
+def test_rows_of_several_clients_are_refused(finished, world: World):
+    psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
+    message = r"holds the rows of 6 clients \(column client: .*name a file with one client's rows"
+    with pytest.raises(UserError, match=message):
+        fedp2eft.personalize(psg, finished.folder / "base", world.rows, 2)
+    with pytest.raises(UserError, match=message):
+        fedp2eft.evaluate(finished.folder / "base", world.rows)
+
+
+def test_a_class_that_the_model_lacks_comes_with_both_lists(finished, world: World, tmp_path: Path):
+    rows = [*world.client_rows("fr-unseen-00", "test"), {"text": "le", "label": "fungus"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    message = r"'fungus'.* The classes are animal, plant, stone; the file has animal, fungus, plan"
+    with pytest.raises(UserError, match=message):
+        fedp2eft.evaluate(finished.folder / "base", path)

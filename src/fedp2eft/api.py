@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 
@@ -56,7 +57,6 @@ from fedp2eft.settings.profiles import PROFILES
 from fedp2eft.settings.reading import settings_from
 from fedp2eft.tasks import Scores, Task, make_task
 from fedp2eft.tasks.causal_lm import CausalLM
-from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.generation import check_room
 from fedp2eft.tasks.generation import generate as generate_texts
 from fedp2eft.tasks.prompts import Prompts
@@ -129,9 +129,11 @@ def personalize(
     Args:
         psg: A trained PSG.
         model: Folder or hub id of the base model that the PSG was trained with.
-        data: The client's rows; all of them train.
+        data: The client's rows. All of them train, or, with a column `split`, those it calls
+            "train".
         rank: Rank budget r, from 1 to the PSG's r_max.
-        test_data: Rows to score the adapter on.
+        test_data: Rows to score the adapter on; where none are given, those of `data` that its
+            column `split` calls "test".
         text_columns: Columns with the text; the PSG's where none are given.
         label_column: Column with the class; the PSG's where none is given.
         target_column: Column with the response, for a causal LM; the PSG's where none is given.
@@ -161,7 +163,7 @@ def personalize(
     columns = tuple(text_columns or c.text_columns)
     answers = _Answers(kind, label_column or c.label_column, target_column or c.target_column)
     train = _rows(data, columns, answers, c.labels)
-    test = None if test_data is None else _rows(test_data, columns, answers, c.labels)
+    test = train if test_data is None else _rows(test_data, columns, answers, c.labels, score=True)
     source = resolve_model(str(model))
     revision = hash_weights(Path(source.path))
     c.check_fits(replace(c, base_revision=revision))  # before it is loaded
@@ -170,7 +172,7 @@ def personalize(
     bt = BTLora(base, c.adapter_settings(), clamp_forward=profile.clamp_forward)
     linears = tuple(name for name, _ in bt.linears)
     c.check_fits(replace(c, linear_names=linears, layer_names=bt.names))
-    rows = _encode(task, tokenizer, train)
+    rows = task.encode(tokenizer, *_texts(train, train.clients[0].train))
     s = Settings(
         base=settings_from({"base": c.base}).base,
         adapter=c.adapter_settings(),
@@ -186,8 +188,8 @@ def personalize(
     scores: list[Scores] = []
 
     def measure(tuned: nn.Module) -> None:
-        if test is not None:
-            encoded = _encode(task, tokenizer, test)
+        if len(held := test.clients[0].test):
+            encoded = task.encode(tokenizer, *_texts(test, held))
             scores.append(task.score(tuned, encoded, settings.eval_batch_size))
 
     fitted = fine_tune(
@@ -235,7 +237,8 @@ def evaluate(
 ) -> Scores:
     """Score a base model, with or without a PEFT adapter, on labelled rows.
 
-    Class names are those of the model's config. With a `target_column` the model is a causal LM,
+    Of a file with a column `split` the rows that it calls "test" are scored, else all. Class names
+    are those of the model's config. With a `target_column` the model is a causal LM,
     scored on the responses in that column. Inputs are cut at `max_length` tokens; where none is
     given, at the length that the adapter was made with, or else at 128 (a causal LM: 1024) or what
     the model reads. With `generate` the causal LM answers every prompt, greedily with at most
@@ -253,7 +256,7 @@ def evaluate(
         check_scorers()
     labels = () if target_column else class_names(config)
     answers = _Answers(kind, label_column, target_column or "")
-    train = _rows(data, tuple(text_columns or ("text",)), answers, labels)
+    rows = _rows(data, tuple(text_columns or ("text",)), answers, labels, score=True)
     if adapter is not None:
         _check_same_base(adapter, source)
     if max_length is None and adapter is not None:
@@ -263,12 +266,13 @@ def evaluate(
     longest = longest_input(base)
     if adapter is not None:
         base = _with_adapter(base, adapter)
-    scores = task.score(base, _encode(task, tokenizer, train), batch_size)
+    asked_for = _texts(rows, rows.clients[0].test)
+    scores = task.score(base, task.encode(tokenizer, *asked_for), batch_size)
     if not generate:
         return scores
     assert isinstance(task, CausalLM)
     check_room(longest, task.max_length, max_new_tokens)
-    questions = list(task.questions(Prompts(tokenizer), *_texts(train)))
+    questions = list(task.questions(Prompts(tokenizer), *asked_for))
     texts = generate_texts(base, tokenizer, questions, max_new_tokens, batch_size)
     return replace(scores, texts=text_scores(texts, [asked.reference for asked in questions]))
 
@@ -328,9 +332,13 @@ class _Answers:
 
 
 def _rows(
-    data: Rows, columns: tuple[str, ...], answers: _Answers, labels: tuple[str, ...]
+    data: Rows,
+    columns: tuple[str, ...],
+    answers: _Answers,
+    labels: tuple[str, ...],
+    score: bool = False,
 ) -> Federation:
-    """One client whose rows are all training rows."""
+    """One client, whose rows train unless the file says otherwise; with `score` they are tested."""
     classes = answers.task == "classification"
     return client_from_file(
         data,
@@ -339,6 +347,7 @@ def _rows(
         target_column=None if classes else answers.target_column,
         labels=labels,
         test_fraction=0.0,
+        only_test=score,
     )
 
 
@@ -368,15 +377,13 @@ def _load(
     return base, make_task(kind, tokenizer, max_length, where, base.config), tokenizer
 
 
-def _encode(task: Task, tokenizer: Any, federation: Federation) -> Encoded:
-    return task.encode(tokenizer, *_texts(federation))
-
-
-def _texts(federation: Federation) -> tuple[list[Sequence[Any]], Sequence[Any]]:
-    """The text columns of all rows, and their answers."""
-    rows = np.concatenate([federation.clients[0].train, federation.clients[0].test])
-    kind = "classification" if federation.labels else "causal_lm"
-    return federation.texts_and_answers(rows, kind)
+def _texts(
+    federation: Federation, rows: NDArray[np.int64]
+) -> tuple[list[Sequence[Any]], Sequence[Any]]:
+    """The text columns of rows, and their answers."""
+    return federation.texts_and_answers(
+        rows, "classification" if federation.labels else "causal_lm"
+    )
 
 
 def _own_part(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
 import sys
@@ -74,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Waiting threads spin only briefly before they yield their core: next to other processes, long
     # spinning makes every step several times slower, and no spinning wastes the second core.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    _write_what_the_terminal_knows()
     try:
         _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except InterruptedRunError as error:
@@ -88,6 +91,25 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     return 0
+
+
+PLAIN = {"–": "-", "—": "-", "…": ".", "²": "2", "·": ".", "×": "x", "±": "+/-"}
+"""What stands in for our own signs where a terminal knows ASCII alone."""
+
+
+def _write_what_the_terminal_knows() -> None:
+    """Let output that the terminal's encoding lacks be written plainly or escaped, never fail."""
+
+    def plainly(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        signs = error.object[error.start : error.end]
+        known = [PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in signs]
+        return "".join(known), error.end
+
+    codecs.register_error("fedp2eft-plain", plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fedp2eft-plain")
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -1,12 +1,18 @@
 """The one exception that a user's mistake, or broken input, raises."""
 
+from unicodedata import category
+
 
 class UserError(Exception):
     """Something that the user can mend: a file, a setting, a peer's reply.
 
     The message is a single line that says what is wrong and what to do. The command line prints it
-    without a traceback and exits with status 2; a library user catches it like any exception.
+    without a traceback and exits with status 2; a library user catches it like any exception. It
+    may quote a file or a peer: marks that would move a terminal's cursor are shown as escapes.
     """
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class TellableError(UserError):
@@ -25,6 +31,18 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def visible(text: str) -> str:
+    """Return text on one line, with control characters and marks of direction as escapes."""
+    return "".join(
+        c.encode("unicode_escape").decode() if category(c) in _HIDDEN or c in _TURNS else c
+        for c in text
+    )
+
+
+_HIDDEN = ("Cc", "Cs", "Zl", "Zp")
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def shortened(text: str, most: int = 80) -> str:

@@ -184,8 +184,8 @@ def test_a_language_with_validation_alone_is_a_new_language(tmp_path: Path) -> N
     assert {(c.language, c.pool) for c in new.clients if c.language == "amh"} == {
         ("amh", "new-language")
     }
-    assert "amh: no split train, train rows are validation" in new.notes
-    assert "lin: no split validation, train rows are train" in new.notes
+    assert "amh: train rows from validation alone, there is no split train" in new.notes
+    assert "lin: train rows from train alone, there is no split validation" in new.notes
     with pytest.raises(UserError, match="'amh' of masakhanews has no train split"):
         load("masakhanews", tmp_path, languages=["amh", "lin"])
 

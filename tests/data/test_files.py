@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedp2eft.data.describe import repeats
 from fedp2eft.data.files import client_from_file, federation_from_files
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import ClientFile
@@ -202,3 +203,76 @@ def test_two_clients_of_one_name_and_an_unknown_pool(file):
     refused(
         lambda: replace(federation, clients=federation.clients * 2), "Two clients are named 'a'"
     )
+
+
+def test_a_column_named_for_a_purpose_has_no_other(file):
+    rows = [
+        {"text": f"t {n}", "language": ["fr", "de"][n % 2], "split": "abc"[n % 3]}
+        for n in range(12)
+    ]
+    path = file("langid.jsonl", rows)
+    refused(lambda: federation_from_files(path, label_column="language"), "split 'a' is neither")
+    rows = [{"text": row["text"], "language": row["language"]} for row in rows]
+    federation = federation_from_files(file("langid.jsonl", rows), label_column="language")
+    assert federation.labels == ("de", "fr")
+    assert [client.language for client in federation.clients] == ["und"]
+    for name in ("client", "pool", "split"):
+        named = [{"text": row["text"], name: row["language"]} for row in rows]
+        federation = federation_from_files(file(f"{name}.jsonl", named), label_column=name)
+        assert (federation.labels, len(federation.clients)) == (("de", "fr"), 1)
+    named = [{"client": row["text"], "label": "x"} for row in rows]
+    federation = federation_from_files(file("text.jsonl", named), text_columns=["client"])
+    assert federation.rows([3])["client"] == ["t 3"]
+
+
+def test_a_clients_own_file_may_say_who_it_is(file):
+    own = [{**row, "client": "kim", "language": "fr", "pool": "seen"} for row in ROWS]
+    path = str(file("a.jsonl", own))
+    (client,) = federation_from_files({"ann": ClientFile(path)}).clients
+    assert (client.name, client.language, client.pool) == ("ann", "fr", "seen")
+    for wrong in ({"language": "de"}, {"pool": "unseen"}):
+        files = {"ann": ClientFile(path, **wrong)}
+        refused(
+            lambda files=files: federation_from_files(files), "make them agree", "of client ann"
+        )
+    own[5]["client"] = "lee"
+    path = str(file("b.jsonl", own))
+    message = "b.jsonl holds the rows of 2 clients (column client: kim, lee)"
+    refused(lambda: federation_from_files({"ann": ClientFile(path)}), message)
+    refused(lambda: client_from_file(path), message)
+    assert len(federation_from_files(path).clients) == 2
+
+
+def test_rows_to_score(file):
+    rows = [{**row, "split": "test" if n < 5 else "train"} for n, row in enumerate(ROWS)]
+    for given, count in ((rows, 5), (ROWS, 40)):
+        (client,) = client_from_file(file("a.jsonl", given), only_test=True).clients
+        assert (len(client.train), len(client.test)) == (0, count)
+    path, test = file("a.jsonl", ROWS), file("t.jsonl", rows)
+    (client,) = client_from_file(path, test_path=test).clients
+    assert (len(client.train), len(client.test)) == (40, 5)
+    test = file("t.jsonl", rows[5:])
+    refused(lambda: client_from_file(path, test_path=test), "no row that its column split calls 't")
+
+
+def test_unique_draws_by_text(file):
+    rows = [{"text": f"text {n % 10}", "label": ["good", "bad"][n % 4 == 0]} for n in range(40)]
+    path = file("a.jsonl", rows)
+    federation = client_from_file(path)
+    said = repeats(federation)
+    assert said[0].startswith("Repeated texts: of 8 test rows 8 (100%) have a copy among the train")
+    assert said[1] == "5 texts have more than one label."
+    federation = client_from_file(path, unique=True)
+    (client,) = federation.clients
+    assert sorted([*client.train, *client.test]) == list(range(10))
+    assert repeats(federation) == []
+    tested = file("t.jsonl", [rows[3], {"text": "new", "label": "good"}])
+    (client,) = client_from_file(path, test_path=tested, unique=True).clients
+    assert (len(client.train), client.test.tolist()) == (10, [41])
+
+
+def test_how_files_are_written_is_told(file, tmp_path):
+    table = tmp_path / "b.tsv"
+    table.write_text("text\tlabel\nx\ta\n")
+    files = {"ann": ClientFile(str(file("a.jsonl", ROWS))), "bob": ClientFile(str(table))}
+    assert federation_from_files(files).notes == ("b.tsv: tab-separated, not quoted",)

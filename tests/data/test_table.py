@@ -1,14 +1,16 @@
 """Files that cannot be read, each with a line that says what is wrong."""
 
+import bz2
 import gzip
 import json
+import lzma
 import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedp2eft.data.table import read_table
+from fedp2eft.data.table import read_columns, read_table
 from fedp2eft.errors import UserError
 
 ROWS = [{"text": f"texte numéro {n}", "label": "ab"[n % 2]} for n in range(200)]
@@ -197,3 +199,112 @@ def test_half_a_surrogate(file):
         file("a.jsonl", b'{"text": "\\ud800", "label": "a"}'),
         "line 1: column 'text' holds half a character",
     )
+
+
+def read(path, **options):
+    return read_columns(path, **({"text_columns": ("text",), "columns": ("label",)} | options))
+
+
+LONG = "long " * 32_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts", "form"),
+    [
+        ("a.tsv", "text\tlabel\nun\ta\ndeux\tb\n", ["un", "deux"], "tab-separated, not quoted"),
+        ("a.csv", "text\tlabel\nun\ta\n", ["un"], "tab-separated, not quoted"),
+        ("a.csv", "text;label\nun, deux;a\n", ["un, deux"], "semicolon-separated, quoted"),
+        ("a.csv", "sep=;\r\ntext;label\r\nun;a\r\n", ["un"], "semicolon-separated, quoted"),
+        ("a.csv", "id;text;label;score\n1;un;a;1,5\n", ["un"], "semicolon-separated, quoted"),
+        ("a.csv", "text|label\nun|a\n", ["un"], "pipe-separated, quoted"),
+        ("a.tsv", "text,label\nun,a\n", ["un"], "comma-separated, quoted"),
+        ("a.csv", "text,label,,\nun,a,,\ndeux,b\n,,,\n", ["un", "deux"], "comma-separated, quoted"),
+        ("a.csv", ",text,label\n0,un,a\n1,deux,b\n", ["un", "deux"], "comma-separated, quoted"),
+        ("a.csv", "text,label\runo,a\rdue,b\r", ["uno", "due"], "comma-separated, quoted"),
+        ("a.tsv", "text\tlabel\runo\ta\r", ["uno"], "tab-separated, not quoted"),
+        ("a.csv", "\ufefftext, label\nun, a\n", ["un"], "comma-separated, quoted"),
+        ("a.csv", f'text,label\n"{LONG}",a\n', [LONG], "comma-separated, quoted"),
+        # the authors' own TSVs: quoted as CSV is, and not quoted at all
+        ("a.tsv", 'text\tlabel\n"a ""b"""\tx\n', ['a "b"'], "tab-separated, quoted"),
+        ("a.tsv", 'text\tlabel\n"a\nb\tc"\tx\n', ["a\nb\tc"], "tab-separated, quoted"),
+        ("a.tsv", '"text"\t"label"\n"a"\t"x"\n"b"\t"y"\n', ["a", "b"], "tab-separated, quoted"),
+        ("a.tsv", 'text\tlabel\n""so\tx\n', ['""so'], "tab-separated, not quoted"),
+        ("a.tsv", 'text\tlabel\n"a" b\tx\n', ['"a" b'], "tab-separated, not quoted"),
+        ("a.tsv", 'text\tlabel\n"a\tx\nb"\ty\n', ['"a', 'b"'], "tab-separated, not quoted"),
+        ("a.tsv", 'text\tlabel\n"a"\tx\nb\ty\n', ['"a"', "b"], "tab-separated, not quoted"),
+    ],
+)
+def test_delimiters_and_quoting_are_found(file, name, content, texts, form):
+    table = read(file(name, content.encode()))
+    assert table.columns["text"] == texts
+    assert table.form == form
+
+
+def test_lines_are_counted_as_an_editor_counts_them(file):
+    path = file("a.csv", b'sep=,\ntext,label\n"a\nb",x\n\n,y\n')
+    refused(path, "line 6: column 'text' holds blank text")
+    refused(
+        file("b.csv", b'text,label\na,x\n"b" c,y\n'), "line 3: a quotation mark within a quoted"
+    )
+    refused(file("c.csv", b"text,label,,\na,b,c,\n"), "line 2: 4 fields where the header names 2")
+    refused(file("d.tsv", b"text\tlabel\na\tb\tc\n"), "Quote a field that holds a tab")
+
+
+def test_unused_columns_may_have_one_name(file):
+    path = file("a.csv", b"text,label,x,x\na,b,1,2\n")
+    assert read(path).columns == {"text": ["a"], "label": ["b"]}
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_packed_text(file, pack):
+    ending = {gzip.compress: "gz", bz2.compress: "bz2", lzma.compress: "xz"}[pack]
+    packed = pack(b"text\tlabel\nun\ta\n")
+    assert read(file(f"a.tsv.{ending}", packed)).columns["text"] == ["un"]
+    refused(file(f"b.tsv.{ending}", packed[:-8]), "b.tsv")
+    refused(file("c.tsv", packed), f"give it the ending .{ending} as well")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04 text", "a ZIP archive or an Excel workbook: unpack it, or save it as CSV"),
+        (b"PAR1 text", "a Parquet file: give it the ending .parquet"),
+        (b"\x28\xb5\x2f\xfd text", "packed with zstd"),
+    ],
+)
+def test_a_file_under_another_ending_is_named(file, content, message):
+    refused(file("a.csv", content), f"a.csv is {message}")
+
+
+def test_utf_16_with_its_mark(file):
+    content = "text\tlabel\nдва\ta\n"
+    for code in ("utf-16-le", "utf-16-be"):
+        mark = "\ufeff".encode(code)
+        assert read(file("a.tsv", mark + content.encode(code))).columns["text"] == ["два"]
+
+
+def test_a_folder_of_parquet(tmp_path):
+    (tmp_path / "rows").mkdir()
+    for shard, rows in ((0, ROWS[:3]), (1, ROWS[3:5])):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows" / f"{shard}.parquet")
+    assert read_table(tmp_path / "rows").to_list() == ROWS[:5]
+
+
+def test_a_json_list(file):
+    pretty = json.dumps(ROWS, indent=1).encode()
+    assert read_table(file("a.json", pretty)).to_list() == ROWS
+    refused(file("b.json", pretty[:-9]), "begins as a JSON list and is not a whole one")
+    columns = json.dumps({"text": ["a", "b"], "label": ["x", "y"]})
+    refused(file("c.json", columns.encode()), "one object of columns, not rows")
+    refused(file("d.json", json.dumps(ROWS[0], indent=1).encode()), "one object over several lines")
+
+
+def test_the_home_folder(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file("a.jsonl", lines())
+    assert len(read_table("~/a.jsonl")) == len(ROWS)
+
+
+def test_names_of_columns_are_compared_as_they_read(file):
+    path = file("a.csv", "cate\u0301gorie ,text\na,b\n".encode())
+    assert read(path, columns=("catégorie",)).columns == {"text": ["b"], "catégorie": ["a"]}

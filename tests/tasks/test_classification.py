@@ -56,6 +56,14 @@ def test_one_text_is_encoded_without_padding(tokenizer) -> None:
     assert data.types.tolist() == [0] * 7
 
 
+def test_three_texts_are_one_text(tokenizer) -> None:
+    """A tokenizer's third place is another thing: what stands there would be lost."""
+    task = Classification(0, 16)
+    joined = task.encode(tokenizer, [["a"], ["b"], ["c"]], [0])
+    assert joined.tokens.tolist() == task.encode(tokenizer, [["a\n\nb\n\nc"]], [0]).tokens.tolist()
+    assert joined.tokens.tolist() == [2, 4, 5, 6, 3]
+
+
 def test_two_texts_are_encoded_as_a_pair_with_their_types(tokenizer) -> None:
     data = Classification(0, 16).encode(tokenizer, [["a", "b b"], ["c d", "d"]], [1, 2])
     batch = Classification(0, 16).batch(data, [0, 1])

@@ -31,7 +31,7 @@ def personalize(
     Args:
         psg: Folder or hub id of a trained PSG.
         model: Folder or hub id of the base model that the PSG was trained with.
-        data: The client's rows: JSON lines, CSV or Parquet.
+        data: The client's rows: JSON, CSV, TSV or Parquet.
         rank: Rank budget r, from 1 to the PSG's r_max: r·L ranks in total, placed by the PSG.
         out: Folder for the adapter.
         layout: "portable" loads everywhere, "compact" keeps the true ranks.
@@ -95,7 +95,7 @@ def evaluate(
 
     Args:
         model: Folder or hub id of the base model.
-        data: Rows with labels or responses: JSON lines, CSV or Parquet.
+        data: Rows with labels or responses: JSON, CSV, TSV or Parquet.
         adapter: Folder of an adapter. Default: score the base model alone.
         text_columns: Columns with the text. Default: "text".
         label_column: Column with the class.

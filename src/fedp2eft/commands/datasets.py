@@ -10,11 +10,15 @@ def list_datasets() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fedp2eft.commands.terminal import cell
     from fedp2eft.data.registry import DATASETS
 
     table = Table("name", "what", "languages", "licence")
     for name, entry in DATASETS.items():
-        table.add_row(name, entry.description, " ".join(entry.languages) or "–", entry.licence)
+        spoken = " ".join(entry.languages) or "-"
+        if len(entry.languages) > 40:
+            spoken = f"{len(entry.languages)}: {' '.join(entry.languages[:10])} ..."
+        table.add_row(*map(cell, (name, entry.description, spoken, entry.licence)))
     Console().print(table)
 
 
@@ -24,10 +28,14 @@ def describe(data: DataSettings) -> None:
     Args:
         data: The clients and their rows.
     """
+    import sys
+
     from rich.console import Console
     from rich.table import Table
 
+    from fedp2eft.commands.terminal import cell
     from fedp2eft.data.describe import describe as rows_of
+    from fedp2eft.data.describe import repeats
     from fedp2eft.data.registry import load_federation
     from fedp2eft.errors import require
 
@@ -36,8 +44,11 @@ def describe(data: DataSettings) -> None:
     require(bool(rows), "The rows of data.dataset nodes are on the SuperNodes: ask their owners.")
     table = Table(*[str(name).replace("_", " ") for name in rows[0]])
     for row in rows:
-        table.add_row(*[_cell(value) for value in row.values()])
-    Console().print(table)
+        table.add_row(*[cell(_shown(value)) for value in row.values()])
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    for line in (*federation.notes, *repeats(federation)):
+        console.print(cell(line))
 
 
 def partition(data: DataSettings, out: str) -> None:
@@ -57,7 +68,7 @@ def partition(data: DataSettings, out: str) -> None:
     print(f"{len(federation.clients)} clients: {out}")
 
 
-def _cell(value: object) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key} {count}" for key, count in value.items())
     return f"{value:.0f}" if isinstance(value, float) else str(value)

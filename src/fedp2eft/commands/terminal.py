@@ -18,7 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from fedp2eft.errors import visible
 from fedp2eft.progress import LogReporter, Reporter, report_to
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class BarReporter:
 
     def note(self, text: str) -> None:
         """A line above the bars."""
-        self._progress.console.print(text, markup=False)  # it may quote a peer
+        self._progress.console.print(cell(text))  # it may quote a peer
 
 
 class LineReporter(LogReporter):
@@ -80,7 +82,12 @@ class LineReporter(LogReporter):
 
     def note(self, text: str) -> None:
         """Print the line."""
-        print(text, flush=True)
+        print(visible(text), flush=True)
+
+
+def cell(text: str) -> Text:
+    """Return text for a table or a line as it is, whatever rich would read into it."""
+    return Text(visible(text), overflow="fold")
 
 
 @contextmanager
@@ -99,7 +106,7 @@ def progress() -> Iterator[Reporter]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),  # it may quote a client's data
         console=console,
     ) as bars:
         reporter = BarReporter(bars)
@@ -121,13 +128,13 @@ def show_results(results: Results) -> None:
         table.add_column("method")
         table.add_column("rank", justify="right")
         for language in rows[0].languages:
-            table.add_column(language, justify="right")
+            table.add_column(cell(language), justify="right")
         for name in ("worst", "mean"):
             table.add_column(name, justify="right", style="bold")
         for row in rows:
             cells = [*row.languages.values(), row.worst_language, row.mean]
             rank = str(row.rank) if row.rank else "–"
-            table.add_row(row.method, rank, *map(metric.shown, cells))
+            table.add_row(cell(row.method), rank, *map(metric.shown, cells))
         console.print(table)
         if rows[0].further_means:
             _show_further(console, pool, rows)
@@ -149,7 +156,7 @@ def _show_further(console: Console, pool: str, rows: list[Row]) -> None:
             METRICS[name].shown(row.further_means[name]) if name in row.further_means else "–"
             for name in names
         )
-        table.add_row(row.method, str(row.rank) if row.rank else "–", *shown)
+        table.add_row(cell(row.method), str(row.rank) if row.rank else "–", *shown)
     console.print(table)
 
 

@@ -40,6 +40,39 @@ def describe(federation: Federation) -> list[dict[str, Any]]:
     return rows
 
 
+def repeats(federation: Federation) -> list[str]:
+    """Return lines about texts that are there more than once; none where there are none.
+
+    A test row with a copy among train rows does not tell what a model has learned: of the same
+    client it was seen in personalization, of another client in the federation's training.
+    """
+    columns = [federation.table[name][:] for name in federation.text_columns]
+    texts = [repr(parts) for parts in zip(*columns, strict=True)]
+    trained: dict[str, set[str]] = {}
+    for client in federation.clients:
+        for row in client.train:
+            trained.setdefault(texts[row], set()).add(client.name)
+    tests = [(c.name, texts[row]) for c in federation.clients for row in c.test]
+    own = sum(name in trained.get(text, ()) for name, text in tests)
+    others = sum(bool(trained.get(text, set()) - {name}) for name, text in tests)
+    lines = []
+    if own or others:
+        lines.append(
+            f"Repeated texts: of {len(tests)} test rows {own} ({own / len(tests):.0%}) have a copy "
+            f"among the train rows of their client, {others} ({others / len(tests):.0%}) among "
+            "those of other clients. data.unique: true keeps the first row of each text."
+        )
+    if federation.label_column:
+        labels: dict[str, set[str]] = {}
+        names = federation.table[federation.label_column][:]
+        for client in federation.clients:
+            for row in (*client.train, *client.test):
+                labels.setdefault(texts[row], set()).add(names[row])
+        if several := sum(len(found) > 1 for found in labels.values()):
+            lines.append(f"{several} texts have more than one label.")
+    return lines
+
+
 def _characters(text: Any) -> int:
     """Length of a text, or of the turns of a conversation together."""
     return len(text) if isinstance(text, str) else sum(len(turn["content"]) for turn in text)

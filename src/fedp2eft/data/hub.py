@@ -288,8 +288,9 @@ def _notes(
     """What `fedp2eft data describe` says of a split that was read."""
     notes = [rows.form] if rows.form else []
     if part == "train" and split != source.train_split:
-        missing = set(source.train_split.split("+")) - set(split.split("+"))
-        notes.append(f"no split {', '.join(sorted(missing))}, train rows are {split}")
+        has = split.split("+")
+        missing = [each for each in source.train_split.split("+") if each not in has]
+        notes.append(f"train rows from {split} alone, there is no split {'+'.join(missing)}")
     return notes
 
 

@@ -6,7 +6,9 @@ import sys
 
 from rich.console import Console
 from rich.table import Table as Grid
+from rich.text import Text
 
+from fedp2eft.errors import visible
 from fedp2eft.report.facts import costs, facts, fault_counts
 from fedp2eft.report.source import read_report
 from fedp2eft.results.layout import Table, compact_table, language_table
@@ -20,13 +22,13 @@ def show_report(folder: str) -> None:
     """
     report = read_report(folder, ask=False)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(f"{'Run' if report.single else 'Comparison'} {report.folder}", markup=False)
+    console.print(_plain(f"{'Run' if report.single else 'Comparison'} {report.folder}"))
     about = Grid.grid(padding=(0, 2))
     for row in facts(report):
         about.add_row(*map(_plain, row))
     console.print(about)
     for line in report.notes:
-        console.print(f"! {line}", markup=False)
+        console.print(_plain(f"! {line}"))
     c = report.comparison
     for base in c.bases:
         pools = [p for p in c.pools if any((x.base, x.pool) == (base, p) for x in c.lines)]
@@ -39,7 +41,7 @@ def show_report(folder: str) -> None:
         console.print(_grid(Table("Cost of training", head, rows)))
     if counts := fault_counts(report):
         said = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        console.print(f"Faults: {said}; see faults.jsonl.", markup=False)
+        console.print(_plain(f"Faults: {said}; see faults.jsonl."))
 
 
 def _grid(table: Table) -> Grid:
@@ -54,6 +56,6 @@ def _grid(table: Table) -> Grid:
 LEFT = ("method", "training", "phase")
 
 
-def _plain(text: str) -> str:
-    """Text that may hold brackets, kept from rich's markup."""
-    return text.replace("[", r"\[")
+def _plain(text: str) -> Text:
+    """Text as it is, whatever rich would read into it."""
+    return Text(visible(text), overflow="fold")

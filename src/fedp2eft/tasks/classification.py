@@ -44,15 +44,19 @@ class Classification:
         texts: Sequence[Sequence[Any]],
         answers: Sequence[int] | NDArray[np.int64],
     ) -> Encoded:
-        """Tokenise rows of one text, or of two as a pair.
+        """Tokenise rows of one text, of two as a pair, or of more as one text.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
-            texts: One list per text column, all of the same length.
+            texts: One list per text column, all of the same length. Models know pairs and no more
+                than that: three or more are joined with a blank line between them, as `CausalLM`
+                joins them.
             answers: Class ids.
         """
         if not len(answers):
             return Encoded.from_rows([], [])
+        if len(texts) > 2:
+            texts = [["\n\n".join(parts) for parts in zip(*texts, strict=True)]]
         wanted = tokenizer(
             *[list(column) for column in texts],
             truncation=True,
