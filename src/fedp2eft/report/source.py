@@ -7,11 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedp2eft.errors import UserError
-from fedp2eft.experiment import origin
-from fedp2eft.experiment.lambdas import Lambdas, ask_again, read_lambdas
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.methods import METHODS
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
@@ -19,6 +17,9 @@ from fedp2eft.results.cells import Facts, is_client, read_cells, traffic
 from fedp2eft.results.summary import Comparison, summarize
 from fedp2eft.settings.experiment import CompareSettings, Settings
 from fedp2eft.settings.reading import settings_of_folder
+
+if TYPE_CHECKING:
+    from fedp2eft.experiment.lambdas import Lambdas
 
 _log = logging.getLogger(__name__)
 PLANNED = {
@@ -127,7 +128,7 @@ def _cells_of_run(folder: Path, settings: Settings, notes: list[str]) -> Iterato
             )
             continue
         groups[method, int(rank), pool].append(cell)
-    about = read_json(folder / origin.FILE)
+    about = read_json(folder / "machine.json")
     about = about if isinstance(about, dict) else {}
     for (method, budget, pool), clients in groups.items():
         shared = METHODS[method].shared if method in METHODS else None
@@ -181,13 +182,16 @@ def _training(run: Path, name: str, notes: list[str], ask: bool) -> Training:
             at = (line.get("phase"), line["round"])
             rounds[str(line.get("phase"))].append(line | {"seconds": seconds.get(at)})
     where = f"runs/{name}" if name else "The run"
+    lambdas = None
     try:
-        lambdas = ask_again(run) if ask else read_lambdas(run)
+        if (run / "psg").is_dir() or (run / "lambda.safetensors").is_file():
+            from fedp2eft.experiment.lambdas import ask_again, read_lambdas  # loads all of PEFT
+
+            lambdas = ask_again(run) if ask else read_lambdas(run)
     except Exception as error:  # data, hub or model may be out of reach now: the rest is shown
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         _log.debug("λ of %s", run, exc_info=True)
         notes.append(f"{where}: its PSG could not be asked for λ again ({reason}).")
-        lambdas = None
     return Training(name, dict(rounds), _structure(run / "structure.json"), lambdas)
 
 

@@ -6,13 +6,16 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.experiment.lambdas import Lambdas
+
+if TYPE_CHECKING:
+    from fedp2eft.experiment.lambdas import Lambdas
 
 Matrix = NDArray[np.float64]
 

@@ -9,6 +9,8 @@ from itertools import count
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from fedp2eft.results.figures import laid_out
+
 _drawn = count()
 _HEAD = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", re.DOTALL)
 
@@ -23,7 +25,9 @@ def inline(figure: Figure, label: str) -> Markup:
         label: What it shows, for those who cannot see it.
     """
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    laid_out(figure).savefig(
+        file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+    )
     text = file.getvalue()
     text = _HEAD.sub("", text[text.index("<svg") :])
     head, body = text.split(">", 1)

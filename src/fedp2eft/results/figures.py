@@ -27,6 +27,7 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.color": "#dddddd",
     "axes.axisbelow": True,
+    "axes.titley": 1.0,  # else every drawing looks anew where a title has room
     "svg.hashsalt": "fedp2eft",  # else the names inside the file are drawn anew each time
     "svg.fonttype": "none",  # text stays text: small, and any script that the reader has a font for
     "text.parse_math": False,  # a name may hold $
@@ -262,10 +263,19 @@ def _scale(comparison: Comparison) -> float:
     return 100.0 if comparison.metric.higher else 1.0
 
 
+def laid_out(figure: Figure) -> Figure:
+    """Return a figure whose parts have their places: laid out once, not twice for every file."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    return figure
+
+
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Write figures as .png and .svg into a folder; returns the files."""
     written = []
     for name, figure in figures.items():
+        laid_out(figure)
         for kind, meta in _META.items():
             path = folder / f"{name}.{kind}"
             write_whole(path, partial(figure.savefig, format=kind, dpi=150, metadata=meta))
