@@ -23,7 +23,7 @@ PLACE = re.compile(r"<!-- generated: (\w+) -->")
 
 def commands() -> list[str]:
     """Every command of `fedp2eft`, `data …` with its second word."""
-    from fedp2eft.cli import EXPERIMENTS, FUNCTIONS
+    from fedp2eft.commands.catalogue import EXPERIMENTS, FUNCTIONS
 
     return [*EXPERIMENTS, *FUNCTIONS]
 

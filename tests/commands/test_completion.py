@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, main
+from fedp2eft.cli import main
+from fedp2eft.commands.catalogue import EXPERIMENTS, FUNCTIONS
 from fedp2eft.settings.experiment import Settings
 from test_help import options_of
 

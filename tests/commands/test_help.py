@@ -11,8 +11,9 @@ from typing import get_type_hints
 
 import pytest
 
-from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, main
+from fedp2eft.cli import main
 from fedp2eft.commands import adapters, datasets
+from fedp2eft.commands.catalogue import EXPERIMENTS, FUNCTIONS
 from fedp2eft.settings.data import DataSettings
 from fedp2eft.settings.experiment import Settings
 
@@ -82,7 +83,7 @@ def test_data_alone(capsys):
 
 def test_the_first_page_loads_no_torch():
     code = (
-        "import sys; from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, main; main([]); "
+        "import sys; from fedp2eft.cli import main; main([]); "
         "sys.exit(bool({'torch', 'transformers', 'flwr', 'datasets'} & set(sys.modules)))"
     )
     assert (

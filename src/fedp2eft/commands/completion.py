@@ -8,6 +8,14 @@ from typing import Any, Literal, get_args, get_origin
 
 from shtab import DIRECTORY, FILE, complete, glob
 
+from fedp2eft.commands.catalogue import (
+    EXPERIMENTS,
+    FUNCTIONS,
+    HELP,
+    POSITIONAL,
+    WATCH_HELP,
+    function_of,
+)
 from fedp2eft.settings.options import Parser, settings_parser
 
 
@@ -26,8 +34,6 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
 
 def tree() -> ArgumentParser:
     """All commands with all their options, as plain argparse has them."""
-    from fedp2eft.cli import EXPERIMENTS, FUNCTIONS, HELP, POSITIONAL, WATCH_HELP, function_of
-
     root = ArgumentParser(prog="fedp2eft", description=HELP.split("\n\n")[1])
     root.add_argument("--version", action="store_true", help="print the version")
     commands = root.add_subparsers()

@@ -26,7 +26,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedp2eft.adapters.export import PEFT_TASKS, save_adapter
-from fedp2eft.bases import LocalWork, copy_numbers, rate
+from fedp2eft.bases import copy_numbers, rate
 from fedp2eft.bases.parts import own_rows
 from fedp2eft.client.side import ClientSide
 from fedp2eft.client.training import OnStep, train_round
@@ -54,7 +54,6 @@ from fedp2eft.federation.wire.messages import (
 from fedp2eft.methods import METHODS, method_named
 from fedp2eft.methods.fedl2p.method import train_round as train_meta_net
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
-from fedp2eft.models.precision import resolve_precision
 from fedp2eft.progress import current
 from fedp2eft.results.cards import adapter_card, origin_of
 from fedp2eft.runtime.workspace import Workspace
@@ -133,11 +132,7 @@ def train_base(message: Message, context: Context) -> Message:
     round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
     mine, staying = base.travelling(model, s.base), base.staying(model)
     copy_numbers(mine, from_arrays(the_arrays(message), mine, "The base from the server"))
-    work = LocalWork(
-        name, workspace.task, workspace.encoded(name, "train"), s,
-        resolve_precision(s.model.precision, workspace.device),
-        derive_seed(s.seed, "base", round_, name),
-    )  # fmt: skip
+    work = workspace.local_work(name, derive_seed(s.seed, "base", round_, name))
     total = -(-len(work.order()) // s.local.accumulate)
     work = replace(work, on_step=steps("base", total, name))
     files = workspace.private.files
@@ -254,7 +249,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     keep = s.evaluation
     if outcome.weights and method == "fedp2eft" and keep.save_adapters and workspace.run:
         save_adapter(
-            workspace.private.carried(workspace, name, outcome.weights),
+            workspace.private.carried(name, outcome.weights),
             workspace.run / "adapters" / name / f"{method}-r{rank}",
             base=str(Path(workspace.base_source.path).resolve()),
             revision=workspace.psg_config.base_revision,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.bases import BASES, Base, copy_numbers
+from fedp2eft.bases import BASES, Base, LocalWork, copy_numbers
 from fedp2eft.client.training import features
 from fedp2eft.data.federation import Client, Federation
 from fedp2eft.data.nodes import Value as NodeValue
@@ -41,6 +41,7 @@ from fedp2eft.models.precision import choose_device, resolve_precision
 from fedp2eft.models.sources import HASHED, hash_weights
 from fedp2eft.progress import current
 from fedp2eft.runtime.own_base import PrivateParts
+from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.profiles import PROFILES, Profile
 from fedp2eft.tasks import Task, make_task
@@ -76,7 +77,13 @@ class Workspace:
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._features: dict[str, Tensor] = {}
         self._trainable: nn.Module | None = None
-        self.private = PrivateParts(self.client_folder, settings.federation.keep_checkpoints)
+        self.private = PrivateParts(
+            self.client_folder,
+            settings.federation.keep_checkpoints,
+            self.base,
+            lambda: self.finished_base,
+            lambda name: self.local_work(name, self.seed_of("local base", name)),
+        )
         self._frozen: dict[str, nn.Parameter] = {}
 
     @property
@@ -148,6 +155,16 @@ class Workspace:
                     f"whose prompt fills local.max_length, and {data.cut} responses cut there."
                 )
         return self._encoded[key]
+
+    def seed_of(self, purpose: str, name: str) -> int:
+        """A client's seed of one piece of work."""
+        return derive_seed(self.settings.seed, purpose, name)
+
+    def local_work(self, name: str, seed: int) -> LocalWork:
+        """Return a client's local run on the base."""
+        dtype = resolve_precision(self.settings.model.precision, self.device)
+        data = self.encoded(name, "train")
+        return LocalWork(name, self.task, data, self.settings, dtype, seed)
 
     # ── the base model ──────────────────────────────────────────────────────────────────────────
 
@@ -250,7 +267,7 @@ class Workspace:
         """
         if self.base.private:
             _ = self.bt
-            self.private.put(self, self._frozen, name)
+            self.private.put(self._frozen, name)
 
     # ── the PSG ─────────────────────────────────────────────────────────────────────────────────
 

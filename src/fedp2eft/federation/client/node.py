@@ -25,7 +25,13 @@ from fedp2eft.data.federation import check_client_name
 from fedp2eft.data.nodes import Value
 from fedp2eft.errors import TellableError
 from fedp2eft.federation.server.run_folder import FREE
-from fedp2eft.federation.wire.messages import array_digest, from_arrays, the_arrays, the_config
+from fedp2eft.federation.wire.messages import (
+    array_digest,
+    base_id,
+    from_arrays,
+    the_arrays,
+    the_config,
+)
 from fedp2eft.files import read_json, sweep, write_text
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.settings.experiment import Settings
@@ -66,16 +72,6 @@ def own_folder(node: Mapping[str, Value], settings: Settings, run: str) -> Path:
         text = f"# run: {json.dumps(run)}\n{settings_text(settings)}"
         write_text(folder / SETTINGS_FILE, text)
     return folder
-
-
-def base_id(numbers: str, model: str) -> str:
-    """Tells a finished base from any other: digests of what was trained, and of what it started as.
-
-    Args:
-        numbers: `array_digest` of what travelled.
-        model: `hash_weights` of the untrained model.
-    """
-    return f"{numbers} on {model}"
 
 
 def kept_base(workspace: Workspace) -> str:

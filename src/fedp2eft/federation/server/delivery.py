@@ -13,7 +13,6 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedp2eft.errors import UserError, shortened
-from fedp2eft.federation.client.node import base_id
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.checkpoints import load_checkpoint
 from fedp2eft.federation.server.exchange import Member, exchange
@@ -24,6 +23,7 @@ from fedp2eft.federation.wire.messages import (
     CONFIG,
     TAKE_BASE,
     array_digest,
+    base_id,
     to_arrays,
 )
 from fedp2eft.models.sources import hash_weights

@@ -31,7 +31,7 @@ class Member:
     pool: str
     examples: int
     base: str = ""
-    """Which finished base it keeps in a folder of its own: `delivery.base_id`."""
+    """Which finished base it keeps in a folder of its own: `messages.base_id`."""
 
 
 def exchange(

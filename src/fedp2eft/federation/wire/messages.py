@@ -219,6 +219,16 @@ def nbytes(record: ArrayRecord) -> int:
     return sum(len(array.data) for array in record.values())
 
 
+def base_id(numbers: str, model: str) -> str:
+    """Tells a finished base from any other: digests of what was trained, and of what it started as.
+
+    Args:
+        numbers: `array_digest` of what travelled.
+        model: `hash_weights` of the untrained model.
+    """
+    return f"{numbers} on {model}"
+
+
 def array_digest(record: ArrayRecord) -> str:
     """16 hex digits that tell these arrays from any others."""
     digest = sha256()
