@@ -57,7 +57,7 @@ def test_every_number_of_the_reference(folder, attention: str) -> None:
                     golden = t.get(f"{key}.lora_after_stage1.{name}.{weight}.weight")
                     if golden is not None:
                         close("weights", value.detach(), golden, f"{key} {name} {weight}")
-            psg_loss = stage2(psg, xi, bt.lam.detach().clone(), case.generator_settings())
+            psg_loss = stage2(psg, xi, bt.lam.detach().clone(), case.generator_settings()).item()
             close("loss", torch.tensor(psg_loss), t[f"{key}.mean_psg_loss"], key)
             after = psg.numbers()
             for name, value in case.starting(f"{key}.psg_after_stage2.").items():

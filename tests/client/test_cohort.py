@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from transformers import LlamaForSequenceClassification
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.adapters.stacked import CohortLora, NotPerRowError
+from fedp2eft.adapters.stacked import NotPerRowError, StackedLora, clip_each
 from fedp2eft.client.cohort import (
     CohortClient,
-    clip_each,
+    StackedPSG,
     cohort_stage1,
-    cohort_stage2,
     train_cohort,
     why_alone,
 )
@@ -104,19 +103,23 @@ def alone(
 
 def together(
     bt: BTLora, task, clients: Sequence[CohortClient], local: LocalSettings, profile: Profile
-) -> tuple[list[Round | UserError], list[Weights]]:
-    """The same in one batch."""
-    kept: list[CohortLora] = []
+) -> tuple[list[Round | UserError], list[Weights | None]]:
+    """The same in one batch, with the weights of those that take the last step."""
+    kept: list[StackedLora] = []
 
-    def keep(*args: object, **kwargs: object) -> CohortLora:
-        kept.append(CohortLora(*args, **kwargs))
+    def keep(*args: object, **kwargs: object) -> StackedLora:
+        kept.append(StackedLora(*args, **kwargs))
         return kept[0]
 
-    with patch("fedp2eft.client.cohort.CohortLora", keep):
+    with patch("fedp2eft.client.cohort.StackedLora", keep):
         psg = tiny_psg(bt, GENERATOR)
         found = train_cohort(bt, task, clients, psg, local, GENERATOR, profile)
     places = sorted(range(len(clients)), key=lambda c: -len(clients[c].order))
-    return found, [kept[0].of_client(places.index(c)) for c in range(len(clients))]
+    steps = [-(-len(client.order) // local.accumulate) for client in clients]
+    return found, [
+        kept[0].of_client(places.index(c)) if steps[c] == max(steps) else None
+        for c in range(len(clients))
+    ]
 
 
 def check_same(
@@ -133,7 +136,8 @@ def check_same(
     def note(kind: str, difference: Tensor) -> None:
         worst[kind] = max(worst[kind], float(difference.abs().max()))
 
-    for (want, (A, B, lam)), got, (A2, B2, lam2) in zip(one, many, weights, strict=True):
+    assert any(weights)
+    for (want, (A, B, lam)), got, last in zip(one, many, weights, strict=True):
         assert isinstance(got, Round)
         assert got.examples == want.examples
         assert len(got.stage1_losses) == len(want.stage1_losses)
@@ -142,14 +146,15 @@ def check_same(
             note("loss", (a - b) / b.abs())
         mine, theirs = (torch.tensor(astuple(done.stage1_terms)) for done in (got, want))
         note("loss", (mine - theirs) / theirs.abs().clamp(min=1e-3))
-        last = want.stage1_losses[-1] if want.stage1_losses else 0.0
-        assert float(theirs.sum()) == pytest.approx(last, rel=1e-5)
+        loss = want.stage1_losses[-1] if want.stage1_losses else 0.0
+        assert float(theirs.sum()) == pytest.approx(loss, rel=1e-5)
         assert got.lam.shape == want.lam.shape
         note("lambda", got.lam - want.lam)
-        note("lambda", lam2 - lam)
-        for kind, mine, theirs in (("A", A2, A), ("B", B2, B)):
-            for x, y in zip(mine, theirs, strict=True):
-                note(kind, x - y)
+        if last:
+            note("lambda", last[2].detach() - lam)
+            for kind, mine, theirs in (("A", last[0], A), ("B", last[1], B)):
+                for x, y in zip(mine, theirs, strict=True):
+                    note(kind, (x - y).detach())
         assert list(got.phi) == list(want.phi)
         for name, value in want.phi.items():
             note("phi", got.phi[name] - value)
@@ -250,17 +255,21 @@ def test_the_golden_numbers_in_one_batch(folder) -> None:
         psg.set_numbers(phi)
         found = train_cohort(bt, task, clients, psg, local, case.generator_settings(), REFERENCE)
         ranked = sorted(case.clients, key=lambda k: -len(clients[k].order))
-        lora = CohortLora(
+        lora = StackedLora(
             bt, torch.stack([psg(xi[k]).detach() for k in ranked]), clamp_forward=False
         )
-        cohort_stage1(lora, bt, task, [clients[k] for k in ranked], local, REFERENCE)
+        ended = cohort_stage1(lora, bt, task, [clients[k] for k in ranked], local, REFERENCE)
+        most = len(clients[ranked[0]].order)
         for k, key in zip(case.clients, keys, strict=True):
             done = found[k]
             assert isinstance(done, Round)
             golden = torch.tensor(facts["stage1_losses"][key])
             close("loss", torch.tensor(done.stage1_losses) / golden, torch.ones(()), 1e-4)
-            A, B, lam = lora.of_client(ranked.index(k))
+            A, B, _ = lora.of_client(ranked.index(k))
+            lam = ended[ranked.index(k)].lam
             close("lambda", lam, t[f"{key}.lambda_after_stage1"], 1e-5)
+            if len(clients[k].order) < most:
+                continue  # its A and B are no longer what they were at its own last step
             for name, *both in zip(facts["lora_module_names"], A, B, strict=True):
                 for which, value in zip(("lora_A", "lora_B"), both, strict=True):
                     want = t.get(f"{key}.lora_after_stage1.{name}.{which}.weight")
@@ -285,8 +294,8 @@ def test_the_golden_numbers_in_one_batch(folder) -> None:
     assert set(worst) == {"loss", "lambda", "weights"}
     # An entry of B that comes back to 0 but for its last bits takes its next step, of 1e-4, to the
     # side that rounding puts it on: the gradient of |B| jumps there.
-    assert entries > 10_000
-    assert apart <= entries / 10_000
+    assert entries
+    assert apart <= max(1, entries / 10_000)
     print("largest deviations:", {kind: f"{value:.1e}" for kind, value in worst.items()})
     print(f"{apart} of {entries} entries of A and B are apart")
 
@@ -299,8 +308,9 @@ def test_a_base_in_bf16_multiplies_in_bf16_and_trains_in_fp32() -> None:
         alone(bt, TASK, clients, LOCAL, PAPER),
         together(bt, TASK, clients, LOCAL, PAPER),
     )
-    for (want, _), got, (A, B, lam) in zip(one, many, weights, strict=True):
+    for (want, _), got in zip(one, many, strict=True):
         assert got.stage1_losses == pytest.approx(want.stage1_losses, rel=1e-2)
+    for A, B, lam in filter(None, weights):
         assert {value.dtype for value in chain(A, B, [lam])} == {torch.float32}
 
 
@@ -338,11 +348,11 @@ def test_a_loss_that_is_not_finite_is_the_error_of_its_own_client() -> None:
 
 def test_a_layer_that_sees_no_rows_is_refused() -> None:
     bt, _ = adapter("bert")
-    lora = CohortLora(bt, torch.full((2, len(bt.names), 3), 0.5))
+    lora = StackedLora(bt, torch.full((2, len(bt.names), 3), 0.5))
     inputs = TASK.batch(tiny_rows([3] * 5), range(5))
     inputs.pop("labels")
     with lora.active():
-        lora.load(lora.leaves(2), 2, 3)  # six rows are promised
+        lora.load(2, 3)  # six rows are promised
         with pytest.raises(NotPerRowError, match=r"query"):
             bt.model(**inputs)
 
@@ -394,7 +404,10 @@ def test_the_clip_is_each_clients_own() -> None:
         for holder, gradient in zip(holders, want[c], strict=True):
             holder.grad = gradient
         nn.utils.clip_grad_norm_(holders, 1.0)
-    clip_each(gradients, 1.0)
+    stacked = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for holder, gradient in zip(stacked, gradients, strict=True):
+        holder.grad = gradient
+    clip_each([*stacked, nn.Parameter(torch.zeros(3, 1))], 1.0)
     for c in range(3):
         for got, gradient in zip(gradients, want[c], strict=True):
             assert torch.allclose(got[c], gradient, rtol=1e-6, atol=0)
@@ -405,14 +418,15 @@ def test_stage2_starts_every_client_from_the_servers_phi() -> None:
     psg = tiny_psg(bt, GENERATOR)
     xi = torch.randn(2, psg.config.n_features)
     target = torch.rand(2, len(bt.names), 3)
-    got, phis = cohort_stage2(psg, xi, target, GENERATOR)
+    several = StackedPSG(psg, 2, xi.device)
+    got, phis = stage2(several, xi, target, GENERATOR).tolist(), several.numbers()
     for c in range(2):
         one = tiny_psg(bt, GENERATOR)
-        assert got[c] == pytest.approx(stage2(one, xi[c], target[c], GENERATOR), rel=1e-5)
+        assert got[c] == pytest.approx(stage2(one, xi[c], target[c], GENERATOR).item(), rel=1e-5)
         for name, value in one.numbers().items():
             assert torch.allclose(phis[c][name], value, atol=1e-5, rtol=0)
     assert not torch.allclose(phis[0]["last_layer.bias"], phis[1]["last_layer.bias"], atol=1e-3)
-    losses, phis = cohort_stage2(psg, xi, target, replace(GENERATOR, steps=0))
-    assert losses == [0.0, 0.0]
-    for phi in phis:
+    several = StackedPSG(psg, 2, xi.device)
+    assert stage2(several, xi, target, replace(GENERATOR, steps=0)).tolist() == [0.0, 0.0]
+    for phi in several.numbers():
         assert all(torch.equal(phi[name], value) for name, value in psg.numbers().items())

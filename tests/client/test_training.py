@@ -298,7 +298,7 @@ def test_stage2_equals_adam_written_out() -> None:
         loss = (clamped - target).abs().sum()
         losses.append(loss.item())
         optimizer.step(list(torch.autograd.grad(loss, list(p.values()))))
-    assert stage2(psg, xi, target, settings) == pytest.approx(np.mean(losses), rel=1e-9)
+    assert stage2(psg, xi, target, settings).item() == pytest.approx(np.mean(losses), rel=1e-9)
     for name, value in psg.named_parameters():
         assert (value - p[name]).abs().max() < 1e-6, name
     assert losses[-1] < losses[0]
@@ -340,7 +340,7 @@ def test_a_round_is_prediction_then_stage1_then_stage2(layerwise) -> None:
     losses = stage1(bt, TASK, DATA, order, STEADY, PAPER)
     lam = bt.lam.detach().clone()
     other = tiny_psg(bt, generator)
-    psg_loss = stage2(other, xi, lam, generator)
+    psg_loss = stage2(other, xi, lam, generator).item()
 
     disturb(bt)  # what an earlier client left behind does not matter
     got = train_round(bt, TASK, DATA, xi, psg, order, STEADY, generator, PAPER)

@@ -20,7 +20,6 @@ from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.federation import client_app
 from fedp2eft.federation.client import lookahead as cohort
-from fedp2eft.federation.client.lookahead import AUTO_ON_GPU, cohort_size
 from fedp2eft.federation.local import Cohort, LocalGrid
 from fedp2eft.progress import LogReporter
 from fedp2eft.settings.experiment import FederationSettings
@@ -187,9 +186,8 @@ def test_the_grid_shows_its_app_the_messages_that_wait() -> None:
 
 
 def test_the_size_of_a_cohort() -> None:
-    assert cohort_size("auto", torch.device("cpu")) == 1
-    assert cohort_size("auto", torch.device("cuda")) == AUTO_ON_GPU == 16
-    assert cohort_size(5, torch.device("cpu")) == 5
+    assert FederationSettings(cohort="auto").cohort_size == 1
+    assert FederationSettings(cohort=5).cohort_size == 5
     with pytest.raises(UserError, match=r"federation\.cohort is 0"):
         FederationSettings(cohort=0)
 

@@ -128,6 +128,11 @@ class BTLora:
         """B of every layer, d_out × r_max each."""
         return [layer.B for layer in self.layers]
 
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Every A, then every B."""
+        return self.A + self.B
+
     def set_common_A(self, weights: dict[str, Tensor]) -> None:
         """Use the given A (module name → r_max × d_in) in place of the seeded one, and reset."""
         missing = [name for name in self.names if name not in weights]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,8 @@ class _Shape:
     index: Tensor
 
 
-class CohortLora:
+class StackedLora:
     """Stacked A, B and λ of C clients on the base of a `BTLora`.
-
-    Tensors are views of fixed storage whose first dimension is the client, so the clients 0..n-1
-    are a prefix of each: clients that finish early cost nothing when they stand at the end.
 
     Args:
         bt: The shared adapter; it is switched off while this one is `active`. Every adapted layer
@@ -60,7 +57,7 @@ class CohortLora:
         self._bt = bt
         self._clamp = clamp_forward
         bt.reset()  # the common A, B = 0
-        self.lam = lam.detach().to(bt.lam.device, bt.lam.dtype).clone()
+        self.lam = nn.Parameter(lam.detach().to(bt.lam.device, bt.lam.dtype).clone())
         self._in, self.A = _stacked(bt.A, len(lam))
         self._out, self.B = _stacked(bt.B, len(lam))
         self._order = torch.cat([shape.index for shape in self._out]).argsort()
@@ -68,15 +65,12 @@ class CohortLora:
         half = weight.dtype in (torch.bfloat16, torch.float16)
         self._dtype = weight.dtype if half else bt.A[0].dtype
         self._products: list[tuple[Tensor, Tensor]] = []
-        self._rows = 0
+        self._clients = self._rows = 0
 
-    def tensors(self) -> list[Tensor]:
-        """Every A, every B, then λ."""
-        return [*self.A, *self.B, self.lam]
-
-    def leaves(self, clients: int) -> list[Tensor]:
-        """`tensors()` of the first `clients` clients, to differentiate by; they share storage."""
-        return [value[:clients].detach().requires_grad_() for value in self.tensors()]
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Every A, then every B."""
+        return [*self.A, *self.B]
 
     def of_client(self, client: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """(A, B, `lam`) of one client: L of r_max × d_in, L of d_out × r_max, L × r_max."""
@@ -101,23 +95,18 @@ class CohortLora:
             for handle in handles:
                 handle.remove()
 
-    def load(self, leaves: Sequence[Tensor], clients: int, rows: int) -> None:
-        """Make the next forward pass read `leaves`: `clients` blocks of `rows` rows each."""
-        lam = leaves[-1][:clients]
-        if self._clamp:
-            lam = self._bt.clamped(lam)
-        lam = lam * self._bt.settings.scaling
+    def load(self, clients: int, rows: int) -> None:
+        """Make the next forward pass one of the first `clients` clients, `rows` rows each."""
+        lam = self.lam[:clients]
+        lam = (self._bt.clamped(lam) if self._clamp else lam) * self._bt.settings.scaling
         A = [
             (value[:clients] * lam.index_select(1, shape.index).unsqueeze(-1)).to(self._dtype)
-            for value, shape in zip(leaves, self._in, strict=False)
+            for value, shape in zip(self.A, self._in, strict=True)
         ]
-        B = [
-            value[:clients].to(self._dtype)
-            for value, _ in zip(leaves[len(self.A) :], self._out, strict=False)
-        ]
+        B = [value[:clients].to(self._dtype) for value in self.B]
         A, B = _by_layer(self._in, A), _by_layer(self._out, B)
         self._products = list(zip(A, B, strict=True))
-        self._rows = rows
+        self._clients, self._rows = clients, rows
 
     def _hook(self, row: int) -> Hook:
         def add_low_rank(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -131,29 +120,28 @@ class CohortLora:
 
         return add_low_rank
 
-    def penalty(
-        self,
-        leaves: Sequence[Tensor],
-        examples: Tensor,
-        alpha_s: float,
-        alpha_p: float,
-    ) -> PriorLoss:
-        """The prior's part of L of the first `len(examples)` clients, one value each.
+    def prior_loss(self, examples: Tensor, alpha_s: float, alpha_p: float) -> PriorLoss:
+        """The penalties of clients of N = `examples` training rows each.
 
-        Args:
-            leaves: From `leaves()`.
-            examples: N of each client.
-            alpha_s: Weight of the significance penalty.
-            alpha_p: Weight of the sparsity penalty.
+        Those that had no rows in the last forward pass have a total of 0.
         """
-        clients = len(examples)
-        sums = [value[:clients].abs().sum(dim=-2) for value in leaves[len(self.A) : -1]]
-        columns = torch.cat(sums, dim=1).index_select(1, self._order)
-        lam = self._bt.clamped(leaves[-1][:clients])
-        return penalties(columns, lam, examples, alpha_s, alpha_p)
+        sums = torch.cat([value.abs().sum(dim=-2) for value in self.B], dim=1)
+        columns = sums.index_select(1, self._order)
+        made = penalties(columns, self._bt.clamped(self.lam), examples, alpha_s, alpha_p)
+        there = torch.arange(len(made.total), device=made.total.device) < self._clients
+        return replace(made, total=made.total * there)
 
 
-def _stacked(weights: Sequence[Tensor], clients: int) -> tuple[list[_Shape], list[Tensor]]:
+def clip_each(weights: Sequence[nn.Parameter], bound: float) -> None:
+    """`clip_grad_norm_` per client, which is the first dimension of each weight."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+    scale = (bound / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+def _stacked(weights: Sequence[Tensor], clients: int) -> tuple[list[_Shape], list[nn.Parameter]]:
     """Weights of layers as one tensor per shape: clients × layers × the shape."""
     groups: dict[torch.Size, list[int]] = {}
     for row, weight in enumerate(weights):
@@ -164,7 +152,7 @@ def _stacked(weights: Sequence[Tensor], clients: int) -> tuple[list[_Shape], lis
     values = []
     for layers in groups.values():
         one = torch.stack([weights[row].detach() for row in layers])
-        values.append(one.expand(clients, *one.shape).clone())
+        values.append(nn.Parameter(one.expand(clients, *one.shape).clone()))
     return shapes, values
 
 

@@ -8,8 +8,8 @@ at a time up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -17,15 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.optim.adamw import adamw
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.adapters.stacked import CohortLora
-from fedp2eft.client.training import LossTerms, OnStep, Round, not_finite
+from fedp2eft.adapters.stacked import StackedLora, clip_each
+from fedp2eft.client.training import LossTerms, Round, minimise, not_finite, stage2, steps_of
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
 from fedp2eft.models.loading import has_dropout
-from fedp2eft.modes import in_mode
 from fedp2eft.settings.experiment import GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import Profile
 from fedp2eft.tasks.encoded import Encoded
@@ -73,7 +71,7 @@ def train_cohort(
     generator: GeneratorSettings,
     profile: Profile,
     *,
-    on_step: OnStep | None = None,
+    on_step: Callable[[list[float]], None] | None = None,
 ) -> list[Round | UserError]:
     """`train_round` of every client, in one batch.
 
@@ -85,7 +83,7 @@ def train_cohort(
         settings: Stage 1.
         generator: Stage 2.
         profile: `paper` or `reference`.
-        on_step: Called after every step with the mean of L over the clients that took it.
+        on_step: Called after every step with L of every client.
 
     Returns:
         In the order of `clients`, what `train_round` gives; or the error that it would raise.
@@ -98,111 +96,98 @@ def train_cohort(
     chosen = [clients[c] for c in ranked]
     with torch.no_grad():
         lam = torch.stack([psg(client.xi) for client in chosen])
-    lora = CohortLora(bt, lam, clamp_forward=profile.clamp_forward)
-    losses = cohort_stage1(lora, bt, task, chosen, settings, profile, on_step=on_step)
-    target = bt.clamped(lora.lam) if profile.clamp_target else lora.lam
-    xi = torch.stack([client.xi for client in chosen])
-    psg_losses, phis = cohort_stage2(psg, xi.to(target.device), target, generator)
-    found: list[Round | UserError] = [UserError()] * len(clients)
-    for place, c in enumerate(ranked):
-        mine = losses[place]
-        if isinstance(mine, UserError):
-            found[c] = mine
-            continue
-        lam = bt.rank_lambda(lora.lam[place]).cpu()
-        found[c] = Round(
-            phis[place], len(clients[c].data), psg_losses[place], mine[0], lam, mine[1]
-        )
-    return found
+    lora = StackedLora(bt, lam, clamp_forward=profile.clamp_forward)
+    ended = cohort_stage1(lora, bt, task, chosen, settings, profile, on_step=on_step)
+    lam = torch.stack([end.lam for end in ended])
+    several = StackedPSG(psg, len(chosen), lam.device)
+    xi = torch.stack([client.xi for client in chosen]).to(lam.device)
+    target = bt.clamped(lam) if profile.clamp_target else lam
+    psg_losses = stage2(several, xi, target, generator).tolist()
+    found: dict[int, Round | UserError] = {}
+    for c, end, psg_loss, phi in zip(ranked, ended, psg_losses, several.numbers(), strict=True):
+        lam, size = bt.rank_lambda(end.lam).cpu(), len(clients[c].data)
+        found[c] = end.error or Round(phi, size, psg_loss, end.losses, lam, end.terms)
+    return [found[c] for c in range(len(clients))]
+
+
+@dataclass
+class Ended:
+    """One client after stage 1.
+
+    Args:
+        lam: λ^s, L × r_max (or L × 1).
+        losses: L at every step.
+        terms: What the last of them is the sum of; zeros without a step.
+        error: The first loss that was not finite.
+    """
+
+    lam: Tensor
+    losses: list[float] = field(default_factory=list)
+    terms: LossTerms = field(default_factory=LossTerms)
+    error: UserError | None = None
 
 
 def cohort_stage1(
-    lora: CohortLora,
+    lora: StackedLora,
     bt: BTLora,
     task: Task,
     clients: Sequence[CohortClient],
     settings: LocalSettings,
     profile: Profile,
     *,
-    on_step: OnStep | None = None,
-) -> list[tuple[list[float], LossTerms] | UserError]:
-    """Minimise every client's own L over its (A, B, λ); λ^s is in `lora.lam` afterwards.
+    on_step: Callable[[list[float]], None] | None = None,
+) -> list[Ended]:
+    """`minimise` for several clients.
+
+    A client that has ended keeps its place: its gradients are 0 from then on, and nothing reads
+    what the optimizer still does to its numbers.
 
     Args:
         lora: The clients' adapters.
         bt: Whose base they sit on.
         task: Loss of a client's rows.
         clients: The longest `order` first.
-        settings: Learning rates, weights of the penalties, clip, accumulation.
+        settings: As for one client.
         profile: `paper` or `reference`.
-        on_step: Called with the mean of L over the clients that took the step.
-
-    Returns:
-        For each client, L at every step and the terms of the last (zeros without a step); or an
-        error where it was not finite.
+        on_step: Called with L of every client at a step.
     """
     assert all(len(a.order) >= len(b.order) for a, b in pairwise(clients))
-    size = settings.accumulate
-    groups = [
-        [client.order[at : at + size] for at in range(0, len(client.order), size)]
-        for client in clients
-    ]
-    examples = torch.tensor([float(len(client.data)) for client in clients], device=lora.lam.device)
-    optimizer = _AdamW(lora.tensors(), settings.lr, settings.lambda_lr)
-    lambda_gradient = torch.zeros_like(lora.lam)
-    losses: list[list[float]] = [[] for _ in clients]
-    terms = [LossTerms()] * len(clients)
-    errors: dict[int, UserError] = {}
-    with in_mode(bt.model, training=False), lora.active():
-        for step in range(max((len(group) for group in groups), default=0)):
-            now = [group[step] for group in groups if len(group) > step]
-            leaves = lora.leaves(len(now))
-            total, gradients = torch.zeros_like(lora.lam[: len(now), 0, 0]), None
-            fits, priors = torch.zeros_like(total), []
-            for at in range(max(map(len, now))):
-                rows = [group[at] for group in now if len(group) > at]
-                count = len(rows)
-                data = [client.data for client in clients[:count]]
-                fit = _losses(lora, leaves, bt, task, data, rows)
-                prior = lora.penalty(leaves, examples[:count], settings.alpha_s, settings.alpha_p)
-                priors.append(prior)
-                share = torch.tensor([len(group) for group in now[:count]]).to(total.device)
-                fit = settings.alpha_task * fit
-                loss = (fit + prior.total) / share
-                # A layer that the model does not use has no gradient, as it has none alone.
-                part = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
-                total[:count] += loss.detach()
-                fits[:count] += fit.detach() / share
-                gradients = (
-                    list(part)
-                    if gradients is None
-                    else [a.add_(b) for a, b in zip(gradients, part, strict=True)]
-                )
-            assert gradients is not None
-            if not profile.zero_lambda_grad:
-                lambda_gradient[: len(now)] += gradients[-1]
-                gradients[-1] = lambda_gradient[: len(now)]
-            clip_each(gradients[:-1], settings.max_grad_norm)
-            optimizer.step(gradients)
-            values = total.tolist()
-            for client, value in enumerate(values):
-                # A client whose numbers are lost computes on inside its own block, unheard.
-                if not math.isfinite(value) and client not in errors:
-                    errors[client] = not_finite(value, step + 1)
-                losses[client].append(value)
-            if ending := [c for c, group in enumerate(groups) if len(group) == step + 1]:
-                # all clients of the step are in its first mini-batch, and the prior is one for all
-                told = torch.stack([fits, *priors[0].terms()], dim=1).tolist()
-                for client in ending:
-                    terms[client] = LossTerms(*told[client])
-            if on_step:
-                on_step(sum(values) / len(values))
-    return [errors.get(c, (losses[c], terms[c])) for c in range(len(clients))]
+    ended = [Ended(lam) for lam in lora.lam.detach().clone()]
+    steps = [steps_of(client.order, settings) for client in clients]
+    longest = max((len(client.order) for client in clients), default=0)
+    order = [[c.order[at] for c in clients if len(c.order) > at] for at in range(longest)]
+    device = lora.lam.device
+    examples = torch.tensor([float(len(client.data)) for client in clients], device=device)
+
+    def loss_of(rows: Sequence[Rows]) -> Tensor:
+        losses = _losses(lora, bt, task, [client.data for client in clients[: len(rows)]], rows)
+        return nn.functional.pad(losses, (0, len(clients) - len(rows)))
+
+    def sizes(group: Sequence[Sequence[Rows]]) -> Tensor:
+        counts = [sum(len(rows) > c for rows in group) for c in range(len(clients))]
+        return torch.tensor(counts, device=device).clamp(min=1)
+
+    def check(values: list[float], step: int) -> None:
+        # A client whose numbers are lost computes on inside its own block.
+        for end, value, last in zip(ended, values, steps, strict=True):
+            if step <= last and not math.isfinite(value) and end.error is None:
+                end.error = not_finite(value, step)
+
+    with lora.active():
+        losses, remembered = minimise(
+            lora, bt.model, loss_of, order, examples, set(steps), settings, profile,
+            clip=clip_each, sizes=sizes, check=check, on_step=on_step,
+        )  # fmt: skip
+    for c, (end, last) in enumerate(zip(ended, steps, strict=True)):
+        end.losses = [values[c] for values in losses[:last]]
+        if last in remembered:
+            lam, *terms = remembered[last]
+            end.lam, end.terms = lam[c], LossTerms(*(term[c].item() for term in terms))
+    return ended
 
 
 def _losses(
-    lora: CohortLora,
-    leaves: Sequence[Tensor],
+    lora: StackedLora,
     bt: BTLora,
     task: Task,
     data: Sequence[Encoded],
@@ -222,7 +207,7 @@ def _losses(
         ).to(task.device)
         for key in parts[0]
     }
-    lora.load(leaves, len(parts), height)
+    lora.load(len(parts), height)
     inputs = {key: value for key, value in whole.items() if key != "labels"}
     logits = torch.split(bt.model(**inputs).logits.float(), height)
     blocks = {key: torch.split(value, height) for key, value in whole.items()}
@@ -265,77 +250,38 @@ class _Told(nn.Module):
         return SimpleNamespace(logits=self._logits)
 
 
-def clip_each(gradients: Sequence[Tensor], bound: float) -> None:
-    """`clip_grad_norm_` of every client by itself, in place; clients come first in each tensor."""
-    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
-    scale = (bound / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
-
-
-class _AdamW:
-    """`fedp2eft.client.training.adamw` for the clients that still train: a prefix of every tensor.
-
-    They have all taken the same number of steps, so one count serves them.
-    """
-
-    def __init__(self, values: list[Tensor], lr: float, lambda_lr: float) -> None:
-        self._values = values
-        self._rates = [lr] * (len(values) - 1) + [lambda_lr]
-        self._first = [torch.zeros_like(value) for value in values]
-        self._second = [torch.zeros_like(value) for value in values]
-        self._steps = [torch.zeros((), device=value.device) for value in values]
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        clients = len(gradients[0])
-        for rate in dict.fromkeys(self._rates):
-            these = [i for i, mine in enumerate(self._rates) if mine == rate]
-            adamw(
-                [self._values[i][:clients] for i in these],
-                [gradients[i] for i in these],
-                [self._first[i][:clients] for i in these],
-                [self._second[i][:clients] for i in these],
-                [],
-                [self._steps[i] for i in these],
-                fused=True,
-                amsgrad=False, beta1=0.9, beta2=0.999, lr=rate, weight_decay=0.0, eps=1e-8,
-                maximize=False,
-            )  # fmt: skip
-
-
-def cohort_stage2(
-    psg: PSG, xi: Tensor, target: Tensor, settings: GeneratorSettings
-) -> tuple[list[float], list[dict[str, Tensor]]]:
-    """Stage 2 of every client from one φ: Adam on each client's own Σ|PSG(ξ; φ) − λ^s|.
+class StackedPSG(nn.Module):
+    """Several clients' φ, each starting from a PSG's, in one tensor per parameter.
 
     Args:
-        psg: Holds φ of the server; unchanged.
-        xi: ξ of the clients, C × features.
-        target: λ^s, C × L × r_max (or C × L × 1).
-        settings: Steps and learning rate.
-
-    Returns:
-        For each client the mean loss over the steps, and its φ.
+        psg: Unchanged.
+        clients: C.
+        device: Where they are trained.
     """
-    net = _Predict(psg)
-    phi = {
-        name: value.detach().to(xi.device).expand(len(xi), *value.shape).clone().requires_grad_()
-        for name, value in net.named_parameters()
-    }
-    predict = vmap(lambda mine, features: functional_call(net, mine, (features,)))
-    optimizer = torch.optim.Adam(phi.values(), lr=settings.lr)
-    total = torch.zeros(len(xi), device=xi.device)
-    for _ in range(settings.steps):
-        optimizer.zero_grad()
-        loss = (predict(phi, xi) - target).abs().sum(dim=(1, 2))
-        loss.sum().backward()
-        optimizer.step()
-        total += loss.detach()
-    numbers = {name.removeprefix("psg."): value.detach().cpu() for name, value in phi.items()}
-    return (total / max(1, settings.steps)).tolist(), [
-        {name: value[c].clone() for name, value in numbers.items()} for c in range(len(xi))
-    ]
+
+    def __init__(self, psg: PSG, clients: int, device: torch.device) -> None:
+        super().__init__()
+        self._one = [_Predict(psg)]  # in a list: its own parameters are not trained
+        self._names = list(psg.state_dict())
+        self.phi = nn.ParameterList(
+            value.to(device).expand(clients, *value.shape).clone()
+            for value in psg.state_dict().values()
+        )
+
+    def forward(self, xi: Tensor) -> Tensor:
+        """λ̂ of every client (C × L × r_max) from its ξ (C × features)."""
+        names = [f"psg.{name}" for name in self._names]
+        predict = vmap(lambda phi, features: functional_call(self._one[0], phi, (features,)))
+        found: Tensor = predict(dict(zip(names, self.phi, strict=True)), xi)
+        return found
+
+    def numbers(self) -> list[dict[str, Tensor]]:
+        """φ of every client, as `PSG.numbers`."""
+        values = [value.detach().cpu().clone() for value in self.phi]
+        return [
+            {name: value[c].clone() for name, value in zip(self._names, values, strict=True)}
+            for c in range(len(values[0]))
+        ]
 
 
 class _Predict(nn.Module):

@@ -6,10 +6,11 @@ Functions of (adapter, data, φ, settings). Nothing here knows of a network or a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ Rows = NDArray  # type: ignore[type-arg]
 PartsOf = Callable[[Rows], Sequence[tuple[Rows, float]]]
 Order = Sequence[Sequence[int]] | Sequence[NDArray]  # type: ignore[type-arg]
 OnStep = Callable[[float], None]
+Clip = Callable[[Sequence[nn.Parameter], float], Any]
 # What one more pass through the model costs on a CPU, in positions (benchmarks/split.py).
 PASS_TOKENS = 128
 # Tokens of one pass of packed rows: what it keeps for its backward pass grows with them.
@@ -108,47 +110,53 @@ def features(
 
 def descend(
     model: nn.Module,
-    loss_of: Callable[[NDArray], Tensor],  # type: ignore[type-arg]
-    order: Iterable[NDArray],  # type: ignore[type-arg]
+    loss_of: Callable[[Any], Tensor],
+    order: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     weights: Sequence[nn.Parameter],
     settings: LocalSettings,
     *,
     zero: Sequence[nn.Parameter] | None = None,
     seed: int = 0,
-    on_step: OnStep | None = None,
+    on_step: Callable[[Any], None] | None = None,
     parts_of: PartsOf | None = None,
     prior: Callable[[], Tensor] | None = None,
-    on_last: OnStep | None = None,
-) -> list[float]:
-    """Run an optimiser over mini-batches; the one training loop of the package.
+    after: Callable[[int, list[Tensor], int | Tensor], None] | None = None,
+    clip: Clip = nn.utils.clip_grad_norm_,
+    sizes: Callable[[Sequence[Any]], int | Tensor] = len,
+    check: Callable[[Any, int], None] | None = None,
+) -> list[Any]:
+    """Run an optimizer over mini-batches; the one training loop of the package.
 
     Args:
         model: In training mode while this runs (`settings.dropout`).
-        loss_of: Loss of the rows with the given numbers.
-        order: Mini-batches of row numbers.
+        loss_of: Loss of a mini-batch: one value, or one per client.
+        order: Mini-batches: row numbers, or whatever `loss_of` takes.
         optimizer: Steps once per `settings.accumulate` mini-batches.
         weights: Clipped together to `settings.max_grad_norm`.
         settings: Clip, accumulation, dropout.
-        zero: Parameters whose gradients are zeroed before a step (all of the optimiser's where
-            none are given).
+        zero: Parameters whose gradients are zeroed before a step; all of the optimizer's by
+            default.
         seed: Seed of the base model's own dropout; the global random state is left as it was.
         on_step: Called with the loss of every step.
         parts_of: Rows of a mini-batch that go through the model together, with their share of its
             loss; the gradients add up to those of the whole mini-batch. All at once by default.
-        prior: What the rows have no part in, added to the loss of every mini-batch.
-        on_last: Called after the last step with its loss without `prior`.
+        prior: What does not depend on the rows, added to the loss of every mini-batch.
+        after: Called after every step with its number (from 1), its losses without `prior`, and
+            what their sum is divided by.
+        clip: Clips the gradients of `weights`, by default those of all together.
+        sizes: By what the losses of a step's mini-batches are divided, by default their number.
+        check: Called with the loss and the number of every step before the optimizer steps; by
+            default a loss that is not finite is an error.
 
     Returns:
-        The loss of every optimiser step (mean over its mini-batches).
+        The loss of every optimizer step (mean over its mini-batches).
 
     Raises:
         DivergedError: The loss is not finite.
     """
-    losses: list[float] = []
-    fits: list[Tensor] = []
-    size = 0
-    batches = iter(order)
+    losses: list[Any] = []
+    batches, check = iter(order), check or _finite
     read_once = _gates_read_once(model)
     with _training(model, settings.dropout, seed):
         while group := list(islice(batches, settings.accumulate)):
@@ -157,28 +165,44 @@ def descend(
             else:
                 for parameter in zero:
                     parameter.grad = None
-            total, fits, size = 0.0, [], len(group)
+            # Losses stay on the device until the end of the step: reading one waits for it.
+            found: list[Tensor] = []
+            fits: list[Tensor] = []
+            size = sizes(group)
             for rows in group:
                 rest = prior
                 for part, share in parts_of(rows) if parts_of else [(rows, 1.0)]:
                     with read_once():
                         loss = loss_of(part) * share
-                        fits.append(loss.detach())  # read once, at the end
+                        fits.append(loss.detach())
                         if rest:
                             loss, rest = loss + rest(), None
                         loss = loss / size
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    total += loss.item()
-            if not math.isfinite(total):
-                raise not_finite(total, len(losses) + 1)
-            nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
+                    loss.sum().backward()  # type: ignore[no-untyped-call]
+                    found.append(loss.detach())
+            values = _sum_of(found)
+            check(values, len(losses) + 1)
+            clip(weights, settings.max_grad_norm)
             optimizer.step()
-            losses.append(total)
+            losses.append(values)
+            if after:
+                after(len(losses), fits, size)
             if on_step:
-                on_step(total)
-    if on_last and losses:
-        on_last(sum(fit.item() for fit in fits) / size)
+                on_step(values)
     return losses
+
+
+def _sum_of(losses: list[Tensor]) -> Any:
+    """The sum as a number, or as a list of one number per client."""
+    values = [loss.tolist() for loss in losses]
+    return (
+        sum(values) if losses[0].dim() == 0 else [sum(mine) for mine in zip(*values, strict=True)]
+    )
+
+
+def _finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise not_finite(loss, step)
 
 
 def not_finite(loss: float, step: int) -> DivergedError:
@@ -223,11 +247,94 @@ def _training(model: nn.Module, dropout: bool, seed: int) -> Iterator[None]:
         yield
 
 
+class Trained(Protocol):
+    """The adapter that stage 1 trains, of one client (`BTLora`) or of several (`StackedLora`)."""
+
+    lam: nn.Parameter
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Every A and B."""
+
+    def prior_loss(self, examples: Any, alpha_s: float, alpha_p: float) -> PriorLoss:
+        """The penalties, one value or one per client."""
+
+
+def minimise(
+    adapter: Trained,
+    model: nn.Module,
+    loss_of: Callable[[Any], Tensor],
+    order: Sequence[Any],
+    examples: int | Tensor,
+    ends: Collection[int],
+    settings: LocalSettings,
+    profile: Profile,
+    **how: Any,
+) -> tuple[list[Any], dict[int, tuple[Tensor, ...]]]:
+    """Stage 1, of one client or of several in one batch: minimise L over (A, B, λ).
+
+    (Paper algorithm 1, client side; objective in `fedp2eft.adapters.btlora`.)
+
+    Args:
+        adapter: Trained from where it is.
+        model: The base model with the adapter.
+        loss_of: Task loss of a mini-batch, one value or one per client.
+        order: Mini-batches.
+        examples: N, likewise.
+        ends: Steps (from 1) after which something is to be remembered.
+        settings: Learning rates, weights of the terms, clip, accumulation.
+        profile: `paper` or `reference`.
+        how: Further arguments of `descend`.
+
+    Returns:
+        L at every step; and for each step of `ends` λ after it and the terms of its L: task,
+        significance, sparsity.
+    """
+    weights = adapter.weights
+    optimizer = adamw(
+        [
+            {"params": weights, "lr": settings.lr},
+            {"params": [adapter.lam], "lr": settings.lambda_lr},
+        ]
+    )
+    last: PriorLoss
+    remembered: dict[int, tuple[Tensor, ...]] = {}
+
+    def prior() -> Tensor:
+        nonlocal last
+        last = adapter.prior_loss(examples, settings.alpha_s, settings.alpha_p)
+        return last.total
+
+    def after(step: int, fits: list[Tensor], size: int | Tensor) -> None:
+        if step in ends:
+            fit = torch.stack(fits).double().sum(dim=0) / size
+            remembered[step] = (adapter.lam.detach().clone(), fit, *last.terms())
+
+    losses = descend(
+        model,
+        lambda rows: settings.alpha_task * loss_of(rows),
+        order,
+        optimizer,
+        weights,
+        settings,
+        zero=None if profile.zero_lambda_grad else weights,
+        prior=prior,
+        after=after,
+        **how,
+    )
+    return losses, remembered
+
+
+def steps_of(order: Sequence[Any], settings: LocalSettings) -> int:
+    """Optimizer steps over so many mini-batches."""
+    return -(-len(order) // settings.accumulate)
+
+
 def stage1(
     bt: BTLora,
     task: Task,
     data: Encoded,
-    order: Iterable[NDArray],  # type: ignore[type-arg]
+    order: Iterable[Rows],
     settings: LocalSettings,
     profile: Profile,
     *,
@@ -235,71 +342,41 @@ def stage1(
     on_step: OnStep | None = None,
     on_terms: Callable[[LossTerms], None] | None = None,
 ) -> list[float]:
-    """Minimise L over (A, B, λ) from the adapter as it stands; returns L of every step.
+    """`minimise` for one client; returns L of every step.
 
     λ^s is in `bt.lam` afterwards. `on_terms` is called after the last step with the terms of its L.
-    (Paper algorithm 1, client side; objective in `fedp2eft.adapters.btlora`.)
     """
-    weights = bt.A + bt.B
-    optimizer = adamw(
-        [
-            {"params": weights, "lr": settings.lr},
-            {"params": [bt.lam], "lr": settings.lambda_lr},
-        ]
-    )
-
+    order = list(order)
     task_loss, parts_of = rows_loss(task, bt.model, data)
-
-    def loss_of(rows: Rows) -> Tensor:
-        return settings.alpha_task * task_loss(rows)
-
-    last: PriorLoss
-
-    def prior() -> Tensor:
-        nonlocal last
-        last = bt.prior_loss(len(data), settings.alpha_s, settings.alpha_p)
-        return last.total
-
-    def tell(task_loss: float) -> None:
-        if on_terms:
-            on_terms(LossTerms(task_loss, *(term.item() for term in last.terms())))
-
-    return descend(
-        bt.model,
-        loss_of,
-        order,
-        optimizer,
-        weights,
-        settings,
-        zero=None if profile.zero_lambda_grad else weights,
-        seed=seed,
-        on_step=on_step,
-        parts_of=parts_of,
-        prior=prior,
-        on_last=tell,
-    )
+    losses, remembered = minimise(
+        bt, bt.model, task_loss, order, len(data), {steps_of(order, settings)}, settings, profile,
+        seed=seed, on_step=on_step, parts_of=parts_of,
+    )  # fmt: skip
+    for _lam, *terms in remembered.values() if on_terms else ():
+        on_terms(LossTerms(*(term.item() for term in terms)))
+    return losses
 
 
-def stage2(psg: PSG, xi: Tensor, target: Tensor, settings: GeneratorSettings) -> float:
-    """Move φ towards predicting λ^s from ξ: Adam on Σ|PSG(ξ; φ) − λ^s|, a fresh optimiser.
+def stage2(psg: nn.Module, xi: Tensor, target: Tensor, settings: GeneratorSettings) -> Tensor:
+    """Move φ towards predicting λ^s from ξ: Adam on Σ|PSG(ξ; φ) − λ^s|, a fresh optimizer.
 
     Args:
-        psg: Changed in place.
-        xi: ξ.
-        target: λ^s, L × r_max (or L × 1).
+        psg: The PSG, or several clients' (`StackedPSG`); changed in place.
+        xi: ξ, of several clients C × features.
+        target: λ^s, L × r_max (or L × 1), of several clients C × L × r_max.
         settings: Steps and learning rate.
 
     Returns:
-        The mean loss over the steps.
+        The mean loss over the steps, one value or one per client, in float64.
     """
     optimizer = torch.optim.Adam(psg.parameters(), lr=settings.lr)
-    total = 0.0
+    total = torch.zeros(target.shape[:-2], dtype=torch.float64, device=target.device)
     for _ in range(settings.steps):
         optimizer.zero_grad()
-        loss = (psg(xi) - target).abs().sum()
-        loss.backward()
+        loss = (psg(xi) - target).abs().sum(dim=(-2, -1))
+        loss.sum().backward()
         optimizer.step()
-        total += loss.item()
+        total += loss.detach()
     return total / max(1, settings.steps)
 
 
@@ -342,7 +419,7 @@ def train_round(
     )  # fmt: skip
     target = bt.clamped(bt.lam) if profile.clamp_target else bt.lam
     target = target.detach().cpu().clone()
-    psg_loss = stage2(psg, xi, target, generator)
+    psg_loss = stage2(psg, xi, target, generator).item()
     lam = bt.rank_lambda().cpu()
     return Round(psg.numbers(), len(data), psg_loss, losses, lam, terms[-1])
 

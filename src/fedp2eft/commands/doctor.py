@@ -74,7 +74,6 @@ def _used(m: Machine) -> list[tuple[str, str]]:
     return [
         ("device auto", f"{use['model.device']}, torch threads {use['threads']}"),
         ("precision auto", f"{use['model.precision']} ({why} {fast})"),
-        ("cohort auto", f"clients at once: {use['federation.cohort']}"),
         ("quantize", use["model.quantize"]),
         ("flwr run", use["flwr run"]),
         *[

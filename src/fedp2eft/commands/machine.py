@@ -92,7 +92,6 @@ class Machine:
             "model.device": device,
             "model.precision": "bf16" if fast else "fp32",
             "threads": self.torch.get("threads"),
-            "federation.cohort": self.torch.get("cohort"),
             "model": {each["name"]: each["from"] for each in self.models},
             "model.quantize": "possible" if "bitsandbytes" in found else "not possible",
             "flwr run": "simulation and deployment" if "ray" in found else "deployment only",
@@ -142,14 +141,12 @@ def _torch() -> tuple[Facts, list[Facts]]:
     try:
         import torch
 
-        from fedp2eft.federation.client.lookahead import cohort_size
-        from fedp2eft.models.precision import choose_device, resolve_precision
+        from fedp2eft.models.precision import resolve_precision
 
         facts = {
             "version": torch.__version__,
             "threads": torch.get_num_threads(),
             "bf16": resolve_precision("auto", "cpu") is torch.bfloat16,
-            "cohort": cohort_size("auto", choose_device("auto")),
         }
         gpus = []
         for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -11,7 +11,6 @@ import torch
 from flwr.app import Context, RecordDict
 
 from fedp2eft.errors import require
-from fedp2eft.federation.client.lookahead import cohort_size
 from fedp2eft.federation.client.state import release_state, shared_state
 from fedp2eft.federation.client_app import app as client_app
 from fedp2eft.federation.client_app import train_psg_ahead
@@ -72,7 +71,7 @@ def local_engine(
                 config,
                 Cohort(
                     TRAIN_PSG,
-                    cohort_size(settings.federation.cohort, workspace.device),
+                    settings.federation.cohort_size,
                     train_psg_ahead,
                 ),
             )

@@ -229,9 +229,10 @@ class FederationSettings:
         wire: Dtype of φ in messages. "bf16" and "int8" send rounded changes to the server, with
             error feedback on the client, and φ in bf16 to the clients.
         cohort: Clients of a round that the local engine trains in one batch; results are the same
-            up to rounding. "auto" is 16 on a GPU and 1 on a CPU. They train one at a time where
-            the base model has dropout and local.dropout is on, on layers other than nn.Linear, and
-            where clients have a part of the base of their own (base.kind feddpa-t or dept-spec).
+            up to rounding. "auto" is 1: more has not been measured on a GPU yet. They train one at
+            a time where the base model has dropout and local.dropout is on, on layers other than
+            nn.Linear, and where clients have a part of the base of their own (base.kind feddpa-t or
+            dept-spec).
     """
 
     rounds: int = 150
@@ -255,6 +256,11 @@ class FederationSettings:
             self.cohort == "auto" or self.cohort >= 1,
             f'federation.cohort is {self.cohort}; give a whole number from 1 up, or "auto".',
         )
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients at once."""
+        return 1 if self.cohort == "auto" else self.cohort
 
 
 @dataclass(frozen=True)

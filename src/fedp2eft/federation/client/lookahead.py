@@ -8,7 +8,7 @@ at a time; where a cohort cannot be, the handlers find nothing and compute as ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import Message
@@ -23,15 +23,6 @@ from fedp2eft.progress import current
 
 if TYPE_CHECKING:
     from fedp2eft.runtime.workspace import Workspace
-
-AUTO_ON_GPU = 16
-
-
-def cohort_size(setting: int | Literal["auto"], device: torch.device) -> int:
-    """Clients at once: on a CPU, which one client keeps busy, "auto" is 1."""
-    if setting == "auto":
-        return AUTO_ON_GPU if device.type == "cuda" else 1
-    return setting
 
 
 class LookAhead:
@@ -101,7 +92,7 @@ class LookAhead:
         longest = max(len(client.order) for client in clients)
         steps, done = max(1, -(-longest // s.local.accumulate)), 0
 
-        def on_step(_loss: float) -> None:
+        def on_step(_losses: list[float]) -> None:
             nonlocal done
             done += 1
             reporter.part("psg", done / steps, f"{len(clients)} clients")
