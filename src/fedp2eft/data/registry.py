@@ -216,6 +216,8 @@ def find(settings: DataSettings) -> DatasetEntry:
             raise UserError(
                 f"Data set {settings.dataset} has no use for data.{item.name}: remove it."
             )
+    if settings.labels and settings.label_column is None:
+        raise UserError("data.labels names classes and data.label_column is null: remove one.")
     return entry
 
 
