@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.client import training as client
-from fedp2eft.federation.wire.messages import PERSONALIZE, TRAIN_PSG, nbytes
+from fedp2eft.federation.wire.messages import PERSONALIZE, nbytes
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import PAPER
+from kinds import TRAIN_PSG
 from tiny import TASK, random_lambda, tiny, tiny_psg, tiny_rows
 from tiny_run import CLIENTS, RANKS, ROUNDS
 

@@ -9,6 +9,7 @@ biases at 1e-4, so an untrained PSG predicts λ̂ near 1e-4 for every rank.
 # No `from __future__ import annotations`: PyTorchModelHubMixin reads the annotation of `config`.
 import json
 import reprlib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,7 +253,7 @@ class PSG(
         """φ: parameter name → float32 tensor, detached copies."""
         return {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
 
-    def set_numbers(self, phi: dict[str, Tensor], whose: str = "φ") -> None:
+    def set_numbers(self, phi: Mapping[str, Tensor], whose: str = "φ") -> None:
         """Take over φ after checking names, shapes and that every number is finite.
 
         Raises:
@@ -298,7 +299,7 @@ class PSG(
         return psg.eval()
 
 
-def check_numbers(phi: dict[str, Tensor], like: dict[str, Tensor], whose: str) -> None:
+def check_numbers(phi: Mapping[str, Tensor], like: Mapping[str, Tensor], whose: str) -> None:
     """Raise `UserError` unless `phi` has the names, shapes and finite floats of `like`."""
     if set(phi) != set(like):
         odd = sorted(set(phi) ^ set(like))

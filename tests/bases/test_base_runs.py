@@ -25,15 +25,16 @@ from fedp2eft.experiment.compare import compare
 from fedp2eft.experiment.train import train
 from fedp2eft.federation import client_app
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.wire.messages import PERSONALIZE, TRAIN_BASE, TRAIN_PSG
+from fedp2eft.federation.wire.messages import PERSONALIZE
 from fedp2eft.generator import PSG
 from fedp2eft.methods import ClientSide
 from fedp2eft.progress import LogReporter
 from fedp2eft.results.plan import plan, settings_of
-from fedp2eft.runtime import workspace
+from fedp2eft.runtime import phases, workspace
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.tasks import Scores
+from kinds import TRAIN_BASE, TRAIN_PSG
 from tiny_run import (
     CLIENTS,
     LABELS,
@@ -74,7 +75,7 @@ class Run:
 def run(request: Any, world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
     settings = world.settings(**QUICK, base__kind=request.param)
     done = Run(settings, tmp_path_factory.mktemp(request.param) / "run")
-    run_client, fine_tune = LocalGrid._run_client, client_app.train_round
+    run_client, fine_tune = LocalGrid._run_client, phases.train_round
 
     def recording(grid: Any, message: Any) -> Any:
         reply = run_client(grid, message)
@@ -96,7 +97,7 @@ def run(request: Any, world: World, tmp_path_factory: pytest.TempPathFactory) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalGrid, "_run_client", recording)
         patch.setattr(client_app, "client_name", client_name)
-        patch.setattr(client_app, "train_round", partial(watched, fine_tune, TRAIN_PSG))
+        patch.setattr(phases, "train_round", partial(watched, fine_tune, TRAIN_PSG))
         patch.setattr(workspace, "features", partial(watched, features, "xi"))
         for name in settings.evaluation.methods:
             method = client_app.METHODS[name]

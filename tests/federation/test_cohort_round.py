@@ -18,10 +18,10 @@ from fedp2eft.client.cohort import train_cohort
 from fedp2eft.client.training import not_finite
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
-from fedp2eft.federation import client_app
 from fedp2eft.federation.client import lookahead as cohort
 from fedp2eft.federation.local import Cohort, LocalGrid
 from fedp2eft.progress import LogReporter
+from fedp2eft.runtime import phases
 from fedp2eft.settings.experiment import FederationSettings
 from tiny_run import SEEN, World, assert_same, outcome
 
@@ -42,7 +42,7 @@ class Counted:
         self.sizes: list[int] = []
         self.alone = 0
         self.error, self.too_many = error, 0
-        one = client_app.train_round
+        one = phases.train_round
 
         def together(bt: Any, task: Any, clients: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
             self.sizes.append(len(clients))
@@ -55,7 +55,7 @@ class Counted:
             return one(*args, **kwargs)
 
         monkeypatch.setattr(cohort, "train_cohort", together)
-        monkeypatch.setattr(client_app, "train_round", by_itself)
+        monkeypatch.setattr(phases, "train_round", by_itself)
 
 
 def run(world: World, folder: Path, reporter: LogReporter | None = None, **changes: Any) -> None:

@@ -19,13 +19,15 @@ from fedp2eft.federation.client_app import app as client_app
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.server.delivery import deliver_base
 from fedp2eft.federation.server.exchange import roster
-from fedp2eft.federation.server.phases import train_base, train_psg
+from fedp2eft.federation.server.phases import train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, TAKE_BASE, TRAIN_PSG, to_arrays
+from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, TAKE_BASE, to_arrays
 from fedp2eft.models.sources import hash_weights
+from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import FederationSettings
 from fedp2eft.settings.reading import settings_from, settings_text
+from kinds import TRAIN_PSG
 from tiny_run import LABELS, World, all_rows, write_jsonl
 
 NAMES = ("de-seen-00", "fr-seen-00")
@@ -101,7 +103,7 @@ def test_every_node_has_the_servers_base_and_is_sent_it_once(
         grid = nodes.start()
         assert TAKE_BASE not in nodes.sent
         # and can train on it
-        train_psg(grid, nodes.run, nodes.workspace, roster(grid, 60.0), Notes())
+        train_phase(PSG_PHASE, grid, nodes.run, nodes.workspace, roster(grid, 60.0), Notes())
     finally:
         nodes.close()
 

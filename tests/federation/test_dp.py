@@ -21,9 +21,11 @@ from fedp2eft.errors import UserError
 from fedp2eft.federation.client.mods import keep_private
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.server.checkpoints import all_checkpoints
-from fedp2eft.federation.server.privacy import Privacy, ServerQuantile
+from fedp2eft.federation.server.privacy import Private, ServerQuantile
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import ARRAYS, TRAIN_PSG
+from fedp2eft.federation.wire.messages import ARRAYS
+from fedp2eft.runtime.phases import PSG_PHASE
+from fedp2eft.settings.experiment import FederationSettings, Settings
 from fedp2eft.settings.peers import AggregationSettings, PrivacySettings
 
 QUIET = 1e-9  # a noise multiplier that leaves what is under the noise to be seen
@@ -31,6 +33,12 @@ FIXED: dict[str, Any] = {
     "privacy__clipping": "fixed", "privacy__clip_norm": 0.5, "privacy__test_seed": 7,
 }  # fmt: skip
 ON_CLIENT: dict[str, Any] = {**FIXED, "privacy__clip_on": "client", "mods": [keep_private]}
+
+
+def private(settings: PrivacySettings, folder: Path, size: int = 5) -> Private:
+    federation = FederationSettings(clients_per_round=size)
+    s = Settings(federation=federation, privacy=settings)
+    return Private(s, PSG_PHASE, members(), folder)
 
 
 def norm_of(numbers: Numbers) -> float:
@@ -167,7 +175,7 @@ def test_flowers_own_norm_runs_away() -> None:
 
 def test_noise_is_made_for_the_norm_that_clipped(tmp_path: Path) -> None:
     s = PrivacySettings("adaptive", clip_norm=0.2, noise_multiplier=1.0, test_seed=3)
-    privacy = Privacy(s, members(), 20, 0, TRAIN_PSG)
+    privacy = private(s, tmp_path, 20)
     strategy = privacy.strategy
     assert isinstance(strategy, ServerQuantile)
     # z is shared between φ and the noised count of clients below the norm
@@ -249,7 +257,7 @@ def test_a_client_does_not_agree_to_another_norm(tmp_path: Path, monkeypatch) ->
 @pytest.mark.parametrize("z", [0.7, 1.5, 6.0])
 def test_epsilon_is_that_of_the_client_that_took_part_most_often(tmp_path: Path, z: float) -> None:
     train(tmp_path, None, 6, 5, **{**FIXED, "privacy__noise_multiplier": z})
-    sampling = Privacy(PrivacySettings("fixed"), members(), 5, 42, TRAIN_PSG).mean
+    sampling = private(PrivacySettings("fixed"), tmp_path).mean
     taken: Counter[str] = Counter()
     for round_, line in enumerate(lines(tmp_path), 1):
         taken.update(member.client for member in sampling.sample(round_))
@@ -273,21 +281,21 @@ def test_a_secret_sample_is_accounted_as_one_without_replacement(tmp_path: Path)
         assert line["epsilon"] == pytest.approx(accountant.get_epsilon(1e-5))
 
 
-def test_a_secret_sample_is_another_each_time() -> None:
-    secret = Privacy(PrivacySettings("fixed", sampling="secret"), members(), 5, 42, TRAIN_PSG).mean
+def test_a_secret_sample_is_another_each_time(tmp_path: Path) -> None:
+    secret = private(PrivacySettings("fixed", sampling="secret"), tmp_path).mean
     samples = {tuple(member.client for member in secret.sample(1)) for _ in range(20)}
     assert len(samples) > 15
     assert all(len(set(sample)) == 5 for sample in samples)
 
 
-def test_a_round_with_a_secret_sample_is_counted_before_it_is_allowed() -> None:
-    def first_round_within(epsilon: float | None) -> Privacy:
+def test_a_round_with_a_secret_sample_is_counted_before_it_is_allowed(tmp_path: Path) -> None:
+    def first_round_within(epsilon: float | None) -> Private:
         settings = PrivacySettings("fixed", sampling="secret", epsilon=epsilon)
-        return Privacy(settings, members(), 5, 42, TRAIN_PSG)
+        return private(settings, tmp_path)
 
     spent = first_round_within(None).epsilon({}, 1)
-    assert first_round_within(1.001 * spent).allows(1)
-    assert not first_round_within(0.999 * spent).allows(1)
+    assert first_round_within(1.001 * spent).spent(1) is None
+    assert first_round_within(0.999 * spent).spent(1) is not None
 
 
 def test_training_ends_with_the_budget(tmp_path: Path) -> None:
@@ -385,7 +393,7 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     PrivacySettings().check(AggregationSettings("krum"), "int8")
 
 
-def test_dp_accounting_is_asked_for_by_name(monkeypatch) -> None:
+def test_dp_accounting_is_asked_for_by_name(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(UserError, match=r'pip install "fedp2eft\[privacy\]"'):
-        Privacy(PrivacySettings("fixed"), members(), 5, 0, TRAIN_PSG)
+        private(PrivacySettings("fixed"), tmp_path)

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ import fedp2eft
 from fedp2eft.errors import UserError
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.server.admission import Failures
-from fedp2eft.federation.server.aggregation import strategy
+from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.checkpoints import load_checkpoint
 from fedp2eft.federation.server.exchange import roster
 from fedp2eft.federation.server.faults import Faults, told
 from fedp2eft.federation.server.presence import wait_for_nodes
 from fedp2eft.federation.server.rounds import run_rounds
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import CONFIG, TRAIN_PSG
+from fedp2eft.federation.wire.messages import CONFIG
+from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.experiment import FederationSettings, Settings
 from fedp2eft.settings.reading import settings_text
 
@@ -91,10 +93,11 @@ def rounds(
     notes: Notes | None = None,
     size: int = 6,
 ) -> dict[str, torch.Tensor]:
+    s = replace(s, federation=replace(s.federation, rounds=number, clients_per_round=size))
     run = RunFolder(folder, s)
-    chosen = strategy(s.aggregation, members(), size, s.seed, TRAIN_PSG)
+    aggregator = Averaging(s, PSG_PHASE, members())
     try:
-        return run_rounds(grid, run, chosen, "psg", number, dict(FIRST), notes or Notes())
+        return run_rounds(grid, run, PSG_PHASE, aggregator, FIRST, notes or Notes())
     finally:
         run.faults.summarise()
         run.close()
@@ -475,9 +478,9 @@ def toy_numbers(folder: Path, names: Sequence[str], number: int) -> torch.Tensor
         sys.path.remove(str(TOY))
     s = toy_settings(number, len(names))
     grid = LocalGrid(toy_client.app, [{"client": name} for name in names], {})
-    chosen = strategy(s.aggregation, roster(grid, 60.0), len(names), s.seed, TRAIN_PSG)
+    aggregator = Averaging(s, PSG_PHASE, roster(grid, 60.0))
     run = RunFolder(folder, s)
     try:
-        return run_rounds(grid, run, chosen, "psg", number, toy_server.FIRST, Notes())["w"]
+        return run_rounds(grid, run, PSG_PHASE, aggregator, toy_server.FIRST, Notes())["w"]
     finally:
         run.close()

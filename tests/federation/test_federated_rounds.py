@@ -21,21 +21,16 @@ from flwr.clientapp import ClientApp
 
 from fedp2eft.errors import UserError
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.server.aggregation import SeededFedAvg
+from fedp2eft.federation.server.aggregation import Averaging, SeededFedAvg
 from fedp2eft.federation.server.exchange import Member, roster
 from fedp2eft.federation.server.rounds import run_rounds
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import (
-    ABOUT,
-    ARRAYS,
-    EXAMPLES,
-    METRICS,
-    TRAIN_PSG,
-    TRAINING_METRICS,
-)
+from fedp2eft.federation.wire.messages import ABOUT, ARRAYS, EXAMPLES, METRICS
 from fedp2eft.files import read_lines
 from fedp2eft.progress import LogReporter
+from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.experiment import FederationSettings, Settings
+from kinds import TRAIN_PSG
 
 NAMES = [f"c{i:02d}" for i in range(8)]
 FIRST = {"w": torch.zeros(2, 3), "v": torch.zeros(4)}
@@ -95,7 +90,7 @@ def adding_app(spoil: str = "") -> ClientApp:
         record = ArrayRecord({key: Array(value) for key, value in arrays.items()})
         metrics = MetricRecord(
             {EXAMPLES: examples}
-            | dict.fromkeys(TRAINING_METRICS[TRAIN_PSG], 0.0)
+            | dict.fromkeys(PSG_PHASE.metrics, 0.0)
             | {"psg-loss": float(examples), "stage1-task": examples / 2}
         )
         about = ConfigRecord({"client": name})
@@ -108,10 +103,11 @@ def adding_app(spoil: str = "") -> ClientApp:
 def run(folder: Path, app: ClientApp, rounds: int, turned: bool = False) -> dict[str, torch.Tensor]:
     names = NAMES[::-1] if turned else NAMES
     grid = LocalGrid(app, [{"client": name} for name in names], {})
-    strategy = SeededFedAvg(members(turned=turned), 3, 42, TRAIN_PSG)
-    run = RunFolder(folder, Settings(federation=FederationSettings(rounds=rounds)))
+    s = Settings(federation=FederationSettings(rounds=rounds, clients_per_round=3))
+    run = RunFolder(folder, s)
     try:
-        return run_rounds(grid, run, strategy, "psg", rounds, FIRST, LogReporter())
+        aggregator = Averaging(s, PSG_PHASE, members(turned=turned))
+        return run_rounds(grid, run, PSG_PHASE, aggregator, FIRST, LogReporter())
     finally:
         run.close()
 
@@ -182,9 +178,9 @@ def test_nan_in_a_reply_stops_the_run_and_names_client_and_round(tmp_path: Path)
 def test_no_seen_client_is_an_error(tmp_path: Path) -> None:
     grid = LocalGrid(ClientApp(), [], {})
     folder = RunFolder(tmp_path / "run", Settings())
-    strategy = SeededFedAvg([], 3, 0, TRAIN_PSG)
+    nobody = Averaging(Settings(), PSG_PHASE, [])
     with pytest.raises(UserError, match="No seen client"):
-        run_rounds(grid, folder, strategy, "psg", 1, FIRST, LogReporter())
+        run_rounds(grid, folder, PSG_PHASE, nobody, FIRST, LogReporter())
     folder.close()
 
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.server.rounds import has_stalled
-from fedp2eft.federation.wire.messages import PERSONALIZE, TRAIN_FEDL2P, array_digest, to_arrays
+from fedp2eft.federation.wire.messages import PERSONALIZE, array_digest, to_arrays
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
 from fedp2eft.progress import LogReporter
 from fedp2eft.settings.experiment import Settings
+from kinds import TRAIN_FEDL2P
 from tiny_run import SEEN, World, assert_same, outcome, vocabulary
 from watching import FinishedRun, watched
 
@@ -161,13 +162,13 @@ def test_a_meta_net_that_does_not_fit_is_refused(
     from fedp2eft.runtime.workspace import Workspace
 
     workspace = Workspace(settings(world, three_clients), whole.folder)
-    from fedp2eft.federation.client_app import the_meta_net
+    from fedp2eft.federation.client_app import client_side
 
     [message] = [
         m for m, _ in whole.messages if m.metadata.message_type == PERSONALIZE
         and m.content.config_records["config"]["method"] == "fedl2p"
     ]  # fmt: skip
-    numbers = the_meta_net(workspace, message)
+    numbers = client_side(workspace, message, "de-seen-00").shared
     assert MetaNet.of(numbers).numbers().keys() == numbers.keys()
     for bad, named in (
         (numbers | {"lr": torch.zeros(3)}, r"lr is float32 \(3,\)"),
@@ -175,8 +176,8 @@ def test_a_meta_net_that_does_not_fit_is_refused(
         (numbers | {"more": torch.zeros(3)}, "other parameters than expected"),
     ):
         message.content["arrays"] = to_arrays(bad)
-        with pytest.raises(UserError, match=f"The meta-net from the server.*{named}"):
-            the_meta_net(workspace, message)
+        with pytest.raises(UserError, match=rf"What the server sent \(FedL2P\).*{named}"):
+            client_side(workspace, message, "de-seen-00")
 
 
 # ── stopped and gone on with ────────────────────────────────────────────────────────────────────

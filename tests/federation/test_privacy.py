@@ -11,15 +11,10 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from transformers import AutoModelForSequenceClassification
 
-from fedp2eft.federation.wire.messages import (
-    DESCRIBE,
-    PERSONALIZE,
-    SURVEY,
-    TRAIN_BASE,
-    TRAIN_PSG,
-)
+from fedp2eft.federation.wire.messages import DESCRIBE, PERSONALIZE, SURVEY
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
+from kinds import TRAIN_BASE, TRAIN_PSG
 from tiny_run import CLIENTS, LABELS, R_MAX, SEEN, UNSEEN, vocabulary
 
 SCALARS = {

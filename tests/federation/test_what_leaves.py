@@ -18,15 +18,9 @@ from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation import client_app
 from fedp2eft.federation.client.mods import tell_errors
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.wire.messages import (
-    DESCRIBE,
-    PERSONALIZE,
-    TRAIN_BASE,
-    TRAIN_FEDL2P,
-    TRAIN_PSG,
-    to_arrays,
-)
+from fedp2eft.federation.wire.messages import DESCRIBE, PERSONALIZE, to_arrays
 from fedp2eft.runtime import workspace
+from kinds import TRAIN_BASE, TRAIN_FEDL2P, TRAIN_PSG
 from tiny_run import World, vocabulary
 from watching import watched
 
@@ -39,7 +33,7 @@ class Run:
 
     def __init__(self, world: World, rows: Path, folder: Path, **changes: Any) -> None:
         self.secret: dict[str, list[Tensor]] = {"ξ": [], "λ": [], "adapter": []}
-        features, train_round, fit = workspace.features, client_app.train_round, ClientSide.fit
+        features, train_round, fit = workspace.features, phases.train_round, ClientSide.fit
 
         def watch_features(*args: Any, **options: Any) -> Any:
             self.secret["ξ"].append(found := features(*args, **options))

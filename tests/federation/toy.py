@@ -15,21 +15,13 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.server.aggregation import Seeded, strategy
 from fedp2eft.federation.server.exchange import Member
-from fedp2eft.federation.server.privacy import Privacy
+from fedp2eft.federation.server.phases import aggregator_of
 from fedp2eft.federation.server.rounds import run_rounds
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import (
-    ABOUT,
-    ARRAYS,
-    CONFIG,
-    EXAMPLES,
-    METRICS,
-    TRAIN_PSG,
-    TRAINING_METRICS,
-)
+from fedp2eft.federation.wire.messages import ABOUT, ARRAYS, CONFIG, EXAMPLES, METRICS
 from fedp2eft.progress import LogReporter
+from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import PeerSettings
 from fedp2eft.settings.reading import settings_text
@@ -58,7 +50,7 @@ def honest(client: str, sent: Numbers) -> Numbers:
 
 def reply_of(numbers: Numbers, examples: Any = 10, **metrics: Any) -> RecordDict:
     """What a client sends."""
-    told = {EXAMPLES: examples, **dict.fromkeys(TRAINING_METRICS[TRAIN_PSG], 0.5), **metrics}
+    told = {EXAMPLES: examples, **dict.fromkeys(PSG_PHASE.metrics, 0.5), **metrics}
     return RecordDict(
         {
             ARRAYS: ArrayRecord({n: Array(value) for n, value in numbers.items()}),
@@ -121,18 +113,15 @@ def train(
     **changes: Any,
 ) -> dict[str, torch.Tensor]:
     """φ after the rounds; a folder that is there is gone on with."""
-    s = settings(**changes)
+    s = settings(
+        federation__rounds=rounds, federation__clients_per_round=clients_per_round, **changes
+    )
     config = {"settings": settings_text(s)}
     grid = LocalGrid(app(spoil, mods), [{"client": name} for name in names], config)
-    sampling = (members(names), clients_per_round, s.seed, TRAIN_PSG)
-    privacy = Privacy(s.privacy, *sampling) if s.privacy.on else None
-    chosen: Seeded = privacy.mean if privacy else strategy(s.aggregation, *sampling)
     run = RunFolder(folder, s)
     try:
-        return run_rounds(
-            grid, run, chosen, "psg", rounds, dict(FIRST), reporter or Notes(), s.federation.wire,
-            privacy=privacy,
-        )  # fmt: skip
+        aggregator = aggregator_of(run, PSG_PHASE, members(names))
+        return run_rounds(grid, run, PSG_PHASE, aggregator, FIRST, reporter or Notes())
     finally:
         run.close()
 

@@ -37,18 +37,13 @@ from fedp2eft.federation.server.checkpoints import (
 from fedp2eft.federation.server.evaluation import alike_answers, scores_of
 from fedp2eft.federation.server.exchange import _described
 from fedp2eft.federation.wire.compression import pack, unpack
-from fedp2eft.federation.wire.messages import (
-    ABOUT,
-    ARRAYS,
-    EXAMPLES,
-    METRICS,
-    TRAIN_PSG,
-    TRAINING_METRICS,
-)
+from fedp2eft.federation.wire.messages import ABOUT, ARRAYS, EXAMPLES, METRICS
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.runtime.client_files import ClientFiles
+from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings
 from fedp2eft.settings.reading import read_settings, settings_of_folder
+from kinds import TRAIN_PSG
 
 LIKE = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.tensor([1.5])}
 ROWS = [{"text": f"der hund {i}", "label": "ab"[i % 2], "client": "c", "pool": "seen"}
@@ -81,7 +76,7 @@ def reply(content: RecordDict) -> Message:
 
 def trained() -> dict[str, int | float]:
     """What a client tells of a round."""
-    return {EXAMPLES: 3, **dict.fromkeys(TRAINING_METRICS[TRAIN_PSG], 0.1)}
+    return {EXAMPLES: 3, **dict.fromkeys(PSG_PHASE.metrics, 0.1)}
 
 
 def an_array(data: bytes) -> None:
@@ -93,7 +88,7 @@ def an_array(data: bytes) -> None:
         content = RecordDict({ARRAYS: record, METRICS: MetricRecord(trained())})
         for read in (
             lambda: unpack(record, LIKE, wire, "φ"),  # type: ignore[arg-type]  # noqa: B023
-            lambda: offer_of("c", reply(content), LIKE, wire, "round 1"),  # type: ignore[arg-type]  # noqa: B023
+            lambda: offer_of("c", reply(content), LIKE, wire, "round 1", PSG_PHASE.metrics),  # type: ignore[arg-type]  # noqa: B023
             lambda: alike_answers({"c": record}, "survey"),  # noqa: B023
         ):
             try:
@@ -111,8 +106,10 @@ def metrics(data: bytes) -> None:
     content = RecordDict({METRICS: record, ARRAYS: pack(LIKE, "fp32")})
     for read in (
         lambda: scores_of(reply(content)),
-        lambda: offer_of("c", reply(content), LIKE, "fp32", "round 1", "norm_bit"),
-        lambda: offer_of("c", reply(content), LIKE, "fp32", "round 1"),
+        lambda: offer_of(
+            "c", reply(content), LIKE, "fp32", "round 1", PSG_PHASE.metrics, "norm_bit"
+        ),
+        lambda: offer_of("c", reply(content), LIKE, "fp32", "round 1", PSG_PHASE.metrics),
     ):
         try:
             read()

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedp2eft.errors import visible
+from fedp2eft.methods import phases
 from fedp2eft.progress import LogReporter, Reporter, report_to
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 PHASES = {
     "base": "base model",
     "psg": "PSG",
-    "fedl2p": "FedL2P",
     "personalize": "clients",
     "compare": "cells",
 }
+
+
+def _title(phase: str) -> str:
+    own = phases()
+    return own[phase].title if phase in own else PHASES.get(phase, phase)
 
 
 class BarReporter:
@@ -45,7 +50,7 @@ class BarReporter:
 
     def start(self, phase: str, total: int, done: int) -> None:
         """Show a bar for the phase."""
-        name = PHASES.get(phase, phase)
+        name = _title(phase)
         self._whole[phase] = done
         self._tasks[phase] = self._progress.add_task(
             name, total=total, completed=done, text="", start=True
@@ -72,13 +77,13 @@ class LineReporter(LogReporter):
     def start(self, phase: str, total: int, done: int) -> None:
         """Say what begins."""
         super().start(phase, total, done)
-        print(f"{PHASES.get(phase, phase)}: {done} of {total} done", flush=True)
+        print(f"{_title(phase)}: {done} of {total} done", flush=True)
 
     def advance(self, phase: str, text: str) -> None:
         """Say what is finished."""
         done, total = self._at.get(phase, (0, 0))
         self._at[phase] = (done + 1, total)
-        print(f"{PHASES.get(phase, phase)} {done + 1}/{total} {text}", flush=True)
+        print(f"{_title(phase)} {done + 1}/{total} {text}", flush=True)
 
     def note(self, text: str) -> None:
         """Print the line."""

@@ -23,7 +23,7 @@ from fedp2eft.experiment.lambdas import keep_lambdas
 from fedp2eft.experiment.origin import facts
 from fedp2eft.federation.server.evaluation import Shared, Told, personalize, prepare
 from fedp2eft.federation.server.exchange import Member, roster
-from fedp2eft.federation.server.phases import FEDERATIONS, train_base
+from fedp2eft.federation.server.phases import train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.messages import alike_arrays, to_arrays
 from fedp2eft.files import write_json, write_text, write_whole
@@ -31,6 +31,7 @@ from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter, current
 from fedp2eft.results.cells import traffic
 from fedp2eft.results.plan import Cell, Training, claim, plan, settings_of
+from fedp2eft.runtime.phases import shared_phases
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import (
     SETTINGS_FILE,
@@ -192,7 +193,10 @@ class _Site:
 
     def _train_federation(self, name: str, run: RunFolder) -> None:
         engine, s = self.engine, self.settings
-        numbers = FEDERATIONS[name](engine.grid, run, engine.workspace, self.members, self.reporter)
+        phase = shared_phases()[name]
+        numbers = train_phase(
+            phase, engine.grid, run, engine.workspace, self.members, self.reporter
+        )
         if name == "psg":
             clients = [member.client for member in self.members]
             keep_lambdas(engine.workspace, self.run, clients, s.evaluation.ranks)

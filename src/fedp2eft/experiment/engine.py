@@ -13,10 +13,10 @@ from flwr.app import Context, RecordDict
 from fedp2eft.errors import require
 from fedp2eft.federation.client.state import release_state, shared_state
 from fedp2eft.federation.client_app import app as client_app
-from fedp2eft.federation.client_app import train_psg_ahead
+from fedp2eft.federation.client_app import serve_phases, train_psg_ahead
 from fedp2eft.federation.local import SERVER_NODE_ID, Cohort, LocalGrid
-from fedp2eft.federation.wire.messages import TRAIN_PSG
 from fedp2eft.progress import Reporter, report_to
+from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import settings_of_run, settings_text
@@ -65,12 +65,13 @@ def local_engine(
                 "data.dataset is nodes, whose rows are on the SuperNodes: start it with flwr run "
                 "(docs/deployment.md).",
             )
+            serve_phases()  # of methods that were registered since
             grid = LocalGrid(
                 client_app,
                 [{"client": name} for name in sorted(workspace.clients)],
                 config,
                 Cohort(
-                    TRAIN_PSG,
+                    PSG_PHASE.kind,
                     settings.federation.cohort_size,
                     train_psg_ahead,
                 ),

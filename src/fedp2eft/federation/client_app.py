@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import (
-    ArrayRecord,
     ConfigRecord,
     Context,
     Message,
@@ -26,15 +25,13 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedp2eft.adapters.export import PEFT_TASKS, save_adapter
-from fedp2eft.bases import copy_numbers, rate
-from fedp2eft.bases.parts import own_rows
+from fedp2eft.client.phase import Phase
 from fedp2eft.client.side import ClientSide
-from fedp2eft.client.training import OnStep, train_round
 from fedp2eft.data.nodes import NODES
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation.client.mods import end_with_supernode, keep_private, tell_errors
 from fedp2eft.federation.client.node import keep_base, kept_base, own_folder
-from fedp2eft.federation.client.round import local_run, set_phi
+from fedp2eft.federation.client.round import turn_of
 from fedp2eft.federation.client.state import ClientState, release_state, shared_state
 from fedp2eft.federation.client.texts import answering
 from fedp2eft.federation.wire.messages import (
@@ -43,7 +40,6 @@ from fedp2eft.federation.wire.messages import (
     EXAMPLES,
     METRICS,
     PREPARED,
-    VALIDATION_LOSS,
     alike_arrays,
     from_arrays,
     reply_with,
@@ -52,12 +48,9 @@ from fedp2eft.federation.wire.messages import (
     to_arrays,
 )
 from fedp2eft.methods import METHODS, method_named
-from fedp2eft.methods.fedl2p.method import train_round as train_meta_net
-from fedp2eft.methods.fedl2p.settings import FedL2PSettings
-from fedp2eft.progress import current
 from fedp2eft.results.cards import adapter_card, origin_of
+from fedp2eft.runtime.phases import BASE, PSG_PHASE, shared_phases
 from fedp2eft.runtime.workspace import Workspace
-from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import check_rank
 from fedp2eft.settings.reading import settings_of_run
 
@@ -123,95 +116,57 @@ def take_base(message: Message, context: Context) -> Message:
     return reply_with(message, RecordDict({ABOUT: about}))
 
 
-@app.train("base")
-def train_base(message: Message, context: Context) -> Message:
-    """One round of the base's training: what travels of it in, and out again trained."""
-    workspace = open_workspace(context)
-    name = client_name(context, workspace)
-    s, base, model = workspace.settings, workspace.base, workspace.trainable_base
-    round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
-    mine, staying = base.travelling(model, s.base), base.staying(model)
-    copy_numbers(mine, from_arrays(the_arrays(message), mine, "The base from the server"))
-    work = workspace.local_work(name, derive_seed(s.seed, "base", round_, name))
-    total = -(-len(work.order()) // s.local.accumulate)
-    work = replace(work, on_step=steps("base", total, name))
-    files = workspace.private.files
-    with own_rows(staying, files.before(name, round_) or {} if staying else {}) as rows:
-        trained = base.trained(model, s.base).values()
-        loss = work.fine_tune(model, trained, rate(s.base, round_))
-    if staying:
-        files.write(name, round_, rows)
-    return _trained(message, to_arrays(mine), {"loss": loss}, len(work.data), name)
+def serve(phase: Phase) -> None:
+    """Answer the messages of a phase; one that is served already is not served twice."""
+    if phase.name in _served:
+        return
+    _served.add(phase.name)
+
+    @app.train(phase.name, mods=[keep_private] if phase.private else [])
+    def train(message: Message, context: Context) -> Message:
+        state = open_state(context)
+        name = client_name(context, state.workspace)
+        turn = turn_of(state.workspace, phase, message, name)
+        trained = state.ahead.take(message) or phase.train(turn)
+        found, wire = trained.parameters, phase.wire_of(state.workspace.settings)
+        arrays = to_arrays(found)
+        if wire != "fp32":
+            change = {key: value - turn.parameters[key] for key, value in found.items()}
+            arrays = state.feedback.send(name, turn.round, change, wire)
+        examples = len(state.workspace.encoded(name, "train"))
+        content = {
+            ARRAYS: arrays,
+            METRICS: MetricRecord({EXAMPLES: examples, **trained.metrics}),
+            ABOUT: ConfigRecord({"client": name}),
+        }
+        return reply_with(message, RecordDict(content))  # type: ignore[arg-type]
 
 
-@app.train("psg", mods=[keep_private])
-def train_psg(message: Message, context: Context) -> Message:
-    """One round of FedP²EFT: φ in, φ out. Neither text, ξ, λ nor an adapter leaves."""
-    state = open_state(context)
-    workspace = state.workspace
-    name = client_name(context, workspace)
-    s = workspace.settings
-    workspace.for_client(name)
-    received = set_phi(workspace, message)
-    run = local_run(workspace, message, name)
-    result = state.ahead.take(message) or train_round(
-        workspace.bt, workspace.task, run.data, workspace.features(name), workspace.psg, run.order,
-        s.local, s.generator, workspace.profile, seed=run.seed,
-        on_step=steps("psg", -(-len(run.order) // s.local.accumulate), name),
-    )  # fmt: skip
-    metrics = {
-        "psg-loss": result.psg_loss,
-        "stage1-first": result.stage1_losses[0] if result.stage1_losses else 0.0,
-        "stage1-last": result.stage1_losses[-1] if result.stage1_losses else 0.0,
-        **{f"stage1-{name}": value for name, value in asdict(result.stage1_terms).items()},
-    }
-    wire, arrays = s.federation.wire, to_arrays(result.phi)
-    if wire != "fp32":
-        round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
-        change = {key: value - received[key] for key, value in result.phi.items()}
-        arrays = state.feedback.send(name, round_, change, wire)
-    return _trained(message, arrays, metrics, result.examples, name)
+def serve_phases() -> None:
+    """Answer the messages of the run's own phases and of all methods'."""
+    for phase in (BASE, *shared_phases().values()):
+        serve(phase)
 
 
-@app.train("fedl2p")
-def train_fedl2p(message: Message, context: Context) -> Message:
-    """One round of FedL2P: the meta-net's numbers in, and out."""
-    workspace = open_workspace(context)
-    name = client_name(context, workspace)
-    s, net = workspace.settings, workspace.meta_net
-    net.load_state_dict(the_meta_net(workspace, message))
-    round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
-    reporter = current()
-    client = replace(
-        client_side(workspace, message, name),
-        progress=lambda share: reporter.part("fedl2p", share, name),
-    )
-    result = train_meta_net(
-        client, net, s.section(FedL2PSettings), derive_seed(s.seed, "fedl2p", round_, name)
-    )
-    metrics = {"loss": result.loss, VALIDATION_LOSS: result.validation_loss}
-    return _trained(message, to_arrays(net.numbers()), metrics, len(client.train), name)
-
-
-def the_meta_net(workspace: Workspace, message: Message) -> dict[str, Tensor]:
-    """FedL2P's numbers that a message brings, checked."""
-    like = workspace.meta_net.state_dict()
-    return from_arrays(the_arrays(message), like, "The meta-net from the server")
+_served: set[str] = set()
+serve_phases()
 
 
 def train_psg_ahead(messages: Sequence[Message], contexts: Sequence[Context]) -> None:
     """Train the clients of several waiting `train.psg` messages in one batch.
 
-    For an engine that has the messages of many clients in one process: `train_psg` takes what was
+    For an engine that has the messages of many clients in one process: the handler takes what was
     computed here, and computes what was not.
     """
     try:
         state = open_state(contexts[0])
-        workspace = state.workspace
-        names = [client_name(context, workspace) for context in contexts]
-        state.ahead.train(workspace, messages, names)
+        turns = [
+            turn_of(state.workspace, PSG_PHASE, message, client_name(context, state.workspace))
+            for message, context in zip(messages, contexts, strict=True)
+        ]
+        state.ahead.train(state.workspace, messages, turns)
     except UserError:
-        return  # `train_psg` says it, of the client whose mistake it is
+        return  # the handler says it, of the client whose mistake it is
 
 
 @app.query("survey")
@@ -284,51 +239,18 @@ def what_is_asked(message: Message, workspace: Workspace) -> tuple[str, int]:
 
 
 def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide:
-    """What a method may look at, for one client: the one that a message names, if it does."""
-    workspace.for_client(name)
-    s, psg = workspace.settings, workspace.psg
-    reporter = current()
+    """What the method that a message names may look at, for one client."""
+    method = METHODS[str(the_config(message)["method"])]
     shared: dict[str, Tensor] = {}
-    method = the_config(message).get("method")
-    federation = METHODS[str(method)].shared if method else None
-    own = METHODS[str(method)].settings if method else None
-    if federation == "psg":
-        shared = from_arrays(the_arrays(message), psg.state_dict(), "φ from the server")
-        psg.set_numbers(shared)
-    elif federation == "fedl2p":
-        shared = the_meta_net(workspace, message)
-    prepared = alike_arrays([the_arrays(message, PREPARED)], "What the server prepared")[0]
-    return ClientSide(
-        bt=workspace.bt,
-        task=workspace.task,
-        train=workspace.encoded(name, "train"),
-        test=workspace.encoded(name, "test"),
-        psg=psg,
-        features=lambda: workspace.features(name),
-        settings=s.local,
-        seed=derive_seed(s.seed, "personalize", name),
-        progress=lambda share: reporter.part("personalize", share, name),
+    if method.phase:
+        whose = f"What the server sent ({method.phase.title})"
+        shared = from_arrays(the_arrays(message), workspace.shapes(method.phase), whose)
+    elif method.shared:
+        shared = from_arrays(the_arrays(message), workspace.psg.state_dict(), "φ from the server")
+        workspace.psg.set_numbers(shared)
+    return replace(
+        workspace.side(name),
         shared=shared,
-        prepared=prepared,
-        own=s.section(own) if own else None,
+        prepared=alike_arrays([the_arrays(message, PREPARED)], "What the server prepared")[0],
+        own=workspace.settings.section(method.settings) if method.settings else None,
     )
-
-
-def steps(phase: str, total: int, name: str) -> OnStep:
-    """A callback that reports the share of a client's steps that are done."""
-    reporter, done = current(), 0
-
-    def on_step(_loss: float) -> None:
-        nonlocal done
-        done += 1
-        reporter.part(phase, done / max(1, total), name)
-
-    return on_step
-
-
-def _trained(
-    message: Message, arrays: ArrayRecord, metrics: dict[str, float], examples: int, name: str
-) -> Message:
-    record = MetricRecord({EXAMPLES: examples, **metrics})
-    about = ConfigRecord({"client": name})
-    return reply_with(message, RecordDict({ARRAYS: arrays, METRICS: record, ABOUT: about}))

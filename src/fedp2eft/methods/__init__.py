@@ -6,11 +6,14 @@ What each one is, costs and lets out of a client: docs/methods.md.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from fedp2eft.client.phase import Phase, lazy
 from fedp2eft.errors import UserError, nearest
+from fedp2eft.methods.fedl2p.phase import PHASE as FEDL2P
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
-from fedp2eft.methods.method import METHODS, Method, Survey, lazy, register
+from fedp2eft.methods.method import METHODS, Method, Survey, register
 from fedp2eft.methods.settings import AdaLoraSettings, TuningSettings
 from fedp2eft.settings.experiment import Settings
 
@@ -26,6 +29,7 @@ __all__ = [
     "check_trained_for",
     "load",
     "method_named",
+    "phases",
     "register",
 ]
 
@@ -40,7 +44,7 @@ _tuning: dict[str, Any] = {"settings": TuningSettings, "section": "tuning"}
 for _name, _method in {
     "base": Method(_ours("base:base"), ranked=False),
     "lora": Method(_ours("lora:lora")),
-    "fedl2p": Method(_ours("fedl2p.method:fedl2p"), shared="fedl2p", settings=FedL2PSettings),
+    "fedl2p": Method(_ours("fedl2p.method:fedl2p"), phase=FEDL2P, settings=FedL2PSettings),
     "fedp2eft": Method(_ours("fedp2eft:fedp2eft"), shared="psg"),
     "adalora": Method(_ours("adalora:adalora"), settings=AdaLoraSettings),
     "bt-lora": Method(_ours("bt_lora:bt_lora")),
@@ -102,11 +106,18 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def phases(methods: Iterable[str] | None = None) -> dict[str, Phase]:
+    """Phases of the named methods' own, of all methods if absent; by name."""
+    chosen = (METHODS[name].phase for name in (METHODS if methods is None else methods))
+    return {phase.name: phase for phase in chosen if phase}
+
+
 def check_trained_for(name: str, settings: Settings) -> None:
     """Raise `UserError` unless a run under these settings trains what the method starts from."""
-    if settings.privacy.on and method_named(name).shared == "fedl2p":
+    phase = method_named(name).phase
+    if settings.privacy.on and phase and not phase.private:
         raise UserError(
-            "privacy covers the PSG's rounds, not FedL2P's: leave fedl2p out of "
+            f"privacy covers the PSG's rounds, not {phase.title}'s: leave {name} out of "
             "evaluation.methods, or privacy off."
         )
     for section, keys in method_named(name).variant.items():

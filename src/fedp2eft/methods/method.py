@@ -18,19 +18,10 @@ from fedp2eft.settings.sections import add_section
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedp2eft.client.phase import Phase
     from fedp2eft.client.side import ClientSide, Outcome
 
 GROUP = "fedp2eft.methods"
-
-
-def lazy(target: str) -> Callable[..., Any]:
-    """A function that is imported when it is first called.
-
-    Args:
-        target: Where it is, "package.module:name".
-    """
-    entry = EntryPoint(target, target, GROUP)
-    return lambda *args, **options: entry.load()(*args, **options)
 
 
 @dataclass(frozen=True)
@@ -54,13 +45,15 @@ class Method:
 
     Args:
         fit: One client's scores and adapter at a rank budget.
-        shared: Which phase trains the parameters that it starts from, if any.
+        shared: Name of the phase that trains the parameters that it starts from, if any: "psg", or
+            that of its own `phase`, which sets it.
         ranked: Whether the rank budget changes anything.
         surveys: What the server must ask the seen clients first, one after the other: a client
             that is asked the second knows what all answers to the first gave.
         variant: Settings (section → key → value) that its phase must be trained under.
         settings: Dataclass of its own section of the settings; the client's is `client.own`.
         section: Name of the section; the method's own name if absent.
+        phase: A phase of its own; a run that names the method has it.
     """
 
     fit: Callable[[ClientSide, int], Outcome]
@@ -70,6 +63,11 @@ class Method:
     variant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: type | None = None
     section: str | None = None
+    phase: Phase | None = None
+
+    def __post_init__(self) -> None:
+        if self.phase:
+            object.__setattr__(self, "shared", self.phase.name)
 
 
 class Methods(MutableMapping[str, Method]):

@@ -13,6 +13,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
+from fedp2eft.methods import phases
 from fedp2eft.report.source import Report, Training
 from fedp2eft.report.structure import Grid, Matrix
 from fedp2eft.results.cells import scored, values
@@ -226,7 +227,11 @@ def training_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, F
         ("stage1-first", "Stage 1: loss at its first steps", "loss", "psg", "stage1-first"),
         ("stage1-last", "Stage 1: loss at its last steps", "loss", "psg", "stage1-last"),
         ("norm", "PSG: median length of a client's change", "norm", "psg", "norm"),
-        ("fedl2p-loss", "FedL2P: validation loss", "loss", "fedl2p", "validation-loss"),
+        *(
+            (f"{name}-loss", f"{phase.title}: {metric.replace('-', ' ')}", "loss", name, metric)
+            for name, phase in phases().items()
+            for metric in phase.metrics[-1:]
+        ),
         ("epsilon", "Privacy: ε spent", "ε", "psg", "epsilon"),
     )
     for name, title, label, phase, key in wanted:

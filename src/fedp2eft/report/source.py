@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from fedp2eft.errors import UserError
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.methods import METHODS
-from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.results.cells import Facts, is_client, read_cells, traffic
 from fedp2eft.results.summary import Comparison, summarize
 from fedp2eft.settings.experiment import CompareSettings, Settings
@@ -22,12 +21,8 @@ if TYPE_CHECKING:
     from fedp2eft.experiment.lambdas import Lambdas
 
 _log = logging.getLogger(__name__)
-PLANNED = {
-    "base": lambda s: s.base.rounds,
-    "psg": lambda s: s.federation.rounds,
-    "fedl2p": lambda s: s.section(FedL2PSettings).rounds,
-}
-"""Rounds of each phase that the settings ask for."""
+PLANNED = {"base": "base.rounds", "psg": "federation.rounds"}
+"""The setting of each phase's rounds."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +229,10 @@ def _missing(report: Report) -> Iterator[str]:
     if report.single:
         phases = [phase for phase in ("base", "psg") if report.trainings[0].rounds.get(phase)]
         for phase in ("base", "psg"):
-            done, whole = len(report.trainings[0].rounds.get(phase, [])), PLANNED[phase](settings)
+            done, whole = (
+                len(report.trainings[0].rounds.get(phase, [])),
+                settings.value(PLANNED[phase]),
+            )
             stopped = settings.privacy.on and phase == "psg"  # a spent ε ends it sooner
             if done < whole and (phase in phases or not phases) and not stopped:
                 yield f"{done} of {whole} rounds of {phase} are done."

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,6 @@ from fedp2eft.files import read_json, take_lock
 from fedp2eft.methods import METHODS, method_named
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.sections import with_sections
-
-SEEDED = ("adapter", "data", "fedl2p", "generator", "model")
-"""Sections whose `seed` a comparison's seed replaces, beside the experiment's own."""
 
 
 @dataclass(frozen=True, order=True)
@@ -128,7 +125,11 @@ def settings_of(settings: Settings, training: Training, *, base_only: bool = Fal
         for name in settings.evaluation.methods
         if variant_name(method_named(name).variant) == training.variant
     ]
-    changes: dict[str, dict[str, Any]] = {name: {"seed": training.seed} for name in SEEDED}
+    changes: dict[str, dict[str, Any]] = {
+        part.name: {"seed": training.seed}
+        for part in fields(settings)  # whichever have a seed, beside the experiment's own
+        if hasattr(getattr(settings, part.name), "seed")
+    }
     changes["base"] = {"kind": training.base}
     changes["evaluation"] = {"methods": [] if base_only else methods, "save_adapters": False}
     if not base_only:

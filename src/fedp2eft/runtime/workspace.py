@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.bases import BASES, Base, LocalWork, copy_numbers
+from fedp2eft.client.phase import Phase
+from fedp2eft.client.side import ClientSide
 from fedp2eft.client.training import features
 from fedp2eft.data.federation import Client, Federation
 from fedp2eft.data.nodes import Value as NodeValue
@@ -24,8 +26,6 @@ from fedp2eft.data.nodes import federation_of_node
 from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.methods.fedl2p.meta_net import MetaNet
-from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.models.loading import (
     ModelSource,
     as_loaded,
@@ -76,6 +76,7 @@ class Workspace:
         self.node = node
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._features: dict[str, Tensor] = {}
+        self._shapes: dict[str, dict[str, Tensor]] = {}
         self._trainable: nn.Module | None = None
         self.private = PrivateParts(
             self.client_folder,
@@ -305,19 +306,6 @@ class Workspace:
         """A PSG to load φ into; every use sets all of φ first."""
         return PSG(self.psg_config)
 
-    # ── FedL2P ──────────────────────────────────────────────────────────────────────────────────
-
-    @cached_property
-    def meta_net(self) -> MetaNet:
-        """A meta-net to load FedL2P's numbers into; every use sets all of them first."""
-        return self.new_meta_net()
-
-    def new_meta_net(self) -> MetaNet:
-        """FedL2P's meta-net before its first round."""
-        s = self.settings.section(FedL2PSettings)
-        matrices = 2 * len(self.bt.names)
-        return MetaNet(self.psg_config.n_features, s.hidden, matrices, s.init_lr, s.seed)
-
     # ── ξ ───────────────────────────────────────────────────────────────────────────────────────
 
     def features(self, name: str) -> Tensor:
@@ -328,3 +316,28 @@ class Workspace:
             xi = features(self.bt, self.task, data, self.settings.local, self.profile)
             self._features[name] = self.psg.features_of(xi, len(data))
         return self._features[name]
+
+    def shapes(self, phase: Phase) -> dict[str, Tensor]:
+        """Names and shapes of a phase's parameters; the tensors take no memory."""
+        if phase.name not in self._shapes:
+            first = phase.first(self).items()
+            self._shapes[phase.name] = {n: torch.empty_like(v, device="meta") for n, v in first}
+        return self._shapes[phase.name]
+
+    # ── a client ────────────────────────────────────────────────────────────────────────────────
+
+    def side(self, name: str, phase: str = "personalize") -> ClientSide:
+        """A client as methods see it; `phase` is what its progress is reported under."""
+        self.for_client(name)
+        reporter = current()
+        return ClientSide(
+            bt=self.bt,
+            task=self.task,
+            train=self.encoded(name, "train"),
+            test=self.encoded(name, "test"),
+            psg=self.psg,
+            features=lambda: self.features(name),
+            settings=self.settings.local,
+            seed=self.seed_of("personalize", name),
+            progress=lambda share: reporter.part(phase, share, name),
+        )

@@ -6,7 +6,7 @@ Nothing heavy is imported here: the command line builds its help from these type
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fedp2eft.errors import require
 from fedp2eft.settings.data import DataSettings
@@ -355,6 +355,11 @@ class Settings:
             "evaluation.generate needs a model that answers in text: set it to false, or "
             "model.task to causal_lm.",
         )
+
+    def value(self, name: str) -> Any:
+        """A setting by its name on the command line, e.g. "local.lr"."""
+        section, _, key = name.partition(".")
+        return getattr(getattr(self, section), key)
 
     def section(self, kind: type[T]) -> T:
         """The section of that class, a method's (`Method.settings`) as well as one named above."""

@@ -15,11 +15,11 @@ from flwr.app import Message
 
 from fedp2eft.adapters.stacked import NotPerRowError
 from fedp2eft.client.cohort import CohortClient, train_cohort, why_alone
-from fedp2eft.client.training import Round
+from fedp2eft.client.phase import Trained, Turn
 from fedp2eft.errors import UserError
-from fedp2eft.federation.client.round import local_run, set_phi
 from fedp2eft.federation.wire.messages import the_arrays
 from fedp2eft.progress import current
+from fedp2eft.runtime.phases import psg_order, psg_trained
 
 if TYPE_CHECKING:
     from fedp2eft.runtime.workspace import Workspace
@@ -29,11 +29,11 @@ class LookAhead:
     """Rounds that were computed before their messages run, by message id."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Round | UserError] = {}
+        self._found: dict[str, Trained | UserError] = {}
         self._alone: str | None = None
         self._most: int | None = None
 
-    def take(self, message: Message) -> Round | None:
+    def take(self, message: Message) -> Trained | None:
         """What was computed for this message, once; None where nothing was.
 
         Raises:
@@ -45,7 +45,7 @@ class LookAhead:
         return found
 
     def train(
-        self, workspace: Workspace, messages: Sequence[Message], names: Sequence[str]
+        self, workspace: Workspace, messages: Sequence[Message], turns: Sequence[Turn]
     ) -> None:
         """Train the clients of several `train.psg` messages of one round as a cohort.
 
@@ -54,19 +54,19 @@ class LookAhead:
         Args:
             workspace: Serves them all.
             messages: With the same φ; one with another is left to its handler.
-            names: Their clients.
+            turns: Their clients'.
         """
         self._found = {}
         self._look_for_obstacle(workspace)
         if self._alone:
             return
-        set_phi(workspace, messages[0])
+        workspace.psg.set_numbers(turns[0].parameters)
         arrays = the_arrays(messages[0])
         ready: list[tuple[str, CohortClient]] = []
-        for message, name in zip(messages, names, strict=True):
+        for message, turn in zip(messages, turns, strict=True):
             try:
-                run = local_run(workspace, message, name)
-                client = CohortClient(run.data, workspace.features(name), run.order)
+                data = workspace.encoded(turn.client, "train")
+                client = CohortClient(data, workspace.features(turn.client), psg_order(turn))
             except UserError:
                 continue  # its own handler says so
             if the_arrays(message) == arrays:
@@ -87,7 +87,7 @@ class LookAhead:
 
     def _rounds(
         self, workspace: Workspace, clients: Sequence[CohortClient]
-    ) -> list[Round | UserError]:
+    ) -> list[Trained | UserError]:
         s, reporter = workspace.settings, current()
         longest = max(len(client.order) for client in clients)
         steps, done = max(1, -(-longest // s.local.accumulate)), 0
@@ -97,10 +97,11 @@ class LookAhead:
             done += 1
             reporter.part("psg", done / steps, f"{len(clients)} clients")
 
-        return train_cohort(
+        found = train_cohort(
             workspace.bt, workspace.task, clients, workspace.psg,
             s.local, s.generator, workspace.profile, on_step=on_step,
         )  # fmt: skip
+        return [each if isinstance(each, UserError) else psg_trained(each) for each in found]
 
     def _look_for_obstacle(self, workspace: Workspace) -> None:
         if self._alone is not None:

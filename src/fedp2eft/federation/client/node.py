@@ -24,7 +24,7 @@ from flwr.app import Message
 from fedp2eft.data.federation import check_client_name
 from fedp2eft.data.nodes import Value
 from fedp2eft.errors import TellableError
-from fedp2eft.federation.server.run_folder import FREE
+from fedp2eft.federation.server.run_folder import free_settings
 from fedp2eft.federation.wire.messages import (
     array_digest,
     base_id,
@@ -57,9 +57,9 @@ def own_folder(node: Mapping[str, Value], settings: Settings, run: str) -> Path:
             "The node config names no folder for this client's base and adapters: add keep='…'."
         )
     fixed = asdict(settings)
-    for section, *rest in FREE:
+    for section, *rest in free_settings():
         if rest:
-            fixed[section].pop(rest[0])
+            fixed.get(section, {}).pop(rest[0], None)
         else:
             fixed.pop(section)
     digest = sha256(json.dumps([run, fixed], sort_keys=True).encode()).hexdigest()[:16]

@@ -24,7 +24,6 @@ from fedp2eft.federation.wire.messages import (
     ARRAYS,
     EXAMPLES,
     METRICS,
-    TRAINING_METRICS,
     nbytes,
     read_in_place,
     scalars,
@@ -149,6 +148,7 @@ def offer_of(
     sent: Mapping[str, Tensor],
     wire: Wire,
     what: str,
+    expected: Sequence[str],
     bit: str | None = None,
 ) -> Offer:
     """Check one reply by itself.
@@ -159,6 +159,7 @@ def offer_of(
         sent: The numbers that the client started from.
         wire: What the reply travelled in; not "fp32": it holds changes.
         what: The round, for the error.
+        expected: Metrics that it reports beside N; no more, no less.
         bit: Name of a metric that is 0 or 1 and that the strategy reads in the message.
 
     Raises:
@@ -173,7 +174,6 @@ def offer_of(
             raise UserError(f"its {bit} is {metrics[bit]}, not 0 or 1")
     except UserError as error:
         raise UserError(f"Reply of client {client} in {what}: {error}.") from error
-    expected = TRAINING_METRICS[reply.metadata.message_type]
     known = {EXAMPLES, *expected, *([bit] if bit else [])}
     if set(metrics) != known:
         odd = min(set(metrics) ^ known)

@@ -1,15 +1,18 @@
-"""How the server makes one set of numbers of many: Flower's strategies, with clients sampled by us.
+"""How the server samples clients and makes one set of parameters of theirs.
 
-Sampling depends on (seed, phase, round) alone, and what a strategy remembers from round to round
-can be kept with a checkpoint: a run that goes on gives the same bits.
+The round loop knows an `Aggregator`: `Averaging` here, on Flower's strategies, or the private one
+(`fedp2eft.federation.server.privacy`). Sampling depends on (seed, phase, round) alone, and what an
+aggregator remembers from round to round is kept with the checkpoint: a run that resumes gives the
+same bits.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -27,9 +30,12 @@ from flwr.serverapp.strategy import (
 )
 from torch import Tensor
 
+from fedp2eft.client.phase import Phase
+from fedp2eft.federation.server.admission import Failures, Offer, weigh, within_limits
 from fedp2eft.federation.server.exchange import Member
-from fedp2eft.federation.wire.messages import EXAMPLES
+from fedp2eft.federation.wire.messages import EXAMPLES, to_arrays
 from fedp2eft.seeding import derive_seed
+from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import AggregationSettings
 
 ADAPTIVE = (FedAdagrad, FedAdam, FedYogi)
@@ -59,17 +65,12 @@ class Seeded(FedAvg):
             members: Clients to sample from.
             clients_per_round: How many to sample.
             seed: The experiment's seed.
-            message_type: "train.base", "train.psg" or "train.fedl2p".
+            message_type: `Phase.kind`.
         """
         self.members = sorted(members, key=lambda member: member.client)
         self.size = min(clients_per_round, len(self.members))
         self.seed = seed
         self.message_type = message_type
-
-    def leave_out(self, clients: set[str]) -> None:
-        """Sample among the others from now on."""
-        self.members = [member for member in self.members if member.client not in clients]
-        self.size = min(self.size, len(self.members))
 
     def sample(self, server_round: int) -> list[Member]:
         """This round's clients, in the order of their names."""
@@ -82,8 +83,8 @@ class Seeded(FedAvg):
         """Messages to this round's sample, in the order of the clients' names."""
         config["server-round"] = server_round
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        nodes = [member.node for member in self.sample(server_round)]
-        return list(self._construct_messages(record, nodes, self.message_type))
+        sample = self.sample(server_round)
+        return [Message(record, member.node, self.message_type) for member in sample]
 
 
 class SeededFedAvg(Seeded):
@@ -168,6 +169,99 @@ def strategy(
     made = type(f"Seeded{flower.__name__}", bases, {})(weighted_by_key=EXAMPLES, **options)
     made.sample_from(members, clients_per_round, seed, message_type)
     return cast(Seeded, made)
+
+
+class Aggregator(Protocol):
+    """Samples the clients of each round and makes one set of parameters of theirs."""
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The clients that may be sampled, by name."""
+
+    @property
+    def bit(self) -> str | None:
+        """A metric of 0 or 1 that clients report to it beside the phase's."""
+
+    def remember(self, kept: Mapping[str, Tensor]) -> None:
+        """Resume from what was kept with a checkpoint."""
+
+    def spent(self, round_: int) -> str | None:
+        """Why there cannot be this round, if there cannot: the rest of a sentence."""
+
+    def configure(
+        self, round_: int, parameters: Mapping[str, Tensor], grid: Grid, without: Collection[str]
+    ) -> list[Message]:
+        """Sample clients; return a message to each, those aside that are not to be asked."""
+
+    def limits(self, offers: Sequence[Offer], failures: Failures, what: str) -> list[Offer]:
+        """The offers that may be averaged."""
+
+    def aggregate(
+        self, round_: int, offers: Sequence[Offer]
+    ) -> tuple[ArrayRecord | None, dict[str, Any]]:
+        """Weigh and average the offers; return facts for the round's metrics, too."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What must be known to resume after this round, by name."""
+
+
+class Averaging:
+    """The strategy that the settings name, its clients sampled from the seed.
+
+    Args:
+        settings: The experiment.
+        phase: Whose rounds they are.
+        members: Clients to sample from.
+    """
+
+    bit = None
+
+    def __init__(self, settings: Settings, phase: Phase, members: Iterable[Member]) -> None:
+        s = settings
+        self.strategy = strategy(
+            s.aggregation, members, s.value(phase.clients), s.seed, phase.kind, phase.optimise
+        )
+        self._peers = s.peers
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The clients that may be sampled."""
+        return self.strategy.members
+
+    def remember(self, kept: Mapping[str, Tensor]) -> None:
+        """Resume from its moments or momentum."""
+        remember(self.strategy, kept)
+
+    def spent(self, round_: int) -> str | None:
+        """Rounds are free."""
+        return None
+
+    def configure(
+        self, round_: int, parameters: Mapping[str, Tensor], grid: Grid, without: Collection[str]
+    ) -> list[Message]:
+        """Sample among the clients that may be asked."""
+        chosen = self.strategy
+        chosen.members = [member for member in chosen.members if member.client not in without]
+        chosen.size = min(chosen.size, len(chosen.members))
+        arrays = to_arrays(parameters)
+        return list(chosen.configure_train(round_, arrays, ConfigRecord(), grid))
+
+    def limits(self, offers: Sequence[Offer], failures: Failures, what: str) -> list[Offer]:
+        """The offers that are not too far from the round's median."""
+        return within_limits(offers, self._peers.max_norm, failures, what)
+
+    def aggregate(
+        self, round_: int, offers: Sequence[Offer]
+    ) -> tuple[ArrayRecord | None, dict[str, Any]]:
+        """Average them, weighted by N up to the limit."""
+        cut = weigh(offers, self._peers.max_examples)
+        facts: dict[str, Any] = {"norm": median(offer.norm for offer in offers)}
+        arrays, _ = self.strategy.aggregate_train(round_, [offer.message for offer in offers])
+        return arrays, facts | ({"examples-cut": cut} if cut else {})
+
+    def memory(self) -> dict[str, Tensor]:
+        """Its moments or momentum."""
+        return memory_of(self.strategy)
 
 
 def memory_of(strategy: Seeded) -> dict[str, Tensor]:

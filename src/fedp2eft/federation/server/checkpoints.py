@@ -33,7 +33,7 @@ class Progress:
     """How far a phase has come.
 
     Args:
-        phase: "base", "psg" or "fedl2p".
+        phase: Its name.
         round: Last finished round; 0 before the first.
     """
 

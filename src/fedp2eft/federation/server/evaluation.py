@@ -37,7 +37,7 @@ from fedp2eft.results.metrics import metric_of
 from fedp2eft.tasks.text_scores import TEXT_SCORES
 
 Shared = Mapping[str, Mapping[str, Tensor]]
-"""Numbers by name of each federation ("psg", "fedl2p")."""
+"""Parameters by name, of each phase ("psg", or a method's own)."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,15 @@ from flwr.serverapp.strategy import (
 )
 from torch import Tensor
 
+from fedp2eft.client.phase import Phase
 from fedp2eft.errors import UserError
-from fedp2eft.federation.server.admission import Failures, Offer
+from fedp2eft.federation.server.admission import Failures, Offer, weigh
 from fedp2eft.federation.server.aggregation import SeededFedAvg
 from fedp2eft.federation.server.exchange import Member
-from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import to_arrays
 from fedp2eft.files import read_json, write_json
 from fedp2eft.seeding import derive_seed
+from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import PrivacySettings
 
 CLIP_NORM = "clipping_norm"  # where Flower's strategies write it in the config of a message
@@ -134,41 +137,45 @@ class ClientQuantile(_Quantile, DifferentialPrivacyClientSideAdaptiveClipping):
     """Adaptive clipping on the clients."""
 
 
-class Privacy:
-    """Makes the rounds of one phase private and keeps account of it.
+class Private:
+    """Clips, averages with noise, and keeps account of it.
 
     Args:
-        settings: What is wished.
+        settings: The experiment.
+        phase: Whose rounds they are.
         members: Clients to sample from.
-        clients_per_round: How many to sample.
-        seed: The experiment's seed.
-        message_type: Of the messages to them.
+        folder: The run folder.
 
     Attributes:
         mean: Samples clients and takes their mean.
         strategy: Clips and adds noise around it.
+        bit: The metric that tells whether a client clipped, where the norm adapts to that.
 
     Raises:
         UserError: dp-accounting is not installed.
     """
 
     def __init__(
-        self,
-        settings: PrivacySettings,
-        members: Sequence[Member],
-        clients_per_round: int,
-        seed: int,
-        message_type: str,
+        self, settings: Settings, phase: Phase, members: Sequence[Member], folder: Path
     ) -> None:
-        self.settings = settings
-        self.mean = SampledMean(settings, members, clients_per_round, seed, message_type)
+        s = self.settings = settings.privacy
+        size = settings.value(phase.clients)
+        self.mean = SampledMean(s, members, size, settings.seed, phase.kind)
         self.strategy = self._strategy()
+        told = s.clipping == "adaptive" and s.clip_on == "client"
+        self.bit = "norm_bit" if told else None
+        self._folder = folder
         self._taken: Counter[str] = Counter()
         self._asked: list[str] = []
         self._rounds = 0
-        self._norm = settings.clip_norm
+        self._norm = s.clip_norm
         if members:
             self.epsilon({"": 1}, 1)  # what is missing is missed before the first round
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The clients that may be sampled."""
+        return self.mean.members
 
     def _strategy(self) -> Strategy:
         s, size = self.settings, max(1, self.mean.size)
@@ -189,31 +196,47 @@ class Privacy:
 
     # ── rounds ──────────────────────────────────────────────────────────────────────────────────
 
-    def allows(self, round_: int) -> bool:
-        """Whether one more round stays within the budget."""
-        if self.settings.epsilon is None:
-            return True
+    def spent(self, round_: int) -> str | None:
+        """Why there cannot be this round: it would pass the budget."""
+        s = self.settings
+        if s.epsilon is None:
+            return None
         taken = self._taken.copy()
-        if self.settings.sampling == "seeded":
+        if s.sampling == "seeded":
             taken.update(member.client for member in self.mean.sample(round_))
-        return self.epsilon(taken, self._rounds + 1) <= self.settings.epsilon
+        if self.epsilon(taken, self._rounds + 1) <= s.epsilon:
+            return None
+        spent = self.epsilon(self._taken, self._rounds)
+        return (
+            f": ε is {spent:.3g} (δ {s.delta:g}), and one round more would pass the budget "
+            f"privacy.epsilon = {s.epsilon:g}."
+        )
 
-    def asking(self, members: Iterable[Member], run: RunFolder) -> None:
-        """These clients are about to be asked.
+    def configure(
+        self, round_: int, parameters: Mapping[str, Tensor], grid: Grid, without: Collection[str]
+    ) -> list[Message]:
+        """Sample among all clients: one that may not be asked counts as one that failed.
 
-        Where they add the noise themselves every answer is out with it, whether or not the round is
-        finished: what is asked of them is written down first.
+        Where clients add the noise themselves every answer is out with it, whether or not the round
+        is finished: what is asked of them is written down first.
         """
-        self._asked = [member.client for member in members]
+        arrays = to_arrays(parameters)
+        messages = self.strategy.configure_train(round_, arrays, ConfigRecord(), grid)
+        names = {member.node: member.client for member in self.members}
+        asked = [m for m in messages if names[m.metadata.dst_node_id] not in without]
+        self._asked = [names[message.metadata.dst_node_id] for message in asked]
         self._norm = self._clip_norm
-        if self.settings.noise == "client" and self.settings.test_seed is None:
+        if self._written_first:
             self._taken.update(self._asked)
             self._asked = []
-            write_json(run.path / ASKED, dict(sorted(self._taken.items())))
+            write_json(self._folder / ASKED, dict(sorted(self._taken.items())))
+        return asked
 
-    def within_limits(
-        self, offers: Sequence[Offer], _most: float, failures: Failures, what: str
-    ) -> list[Offer]:
+    @property
+    def _written_first(self) -> bool:
+        return self.settings.noise == "client" and self.settings.test_seed is None
+
+    def limits(self, offers: Sequence[Offer], failures: Failures, what: str) -> list[Offer]:
         """The offers that may be averaged; a client's own change alone decides.
 
         A limit that hangs on the other clients' changes would tell of them.
@@ -240,19 +263,18 @@ class Privacy:
             noise = self.settings.noise_multiplier * (math.sqrt(offer.size) + 6)
         return self._norm * (1 + ROUNDING + noise)
 
-    def aggregate(self, round_: int, replies: list[Message]) -> ArrayRecord | None:
-        """The noised mean of this round; it is accounted for."""
+    def aggregate(
+        self, round_: int, offers: Sequence[Offer]
+    ) -> tuple[ArrayRecord | None, dict[str, Any]]:
+        """The noised mean of this round, all weights the same; it is accounted for."""
+        weigh(offers, 0.0, alike=True)
+        replies = [offer.message for offer in offers]
         with noise_from(self.settings.test_seed, "server", round_), _flower_quiet():
             arrays, _ = self.strategy.aggregate_train(round_, replies)
         self._taken.update(self._asked)
         self._rounds += 1
-        return arrays
-
-    @property
-    def bit(self) -> str | None:
-        """The metric that tells whether a client clipped, where the norm adapts to that."""
-        tells = self.settings.clipping == "adaptive" and self.settings.clip_on == "client"
-        return "norm_bit" if tells else None
+        spent = self.epsilon(self._taken, self._rounds)
+        return arrays, {"epsilon": spent, "delta": self.settings.delta, "clip-norm": self._norm}
 
     # ── account ─────────────────────────────────────────────────────────────────────────────────
 
@@ -286,19 +308,6 @@ class Privacy:
         accountant.compose(GaussianPrivacyEvent(z, size, population), times)
         return accountant.get_epsilon(s.delta)
 
-    def facts(self) -> dict[str, float]:
-        """What a line of metrics.jsonl says of the round."""
-        spent = self.epsilon(self._taken, self._rounds)
-        return {"epsilon": spent, "delta": self.settings.delta, "clip-norm": self._norm}
-
-    def told(self, stopped: str) -> str:
-        """The line that ends training."""
-        spent = self.epsilon(self._taken, self._rounds)
-        return (
-            f"{stopped}: ε is {spent:.3g} (δ {self.settings.delta:g}), and one round more would "
-            f"pass the budget privacy.epsilon = {self.settings.epsilon:g}."
-        )
-
     @property
     def _clip_norm(self) -> float:
         return float(getattr(self.strategy, "clipping_norm", self.settings.clip_norm))
@@ -309,16 +318,16 @@ class Privacy:
         norm = torch.tensor(self._clip_norm, dtype=torch.float64)
         return {**kept, NORM: norm, ROUNDS: torch.tensor(self._rounds)}
 
-    def remember(self, kept: Mapping[str, Tensor], run: RunFolder) -> None:
-        """Go on from there."""
+    def remember(self, kept: Mapping[str, Tensor]) -> None:
+        """Resume from there."""
         self._taken = Counter(
             {n.removeprefix(TAKEN): int(v) for n, v in kept.items() if n.startswith(TAKEN)}
         )
         self._rounds = int(kept.get(ROUNDS, torch.tensor(0)))
         if NORM in kept and hasattr(self.strategy, "clipping_norm"):
             self.strategy.clipping_norm = float(kept[NORM])
-        asked = read_json(run.path / ASKED)
-        if self.settings.noise == "client" and self.settings.test_seed is None and asked:
+        asked = read_json(self._folder / ASKED)
+        if self._written_first and asked:
             self._taken |= Counter(asked)  # the larger of the two, client by client
 
 

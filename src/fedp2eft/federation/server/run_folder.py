@@ -7,7 +7,7 @@ faults.jsonl       one line for each thing that went wrong, as it happened; faul
 checkpoints/       the newest finished rounds
 base/              the base model, ready for `from_pretrained`
 psg/               the trained PSG
-fedl2p/            the trained meta-net of FedL2P, where that is a method
+<phase>/           what a method's own phase trained (`Method.phase`)
 cells/             one small file per client, method and rank budget
 adapters/<client>/ the clients' PEFT adapters
 generations/       what the clients' models answered, where `evaluation.generate` is set
@@ -49,7 +49,7 @@ from fedp2eft.files import (
     write_json,
     write_text,
 )
-from fedp2eft.methods.fedl2p.settings import FedL2PSettings
+from fedp2eft.runtime.phases import shared_phases
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import (
     SETTINGS_FILE,
@@ -60,7 +60,6 @@ from fedp2eft.settings.reading import (
 
 # Settings that may change between two starts of one run: they add to it, and change nothing done.
 FREE = {
-    ("federation", "rounds"),
     ("federation", "keep_checkpoints"),
     ("federation", "timeout"),
     ("federation", "min_clients"),
@@ -69,13 +68,18 @@ FREE = {
     ("peers", "quarantine"),
     ("peers", "min_share"),
     ("privacy", "epsilon"),
-    ("fedl2p", "rounds"),
     ("evaluation", "methods"),
     ("evaluation", "ranks"),
     ("evaluation", "pools"),
     ("compare",),
     ("trackers",),
 }
+
+
+def free_settings() -> set[tuple[str, ...]]:
+    """Settings that may change between two starts: `FREE`, and the rounds of the phases."""
+    rounds = (phase.rounds for phase in shared_phases().values())
+    return FREE | {tuple(name.split(".")) for name in rounds}
 
 
 class RunFolder:
@@ -121,7 +125,7 @@ class RunFolder:
                 f"Another process is working on {self.path}: wait for it, or name another folder."
             )
         if settings_file.exists():
-            check_same(self.path, settings_of_folder(self.path), self.settings, FREE)
+            check_same(self.path, settings_of_folder(self.path), self.settings, free_settings())
             self._check_rounds()
         for part in ("checkpoints", "cells/*", "adapters/*", "generations/*", "clients/*"):
             for folder in self.path.glob(part):
@@ -130,17 +134,16 @@ class RunFolder:
         write_text(settings_file, settings_text(self.settings))
 
     def _check_rounds(self) -> None:
-        """The numbers of a finished round cannot be taken back."""
-        s = self.settings
-        for phase, name, rounds in (
-            ("psg", "federation.rounds", s.federation.rounds),
-            ("fedl2p", "fedl2p.rounds", s.section(FedL2PSettings).rounds),
-        ):
-            found = load_checkpoint(self.path / "checkpoints", phase)
-            if found is not None and found[0].round > rounds:
+        """The parameters of a finished round cannot be taken back."""
+        for phase in shared_phases().values():
+            found = load_checkpoint(self.path / "checkpoints", phase.name)
+            if found is None:
+                continue
+            done, rounds = found[0].round, self.settings.value(phase.rounds)
+            if done > rounds:
                 raise UserError(
-                    f"{self.path} has {found[0].round} finished rounds, more than {name} = "
-                    f"{rounds}: give {found[0].round} or more, or name another run folder."
+                    f"{self.path} has {done} finished rounds, more than {phase.rounds} = {rounds}: "
+                    f"give {done} or more, or name another run folder."
                 )
 
     def close(self) -> None:
@@ -157,11 +160,6 @@ class RunFolder:
     def psg(self) -> Path:
         """Folder of the trained PSG."""
         return self.path / "psg"
-
-    @property
-    def fedl2p(self) -> Path:
-        """File of the trained meta-net of FedL2P."""
-        return self.path / "fedl2p" / "model.safetensors"
 
     # ── rounds ──────────────────────────────────────────────────────────────────────────────────
 

@@ -26,30 +26,12 @@ ARRAYS, CONFIG, METRICS, ABOUT = "arrays", "config", "metrics", "about"
 PREPARED = "prepared"
 EXAMPLES = "num-examples"
 MOST_HEADER = 4096  # of a NumPy file, which is 64 to 128 bytes for our arrays
-VALIDATION_LOSS = "validation-loss"
 
-# Flower's message types: category, dot, action.
+# Flower's message types: category, dot, action. Those of training are `Phase.kind`.
 DESCRIBE = "query.describe"
 TAKE_BASE = "query.base"
-TRAIN_BASE = "train.base"
-TRAIN_PSG = "train.psg"
-TRAIN_FEDL2P = "train.fedl2p"
 SURVEY = "query.survey"
 PERSONALIZE = "evaluate.personalize"
-
-TRAINING_METRICS: dict[str, tuple[str, ...]] = {
-    TRAIN_BASE: ("loss",),
-    TRAIN_PSG: (
-        "psg-loss",
-        "stage1-first",
-        "stage1-last",  # the sum of these three
-        "stage1-task",
-        "stage1-significance",
-        "stage1-sparsity",
-    ),
-    TRAIN_FEDL2P: ("loss", VALIDATION_LOSS),
-}
-"""What a reply to each kind of training tells beside N: no more, no less."""
 
 
 def to_arrays(numbers: Mapping[str, Tensor]) -> ArrayRecord:

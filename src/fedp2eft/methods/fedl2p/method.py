@@ -21,11 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedp2eft.client.phase import VALIDATION_LOSS, Trained, Turn
 from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import adamw, descend, local_order, rate_groups
 from fedp2eft.errors import DivergedError
@@ -35,6 +37,23 @@ from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.methods.lora import uniform
 from fedp2eft.seeding import derive_seed
 from fedp2eft.tasks.encoded import Encoded
+
+if TYPE_CHECKING:
+    from fedp2eft.runtime.workspace import Workspace
+
+
+def first(workspace: Workspace) -> dict[str, Tensor]:
+    """The meta-net before its first round."""
+    s, matrices = workspace.settings.section(FedL2PSettings), 2 * len(workspace.bt.names)
+    return MetaNet(workspace.psg_config.n_features, s.hidden, matrices, s.init_lr, s.seed).numbers()
+
+
+def train_turn(turn: Turn) -> Trained:
+    """One client's part of a federated round."""
+    net = MetaNet.of(turn.parameters)
+    settings = turn.workspace.settings.section(FedL2PSettings)
+    result = train_round(turn.side(), net, settings, turn.seed)
+    return Trained(net.numbers(), {"loss": result.loss, VALIDATION_LOSS: result.validation_loss})
 
 
 def fedl2p(client: ClientSide, rank: int) -> Outcome:

@@ -11,13 +11,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedp2eft.federation.orphan import end_with_parent
 from fedp2eft.federation.server.admission import Failures
-from fedp2eft.federation.server.aggregation import strategy
+from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.exchange import roster
 from fedp2eft.federation.server.presence import wait_for_nodes
 from fedp2eft.federation.server.rounds import run_rounds
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import TRAIN_PSG
 from fedp2eft.progress import current
+from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.reading import read_settings
 
 FIRST = {"w": torch.zeros(3)}
@@ -38,8 +38,8 @@ def main(grid: Grid, context: Context) -> None:
         wait_for_nodes(grid, s.federation, current())
         failures = Failures.on(grid, s.peers, current(), run.faults)
         members = roster(grid, s.federation.timeout, failures)
-        chosen = strategy(s.aggregation, members, s.federation.clients_per_round, s.seed, TRAIN_PSG)
-        run_rounds(grid, run, chosen, "psg", s.federation.rounds, FIRST, current())
+        aggregator = Averaging(s, PSG_PHASE, members)
+        run_rounds(grid, run, PSG_PHASE, aggregator, FIRST, current())
     finally:
         run.faults.summarise()
         run.close()
