@@ -24,9 +24,9 @@ from fedp2eft.client import training as client
 from fedp2eft.federation.wire.messages import PERSONALIZE, nbytes
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import PAPER
-from kinds import TRAIN_PSG
 from tiny import TASK, random_lambda, tiny, tiny_psg, tiny_rows
 from tiny_run import CLIENTS, RANKS, ROUNDS
+from turns import TRAIN_PSG
 
 LENGTHS = [16, 3, 4, 15, 3, 4, 16, 3]  # of 16 positions at most: padding would be half of all
 DATA = tiny_rows(LENGTHS)

@@ -34,7 +34,6 @@ from fedp2eft.runtime import phases, workspace
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.tasks import Scores
-from kinds import TRAIN_BASE, TRAIN_PSG
 from tiny_run import (
     CLIENTS,
     LABELS,
@@ -46,6 +45,7 @@ from tiny_run import (
     vocabulary,
     write_jsonl,
 )
+from turns import TRAIN_BASE, TRAIN_PSG
 
 PRIVATE = ("feddpa-t", "dept-spec")
 # Large steps, so that what a client has for itself can be seen in its numbers.

@@ -16,9 +16,9 @@ from fedp2eft.adapters.btlora import common_A
 from fedp2eft.results.rows import read_results
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
-from kinds import TRAIN_BASE
 from tiny_chat import make_chat_world
 from tiny_run import SEEN, World
+from turns import TRAIN_BASE
 from watching import FinishedRun, watched
 
 ROUNDS, RANK, ALPHA = 2, 2, 6.0

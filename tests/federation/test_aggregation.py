@@ -15,7 +15,7 @@ from fedp2eft.errors import UserError
 from fedp2eft.federation.server.aggregation import memory_of, strategy
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.settings.peers import AggregationSettings
-from kinds import TRAIN_PSG
+from turns import TRAIN_PSG
 
 HOSTILE = CLIENTS[::5]  # 20 %
 KINDS = ["fedavg", "fedmedian", "trimmed-mean", "krum", "multi-krum", "fedavgm", "fedadagrad",

@@ -27,8 +27,8 @@ from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import FederationSettings
 from fedp2eft.settings.reading import settings_from, settings_text
-from kinds import TRAIN_PSG
 from tiny_run import LABELS, World, all_rows, write_jsonl
+from turns import TRAIN_PSG
 
 NAMES = ("de-seen-00", "fr-seen-00")
 

@@ -30,7 +30,7 @@ from fedp2eft.files import read_lines
 from fedp2eft.progress import LogReporter
 from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.experiment import FederationSettings, Settings
-from kinds import TRAIN_PSG
+from turns import TRAIN_PSG
 
 NAMES = [f"c{i:02d}" for i in range(8)]
 FIRST = {"w": torch.zeros(2, 3), "v": torch.zeros(4)}

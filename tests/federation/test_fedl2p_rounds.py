@@ -21,8 +21,8 @@ from fedp2eft.federation.wire.messages import PERSONALIZE, array_digest, to_arra
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
 from fedp2eft.progress import LogReporter
 from fedp2eft.settings.experiment import Settings
-from kinds import TRAIN_FEDL2P
 from tiny_run import SEEN, World, assert_same, outcome, vocabulary
+from turns import TRAIN_FEDL2P
 from watching import FinishedRun, watched
 
 ROUNDS = 3

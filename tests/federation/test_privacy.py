@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 from fedp2eft.federation.wire.messages import DESCRIBE, PERSONALIZE, SURVEY
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
-from kinds import TRAIN_BASE, TRAIN_PSG
 from tiny_run import CLIENTS, LABELS, R_MAX, SEEN, UNSEEN, vocabulary
+from turns import TRAIN_BASE, TRAIN_PSG
 
 SCALARS = {
     DESCRIBE: {"num-examples", "num-tests"},

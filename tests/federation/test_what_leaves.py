@@ -15,13 +15,12 @@ from torch import Tensor
 
 from fedp2eft.client.side import ClientSide
 from fedp2eft.errors import TellableError, UserError
-from fedp2eft.federation import client_app
 from fedp2eft.federation.client.mods import tell_errors
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.wire.messages import DESCRIBE, PERSONALIZE, to_arrays
-from fedp2eft.runtime import workspace
-from kinds import TRAIN_BASE, TRAIN_FEDL2P, TRAIN_PSG
+from fedp2eft.runtime import phases, workspace
 from tiny_run import World, vocabulary
+from turns import TRAIN_BASE, TRAIN_FEDL2P, TRAIN_PSG
 from watching import watched
 
 BLOCK = 3  # numbers in a row that must not be found
@@ -62,7 +61,7 @@ class Run:
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(workspace, "features", watch_features)
-            patch.setattr(client_app, "train_round", watch_round)
+            patch.setattr(phases, "train_round", watch_round)
             patch.setattr(ClientSide, "fit", watch_fit)
             self.messages = watched(settings, folder).messages
 

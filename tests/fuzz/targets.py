@@ -43,7 +43,7 @@ from fedp2eft.runtime.client_files import ClientFiles
 from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings
 from fedp2eft.settings.reading import read_settings, settings_of_folder
-from kinds import TRAIN_PSG
+from turns import TRAIN_PSG
 
 LIKE = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.tensor([1.5])}
 ROWS = [{"text": f"der hund {i}", "label": "ab"[i % 2], "client": "c", "pool": "seen"}

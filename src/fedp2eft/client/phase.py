@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from fedp2eft.progress import current
 from fedp2eft.settings.experiment import Settings
 
-if TYPE_CHECKING:  # upwards, for the name of a type: a phase is made below what serves it
+if TYPE_CHECKING:
     from torch import Tensor
 
     from fedp2eft.client.side import ClientSide
-    from fedp2eft.runtime.workspace import Workspace
 
+Workspace = Any
+"""`fedp2eft.runtime.workspace.Workspace`, which stands above and serves the phases."""
 VALIDATION_LOSS = "validation-loss"
 """The metric that `Phase.patience` looks at."""
 
@@ -48,7 +49,8 @@ class Turn:
 
     def side(self) -> ClientSide:
         """The client as a method sees it."""
-        return self.workspace.side(self.client, self.phase)
+        side: ClientSide = self.workspace.side(self.client, self.phase)
+        return side
 
     def each_of(self, steps: int) -> Callable[[float], None]:
         """Return a callback that reports each of so many steps (it gets the step's loss)."""

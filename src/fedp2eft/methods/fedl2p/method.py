@@ -21,13 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedp2eft.client.phase import VALIDATION_LOSS, Trained, Turn
+from fedp2eft.client.phase import VALIDATION_LOSS, Trained, Turn, Workspace
 from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import adamw, descend, local_order, rate_groups
 from fedp2eft.errors import DivergedError
@@ -37,9 +36,6 @@ from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.methods.lora import uniform
 from fedp2eft.seeding import derive_seed
 from fedp2eft.tasks.encoded import Encoded
-
-if TYPE_CHECKING:
-    from fedp2eft.runtime.workspace import Workspace
 
 
 def first(workspace: Workspace) -> dict[str, Tensor]:
