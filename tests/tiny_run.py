@@ -194,7 +194,7 @@ def save_encoder(folder: Path, seed: int = 5, width: int = 16) -> Path:
 # ── what a run leaves ───────────────────────────────────────────────────────────────────────────
 
 
-UNLIKE = ("timings.jsonl", "faults.jsonl", "faults.json", "machine.json")
+UNLIKE = ("timings.jsonl", "faults.jsonl", "machine.json")
 
 
 def outcome(run: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from test_simulation import PYPROJECT, cells
 from fedp2eft.data.debian import load_debian
 from fedp2eft.data.registry import load_federation
 from fedp2eft.experiment.train import train
+from fedp2eft.federation.server.faults import Faults
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import read_settings, settings_from
 from tiny_run import LABELS, World, all_rows, write_jsonl
@@ -76,7 +77,7 @@ def test_three_supernodes_give_the_local_engines_numbers(world: World, tmp_path:
         run = there.folder / "server" / "runs" / "deployed"
         words = ("--run-config", "config='configs/tiny.yaml' run='runs/deployed'")
         there.run_until(lambda: there.flwr("run", project, *words), (run / "results.json").exists)
-        there.wait_for((run / "faults.json").exists)
+        there.wait_for(lambda: not there.child("superlink", "flwr-serverapp"))
         number = there.flwr("ls", "--format", "json")
         log = there.flwr("log", json.loads(number)["runs"][0]["run-id"], "--show")
     here = tmp_path / "here"
@@ -92,7 +93,7 @@ def test_three_supernodes_give_the_local_engines_numbers(world: World, tmp_path:
     assert their_cells.keys() == ours_cells.keys()
     for name, cell in ours_cells.items():
         assert their_cells[name] == {**cell, "loss": pytest.approx(cell["loss"], abs=1e-5)}, name
-    assert set(json.loads((run / "faults.json").read_text())["counts"]) <= {"started-again"}
+    assert set(Faults(run, 0).summarise()["counts"]) <= {"started-again"}
     assert not (run / "adapters").exists()
     for client in THREE:
         (kept,) = (nodes / client / "keep" / client).iterdir()

@@ -99,7 +99,6 @@ def rounds(
     try:
         return run_rounds(grid, run, PSG_PHASE, aggregator, FIRST, notes or Notes())
     finally:
-        run.faults.summarise()
         run.close()
 
 
@@ -109,7 +108,7 @@ def remote(s: Settings, fate: Callable[[str, int, Message], list[Message]] | Non
 
 
 def report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "faults.json").read_text(encoding="utf-8"))
+    return Faults(folder, 0).summarise()
 
 
 # ── replies ─────────────────────────────────────────────────────────────────────────────────────
@@ -361,7 +360,6 @@ def test_faults_are_counted_over_all_starts(tmp_path: Path) -> None:
     counts = {"failed": 2, "late": 2, "lost": 2, "quarantined": 2, "started-again": 2}
     summary = Faults(tmp_path, 2).summarise()
     assert summary["counts"] == counts
-    assert json.loads((tmp_path / "faults.json").read_text()) == summary
     assert told(Faults(tmp_path / "..", 2).summarise()) == "Faults: none."
 
 
@@ -419,15 +417,14 @@ def one_dies_and_one_is_slow(folder: Path, patience: float) -> bool:
         there.start_supernode("slow", client="slow", **late)
         there.start_supernode("killed", client="killed", mark=str(folder / "begun"), **late)
         there.run_until(lambda: start(there, toy_settings(1, 3)), lambda: finished(folder) == 1)
-        there.wait_for((folder / "run" / "faults.json").exists)
+        there.wait_for(lambda: not there.child("superlink", "flwr-serverapp"))
         timing = json.loads((folder / "run" / "timings.jsonl").read_text())
-        for name in ("begun", "run/faults.json"):
-            (folder / name).unlink()
+        (folder / "begun").unlink()
         deadline = 4 + patience * timing["seconds"]
         s = toy_settings(2, 3, federation__timeout=deadline, peers__min_share=0.3)
         there.run_until(lambda: start(there, s), (folder / "begun").exists)
         there.kill("killed")
-        there.wait_for((folder / "run" / "faults.json").exists)
+        there.wait_for(lambda: not there.child("superlink", "flwr-serverapp"))
         return finished(folder) == 2
 
 
@@ -458,15 +455,11 @@ def test_a_killed_serverapp_and_a_killed_superlink_go_on_from_their_round(tmp_pa
         assert 2 <= finished(tmp_path) < number
         there.start_superlink()
         there.run_until(lambda: start(there, s), lambda: finished(tmp_path) == number)
-        there.wait_for(lambda: "started-again" in report_or_none(tmp_path / "run"))
+        there.wait_for(lambda: "started-again" in report(tmp_path / "run")["counts"])
     assert [line["round"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
     assert all(line["clients"] == len(names) for line in lines(tmp_path / "run"))
     _, kept = load_checkpoint(tmp_path / "run" / "checkpoints", "psg") or (None, {})
     assert torch.equal(kept["w"], toy_numbers(tmp_path / "whole", names, number))
-
-
-def report_or_none(folder: Path) -> dict[str, int]:
-    return report(folder)["counts"] if (folder / "faults.json").exists() else {}
 
 
 def toy_numbers(folder: Path, names: Sequence[str], number: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from pathlib import Path
 
 from flwr.app import Context
@@ -63,11 +62,8 @@ def main(grid: Grid, context: Context) -> None:
                 run.psg / "README.md", str(psg_card(PSG.from_pretrained(run.psg).config, results))
             )
             run.trackers.results(results)
-        except BaseException:
-            with suppress(UserError):  # a full disk, say: what stopped the run is told, not this
-                tell_faults(run)
-            raise
-        tell_faults(run)
+        finally:
+            tell_faults(run)
     finally:
         if run.trackers:
             run.trackers.finish()
@@ -75,7 +71,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def tell_faults(run: RunFolder) -> None:
-    """Write how often what went wrong, and say it where anything did."""
+    """Report how often what went wrong, if anything did."""
     faults = run.faults.summarise()
     if faults["counts"]:
         current().note(told(faults))

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
-from fedp2eft.files import append_line, read_lines, write_json
+from fedp2eft.files import append_line, read_lines
 
 Kind = Literal["failed", "refused", "late", "lost", "ignored"]
 MEANING: dict[str, str] = {
@@ -33,7 +33,6 @@ class Faults:
 
     def __init__(self, run: Path, quarantine: int) -> None:
         self._path = run / "faults.jsonl"
-        self._summary = run / "faults.json"
         self._limit = quarantine
         self._in_a_row: Counter[str] = Counter()
         self.quarantined: set[str] = set()
@@ -56,7 +55,7 @@ class Faults:
         self._in_a_row.pop(client, None)
 
     def summarise(self) -> dict[str, Any]:
-        """Count all that was kept, over every start of the run, and write faults.json.
+        """Count all that was kept, over every start of the run.
 
         Returns:
             `counts` by kind, and `clients`: counts by kind of each client that had a fault.
@@ -69,12 +68,10 @@ class Faults:
             counts[str(line["kind"])] += 1
             if "client" in line:
                 clients[str(line["client"])][str(line["kind"])] += 1
-        summary = {
+        return {
             "counts": dict(sorted(counts.items())),
             "clients": {name: dict(sorted(clients[name].items())) for name in sorted(clients)},
         }
-        write_json(self._summary, summary)
-        return summary
 
 
 def told(summary: dict[str, Any]) -> str:

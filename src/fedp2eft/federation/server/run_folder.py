@@ -3,7 +3,7 @@
 settings.yaml      the resolved settings
 metrics.jsonl      one line per finished round: the same bits whether or not the run was stopped
 timings.jsonl      seconds of each round (these differ from run to run)
-faults.jsonl       one line for each thing that went wrong, as it happened; faults.json counts them
+faults.jsonl       one line for each thing that went wrong, as it happened
 checkpoints/       the newest finished rounds
 base/              the base model, ready for `from_pretrained`
 psg/               the trained PSG
