@@ -114,7 +114,12 @@ def test_a_copy_of_text_alone_is_drawn_as_the_same_rows_in_parquet(tmp_path: Pat
     tweets = ['""so', '"yes" she said', "plain", '"', 'a "b" c', '"whole"']
     names = KNOWN["afrisenti"].labels
     for split, parquet, rows in (("train", "train", 24), ("test", "test", 12)):
-        made = [{"tweet": f"{tweets[n % 6]} {n}", "label": names[n % 3]} for n in range(rows)]
+        said = tweets if split == "train" else ['"as if ""quoted"""']
+        made = [
+            {"tweet": f"{n} {tweet}" if n % 2 else tweet, "label": names[n % 3]}
+            for n in range(rows)
+            for tweet in [said[n % len(said)]]
+        ]
         write(tmp_path / "tsv" / "arq" / f"{split}.tsv", made, None)
         renamed = [{"text": row["tweet"], "label": row["label"]} for row in made]
         write(tmp_path / "parquet" / "arq" / f"{parquet}.parquet", renamed)
@@ -124,7 +129,7 @@ def test_a_copy_of_text_alone_is_drawn_as_the_same_rows_in_parquet(tmp_path: Pat
         for part in ("train", "test"):
             rows = [f.rows(getattr(c, part)) for f, c in ((one, mine), (other, same))]
             assert rows[0] == rows[1]
-    assert '"yes" she said 1' in texts(one, "seen") | texts(one, "unseen")
+    assert '1 "yes" she said' in texts(one, "seen") | texts(one, "unseen")
 
 
 @pytest.fixture

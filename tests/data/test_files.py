@@ -275,4 +275,4 @@ def test_how_files_are_written_is_told(file, tmp_path):
     table = tmp_path / "b.tsv"
     table.write_text("text\tlabel\nx\ta\n")
     files = {"ann": ClientFile(str(file("a.jsonl", ROWS))), "bob": ClientFile(str(table))}
-    assert federation_from_files(files).notes == ("b.tsv: tab-separated, not quoted",)
+    assert federation_from_files(files).notes == ("b.tsv: tab-separated",)

@@ -107,6 +107,11 @@ def test_language_codes_that_read_the_same_are_named(tmp_path: Path, other: str)
     refused("Language .* read the same", federation_from_files, files)
 
 
+def test_languages_hold_no_control_characters(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ["a", "b"], language="de\x1b[31m")
+    refused(r"Language 'de\\x1b\[31m' holds a control character", federation_from_files, path)
+
+
 def test_turkish_letters_in_language_codes() -> None:
     for code in ("IT", "İT", "ıt"):
         refused("read the same", check_names, ["it", code], "Language", cases=False)

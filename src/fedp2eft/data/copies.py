@@ -50,9 +50,11 @@ class LocalCopy:
 
     Attributes:
         folder: where it lies.
+        quoted: whether its tab-separated files are quoted; None: found, file by file.
     """
 
     folder: Path
+    quoted: bool | None = None
 
     def languages(self) -> tuple[str, ...]:
         """Return the languages that the copy has test rows of, sorted."""
@@ -93,7 +95,8 @@ class LocalCopy:
                     f"{SPLITS.get(part, (part,))[-1]}.tsv or {part}.parquet."
                 )
             tables += [
-                _renamed(read_columns(file), columns, other_names, optional) for file in files
+                _renamed(read_columns(file, quoted=self.quoted), columns, other_names, optional)
+                for file in files
             ]
         shared = [n for n in tables[0].columns if all(n in table.columns for table in tables)]
         joined = {name: [v for table in tables for v in table.columns[name]] for name in shared}

@@ -34,7 +34,7 @@ class Delimited:
     Attributes:
         columns: name -> one value per row.
         lines: the line that each row begins in, from 1.
-        form: delimiter and quoting, as `fedp2eft data describe` says them.
+        form: delimiter and, where there are marks, their quoting: for `fedp2eft data describe`.
     """
 
     columns: dict[str, list[str]]
@@ -43,7 +43,12 @@ class Delimited:
 
 
 def read_delimited(
-    path: Path, text: str, select: Select, needed: Sequence[str], usual: str
+    path: Path,
+    text: str,
+    select: Select,
+    needed: Sequence[str],
+    usual: str,
+    quoted: bool | None = None,
 ) -> Delimited:
     """Read delimited text whose first row names the columns.
 
@@ -58,6 +63,7 @@ def read_delimited(
         select: the columns to keep, of those that the header names.
         needed: the columns by which the delimiter is found.
         usual: the delimiter that the file's ending stands for.
+        quoted: whether fields of a tab-separated file are quoted; None: found.
 
     Raises:
         UserError: two columns of one name, a row of another length, a quote that is not closed.
@@ -75,7 +81,10 @@ def read_delimited(
         raise UserError(f"{path} has no rows: add at least one.")
     delimiter = told.group(1) if told else _delimiter(lines[at], needed, usual)
     loose = f"{delimiter} " in lines[at]
-    quoted = delimiter != "\t" or not _without_quotes([line for line in lines if line.strip()])
+    if delimiter != "\t":
+        quoted = True
+    elif quoted is None:
+        quoted = not _without_quotes([line for line in lines if line.strip()])
     if quoted:
         records = _quoted(path, text, delimiter, first, loose)
     else:
@@ -104,7 +113,9 @@ def read_delimited(
         starts.append(line)
         for name, place in places.items():
             columns[name].append(row[place])
-    return Delimited(columns, starts, f"{what}, {'quoted' if quoted else 'not quoted'}")
+    if '"' in text:
+        what += ", quoted" if quoted else ", not quoted"
+    return Delimited(columns, starts, what)
 
 
 def _delimiter(header: str, needed: Sequence[str], usual: str) -> str:

@@ -14,7 +14,7 @@ from fedp2eft.data.federation import SEEN, UNSEEN, Client, Federation, Rows
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.partition import distinct, local_validation_split, rng_for
 from fedp2eft.data.table import Columns, Table, check_text, read_columns
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, visible
 from fedp2eft.settings.data import ClientFile
 
 logger = logging.getLogger(__name__)
@@ -302,6 +302,9 @@ def _clients(
     names = np.asarray(who["client"])
     split = np.asarray(who["split"], dtype=object)
     kinds = np.asarray(labels if labels is not None else [""] * len(names))
+    for language in sorted(set(who["language"])):
+        if visible(language) != language:  # it heads columns of tables
+            raise UserError(f"Language {language!r} holds a control character: remove it.")
     check_names(sorted(set(who["language"])), "Language", cases=False)
     clients = []
     for name in np.unique(names):

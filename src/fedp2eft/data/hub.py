@@ -175,7 +175,7 @@ def load_hub(
     import datasets
     import pyarrow as pa
 
-    copy = None if folder is None else LocalCopy(Path(folder).expanduser())
+    copy = None if folder is None else LocalCopy(Path(folder).expanduser(), source.quoted)
     known = source.languages if copy is None else copy.languages()
     if not languages:
         languages = [each for each in known if _can_train(source, copy, each)]

@@ -29,6 +29,7 @@ class HubSource:
         revision: branch, tag or commit.
         parallel: row n of a split is the same sentence in all languages.
         row_id: the column that names a row's sentence, in those copies that have it.
+        quoted: whether its authors quote the fields of their TSV; None: found.
         other_names: column -> what copies call it: each a list of columns, joined by a blank.
     """
 
@@ -46,6 +47,7 @@ class HubSource:
     revision: str | None = None
     parallel: bool = False
     row_id: str | None = None
+    quoted: bool | None = None
     other_names: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
     @property
@@ -100,6 +102,8 @@ AFRISENTI = HubSource(
     without_train=("orm", "tir"),
     train_split="train+validation",
     revision=CONVERTED,
+    # Some files hold tweets that look as if they were quoted, others some that could not be.
+    quoted=False,
     other_names={"tweet": (("text",),)},
 )
 SIB_200 = HubSource(

@@ -72,6 +72,7 @@ def read_columns(
     text_columns: Sequence[str] = (),
     columns: Sequence[str] | None = None,
     optional: Sequence[str] = (),
+    quoted: bool | None = None,
 ) -> Table:
     """Read a JSON, CSV, TSV or Parquet file, or a folder of Parquet files, into memory.
 
@@ -85,6 +86,7 @@ def read_columns(
         text_columns: columns that must be there and hold text, not blank, in every row.
         columns: further columns that must be there; None keeps every column of the file.
         optional: columns to keep where the file has them.
+        quoted: see `read_delimited`.
 
     Raises:
         UserError: no such file, an unknown ending, empty, cut off, not UTF-8, a row that cannot be
@@ -106,7 +108,7 @@ def read_columns(
         wanted = dict.fromkeys([*needed, *(name for name in optional if clean(name) in own)])
         return {name: own[clean(name)] for name in wanted}
 
-    table = _read(path, select, needed)
+    table = _read(path, select, needed, quoted)
     if not len(table):
         raise UserError(f"{path} has no rows: add at least one.")
     for name in text_columns:
@@ -157,7 +159,7 @@ def check_text(table: Table, column: str) -> None:
         )
 
 
-def _read(path: Path, select: Select, needed: Sequence[str]) -> Table:
+def _read(path: Path, select: Select, needed: Sequence[str], quoted: bool | None) -> Table:
     """Read a file by its ending."""
     if path.is_dir():
         shards = sorted(path.glob("*.parquet"))
@@ -178,7 +180,8 @@ def _read(path: Path, select: Select, needed: Sequence[str]) -> Table:
         return _read_json(path, _read_text(path, unpack), select)
     if kind in (".csv", ".tsv"):
         usual = "\t" if kind == ".tsv" else ","
-        read = read_delimited(path, _read_text(path, unpack), select, needed, usual)
+        text = _read_text(path, unpack)
+        read = read_delimited(path, text, select, needed, usual, quoted)
         return Table(path, dict(read.columns), read.lines, read.form)
     packed = ", ".join(PACKED)
     raise UserError(
