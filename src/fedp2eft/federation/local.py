@@ -19,12 +19,9 @@ from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedp2eft.errors import UserError
-
-SERVER_NODE_ID = 1
-CLIENT_APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+from fedp2eft.federation.hooks import CLIENT_APP_RAISED, SERVER_NODE_ID, begin_run, give_id
 
 _LOCAL: ContextVar[bool] = ContextVar("a client of this engine is at work", default=False)
 
@@ -73,15 +70,11 @@ class LocalGrid(Grid):
         self._nodes = {SERVER_NODE_ID + 1 + i: config for i, config in enumerate(nodes)}
         self._state: dict[int, RecordDict] = {}
         self._waiting: dict[str, Message] = {}
-        self._run = Run.create_empty(run_id=1)
-        # Flower's Message takes its sender from here; its own engines set it when a run starts.
-        TaskIdentity.task_id, TaskIdentity.run_id = 1, self._run.run_id
-        TaskIdentity.node_id = SERVER_NODE_ID
+        self._run = begin_run()
 
     def set_run(self, run: Run) -> None:
         """Set the run that messages belong to."""
-        self._run = run
-        TaskIdentity.run_id = run.run_id
+        self._run = begin_run(run)
 
     @property
     def run(self) -> Run:
@@ -110,8 +103,7 @@ class LocalGrid(Grid):
             if message.metadata.dst_node_id not in self._nodes:
                 raise ValueError(f"There is no node {message.metadata.dst_node_id}.")
             message_id = str(uuid4())
-            # The id is the engine's to give; Flower's own engines write it the same way.
-            message.metadata.__dict__["_message_id"] = message_id
+            give_id(message, message_id)
             self._waiting[message_id] = message
             ids.append(message_id)
         return ids

@@ -12,13 +12,12 @@ from flwr.serverapp import Grid
 
 from fedp2eft.data.federation import POOLS, check_client_name
 from fedp2eft.errors import UserError, shortened
+from fedp2eft.federation.hooks import UNAVAILABLE
 from fedp2eft.federation.server.admission import Failures, plain
 from fedp2eft.federation.server.faults import Kind
 from fedp2eft.federation.wire.messages import ABOUT, DESCRIBE, EXAMPLES, scalars, whole
 
 PULL_SECONDS = 0.2
-# Flower's ErrorCode: no such message any more, no such reply any more, no heartbeat of the node.
-UNAVAILABLE = (3, 4, 5)
 
 
 @dataclass(frozen=True)

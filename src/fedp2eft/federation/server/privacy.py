@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import (
@@ -34,9 +33,7 @@ from flwr.serverapp import (
     SamplingMethod,
 )
 from flwr.serverapp.strategy import (
-    DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
     Strategy,
 )
@@ -44,6 +41,7 @@ from torch import Tensor
 
 from fedp2eft.client.phase import Phase
 from fedp2eft.errors import UserError
+from fedp2eft.federation.hooks import ClientQuantile, ServerQuantile, noise_from
 from fedp2eft.federation.server.admission import Failures, Offer, weigh
 from fedp2eft.federation.server.aggregation import SeededFedAvg
 from fedp2eft.federation.server.exchange import Member
@@ -53,7 +51,6 @@ from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import PrivacySettings
 
-CLIP_NORM = "clipping_norm"  # where Flower's strategies write it in the config of a message
 ASKED = "privacy.json"
 TAKEN = "privacy/taken/"
 NORM, ROUNDS = "privacy/clip-norm", "privacy/rounds"
@@ -103,38 +100,6 @@ class SampledMean(SeededFedAvg):
                 {n: Array(sent[n] + share * (a.numpy() - sent[n])) for n, a in mean.items()}
             )
         return mean, metrics
-
-
-class _Quantile:
-    """Flower's adaptive clipping with the norm moved as Andrew et al. (2021) do.
-
-    Flower 1.41 lowers the norm where more clients than wished are above it, so that it runs away
-    from the quantile, and takes the noise of a round from the norm after its move.
-    """
-
-    clipping_norm: float
-    clip_norm_lr: float
-    target_clipped_quantile: float
-    _next: float | None = None
-
-    def _geometric_update(self, clipped_fraction: float) -> None:
-        below = 1 - clipped_fraction
-        step = self.clip_norm_lr * (below - self.target_clipped_quantile)
-        self._next = self.clipping_norm * math.exp(-step)
-
-    def _add_noise_to_aggregated_arrays(self, aggregated: ArrayRecord) -> ArrayRecord:
-        noised: ArrayRecord = super()._add_noise_to_aggregated_arrays(aggregated)  # type: ignore[misc]
-        if self._next is not None:
-            self.clipping_norm = self._next
-        return noised
-
-
-class ServerQuantile(_Quantile, DifferentialPrivacyServerSideAdaptiveClipping):
-    """Adaptive clipping on the server."""
-
-
-class ClientQuantile(_Quantile, DifferentialPrivacyClientSideAdaptiveClipping):
-    """Adaptive clipping on the clients."""
 
 
 class Private:
@@ -329,22 +294,6 @@ class Private:
         asked = read_json(self._folder / ASKED)
         if self._written_first and asked:
             self._taken |= Counter(asked)  # the larger of the two, client by client
-
-
-@contextmanager
-def noise_from(test_seed: int | None, *parts: int | str) -> Iterator[None]:
-    """NumPy's global generator, which Flower draws noise from, freshly seeded.
-
-    Args:
-        test_seed: None seeds it from the system's randomness.
-        parts: What the noise is for; tells draws of one test seed apart.
-    """
-    before = np.random.get_state()
-    np.random.seed(None if test_seed is None else derive_seed(test_seed, *parts) % 2**32)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
 
 
 @contextmanager

@@ -1,0 +1,104 @@
+"""What this package uses of Flower beyond its public interface: all of it, with the reason.
+
+Any of these may change without notice, so flwr is pinned to one minor version (pyproject.toml), and
+tests/federation/test_hooks.py says which of them a new version lacks.
+
+| of Flower 1.41 | used for |
+|---|---|
+| `TaskIdentity`, `Run.create_empty` | `begin_run`: a `Message` takes its sender from there |
+| `Metadata._message_id` | `give_id`: the engine gives ids, and `LocalGrid` is an engine |
+| numbers of `ErrorCode` | `CLIENT_APP_RAISED`, `UNAVAILABLE`: why there is no reply |
+| key "clipping_norm" of a message's config | `CLIP_NORM`: a client checks the norm first |
+| `DifferentialPrivacyAdaptiveBase._geometric_update` | `ServerQuantile`, `ClientQuantile` |
+| `…._add_noise_to_aggregated_arrays` | the same |
+| noise drawn from NumPy's global generator | `noise_from`: seeds it |
+| `m_t`, `v_t`, `momentum_vector` of its strategies | `aggregation.memory_of`: kept in checkpoints |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+)
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedp2eft.seeding import derive_seed
+
+SERVER_NODE_ID = 1
+CLIENT_APP_RAISED = 2  # ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+UNAVAILABLE = (
+    3,
+    4,
+    5,
+)  # no such message any more, no such reply any more, no heartbeat of the node
+CLIP_NORM = "clipping_norm"
+
+
+def begin_run(run: Run | None = None) -> Run:
+    """Make this process the server of a run, a new one if absent, and return the run."""
+    run = run or Run.create_empty(run_id=1)
+    TaskIdentity.task_id, TaskIdentity.run_id = 1, run.run_id
+    TaskIdentity.node_id = SERVER_NODE_ID
+    return run
+
+
+def give_id(message: Message, message_id: str) -> None:
+    """Give a message its id, as Flower's own engines do."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+class _Quantile:
+    """Flower's adaptive clipping with the norm moved as Andrew et al. (2021) do.
+
+    Flower 1.41 lowers the norm where more clients than wished are above it, so that it runs away
+    from the quantile, and takes the noise of a round from the norm after its move
+    (docs/flower-adaptive-clipping.md).
+    """
+
+    clipping_norm: float
+    clip_norm_lr: float
+    target_clipped_quantile: float
+    _next: float | None = None
+
+    def _geometric_update(self, clipped_fraction: float) -> None:
+        below = 1 - clipped_fraction
+        step = self.clip_norm_lr * (below - self.target_clipped_quantile)
+        self._next = self.clipping_norm * math.exp(-step)
+
+    def _add_noise_to_aggregated_arrays(self, aggregated: ArrayRecord) -> ArrayRecord:
+        noised: ArrayRecord = super()._add_noise_to_aggregated_arrays(aggregated)  # type: ignore[misc]
+        if self._next is not None:
+            self.clipping_norm = self._next
+        return noised
+
+
+class ServerQuantile(_Quantile, DifferentialPrivacyServerSideAdaptiveClipping):
+    """Adaptive clipping on the server."""
+
+
+class ClientQuantile(_Quantile, DifferentialPrivacyClientSideAdaptiveClipping):
+    """Adaptive clipping on the clients."""
+
+
+@contextmanager
+def noise_from(test_seed: int | None, *parts: int | str) -> Iterator[None]:
+    """Seed NumPy's global generator, which Flower draws noise from, until the end of the block.
+
+    Args:
+        test_seed: None seeds it from the system's randomness.
+        parts: What the noise is for; tells draws of one test seed apart.
+    """
+    before = np.random.get_state()
+    np.random.seed(None if test_seed is None else derive_seed(test_seed, *parts) % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
