@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from threading import Event
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from fedp2eft.commands.terminal import BarReporter, progress
+from fedp2eft.commands.terminal import BarReporter, LineReporter, progress
 from fedp2eft.progress import current
 
 
@@ -33,6 +34,43 @@ def test_lines(capsys):
         "clients: 0 of 1 done",
         "clients 1/1 lora de-seen-00 50%",
     ]
+
+
+def test_lines_say_the_time_left_every_half_minute(capsys):
+    now = [0.0]
+    lines = LineReporter(clock=lambda: now[0])
+
+    def said(at: float, act, *words) -> str:
+        now[0] = at
+        act(*words)
+        return capsys.readouterr().out.strip()
+
+    assert said(0, lines.remind) == ""  # nothing has begun
+    assert said(1, lines.start, "base", 10, 4) == "base model: 4 of 10 done"
+    lines.part("base", 0.4, "de-seen-00")
+    assert said(20, lines.remind) == ""
+    assert said(31, lines.remind) == (
+        "base model 4/10 at work: de-seen-00 40% (time left not known yet)"
+    )
+    assert said(41, lines.advance, "base", "loss 2.1") == "base model 5/10 loss 2.1"
+    # 40 s per unit: five more, the first of them 30 s old, are 170 s.
+    assert said(71, lines.remind).endswith("(about 3 min left in this phase)")
+    said(80, lines.advance, "base", "")
+    assert said(119, lines.advance, "base", "loss 2") == (
+        "base model 7/10 loss 2 (about 2 min left in this phase)"
+    )
+    assert said(120, lines.note, "A remark.") == "A remark."
+    assert said(140, lines.start, "psg", 1, 0) == "PSG: 0 of 1 done"
+    assert said(200, lines.advance, "psg", "loss 1") == "PSG 1/1 loss 1"
+
+
+def test_silence_is_broken_from_outside(capsys, monkeypatch):
+    monkeypatch.setattr(LineReporter, "SILENCE", 0.0)
+    with progress() as reporter:
+        reporter.start("psg", 2, 0)
+        spoken = Event()
+        monkeypatch.setattr(LineReporter, "_say", lambda *_, **__: spoken.set())
+        assert spoken.wait(20)
 
 
 def test_bars():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -72,22 +74,85 @@ class BarReporter:
 
 
 class LineReporter(LogReporter):
-    """One line per finished unit, for output that is no terminal."""
+    """One line per finished unit, for output that is no terminal; the time left every 30 s.
+
+    Args:
+        clock: Seconds that only rise.
+    """
+
+    SILENCE = 30.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._phase = self._client = ""
+        self._units = 0  # finished since the phase began in this process
+        self._began = self._finished = self._estimated = self._spoke = clock()
 
     def start(self, phase: str, total: int, done: int) -> None:
         """Say what begins."""
         super().start(phase, total, done)
-        print(f"{_title(phase)}: {done} of {total} done", flush=True)
+        self._phase, self._client, self._units = phase, "", 0
+        self._began = self._finished = self._estimated = self._clock()
+        self._say(f"{_title(phase)}: {done} of {total} done")
 
     def advance(self, phase: str, text: str) -> None:
         """Say what is finished."""
         done, total = self._at.get(phase, (0, 0))
         self._at[phase] = (done + 1, total)
-        print(f"{_title(phase)} {done + 1}/{total} {text}", flush=True)
+        self._units, self._finished = self._units + 1, self._clock()
+        due = self._finished - self._estimated >= self.SILENCE and done + 1 < total
+        self._say(f"{_title(phase)} {done + 1}/{total} {text}", estimate=due)
+
+    def part(self, phase: str, fraction: float, text: str) -> None:
+        """Remember which client is at work."""
+        self._client = f"{text} {fraction:.0%}"
 
     def note(self, text: str) -> None:
         """Print the line."""
-        print(visible(text), flush=True)
+        self._say(text)
+
+    def remind(self) -> None:
+        """After 30 s without a line, say that the run is at work."""
+        if self._phase and self._clock() - self._spoke >= self.SILENCE:
+            done, total = self._at[self._phase]
+            name = _title(self._phase)
+            self._say(f"{name} {done}/{total} at work: {self._client}".rstrip(": "), estimate=True)
+
+    def _say(self, line: str, estimate: bool = False) -> None:
+        self._spoke = self._clock()
+        if estimate:
+            self._estimated = self._spoke
+            line += f" ({self._left()})"
+        print(visible(line), flush=True)  # it may quote a peer
+
+    def _left(self) -> str:
+        """Time left of the phase, from the mean of its units so far."""
+        if not self._units:
+            return "time left not known yet"
+        done, total = self._at[self._phase]
+        mean = (self._finished - self._began) / self._units
+        left = max(0.0, mean * (total - done) - (self._clock() - self._finished))
+        shown = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        return f"about {shown} left in this phase"
+
+
+@contextmanager
+def _reminded(lines: LineReporter) -> Iterator[None]:
+    """Let a thread look once a second whether a line is due."""
+    ended = Event()
+
+    def look() -> None:
+        while not ended.wait(1.0):
+            lines.remind()
+
+    thread = Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def cell(text: str) -> Text:
@@ -101,7 +166,7 @@ def progress() -> Iterator[Reporter]:
     console = Console()
     if not console.is_terminal:
         lines = LineReporter()
-        with report_to(lines):
+        with report_to(lines), _reminded(lines):
             yield lines
         return
     with Progress(
