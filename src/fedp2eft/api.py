@@ -294,7 +294,7 @@ def export(
     from peft import LoraConfig
 
     weights = load_adapter(adapter)
-    config = LoraConfig.from_pretrained(str(adapter))
+    config = LoraConfig.from_pretrained(str(Path(adapter).expanduser()))
     facts = adapter_facts(adapter)
     base = model or str(config.base_model_name_or_path)
     if layout != "merged":
@@ -310,7 +310,7 @@ def export(
             card=adapter_card,
         )
         return
-    target = Path(out)
+    target = Path(out).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: name another folder.")
     source = resolve_model(base)
@@ -406,9 +406,9 @@ def _with_adapter(base: Any, adapter: str | Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        model = PeftModel.from_pretrained(base, str(adapter))
+        model = PeftModel.from_pretrained(base, str(Path(adapter).expanduser()))
         wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-        odd = wanted ^ set(load_file(Path(adapter) / WEIGHTS_FILE))
+        odd = wanted ^ set(load_file(Path(adapter).expanduser() / WEIGHTS_FILE))
         if odd:  # which PEFT passes over with a warning
             raise ValueError(f"{sorted(odd)[0]} is on one side only")
         return model
@@ -421,7 +421,9 @@ def _with_adapter(base: Any, adapter: str | Path) -> Any:
 
 def _check_same_base(adapter: str | Path, source: ModelSource) -> None:
     # Safetensors only: PEFT would also take a pickled file.
-    if not all((Path(adapter) / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+    if not all(
+        (Path(adapter).expanduser() / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)
+    ):
         raise UserError(f"No PEFT adapter in {adapter}: name an adapter folder.")
     wanted = adapter_facts(adapter).get("base_revision")
     if wanted and wanted != (found := hash_weights(Path(source.path))):

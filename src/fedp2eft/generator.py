@@ -271,7 +271,7 @@ class PSG(
         Raises:
             UserError: Not there, not a PSG, damaged, or with numbers that are not finite.
         """
-        folder = Path(name)
+        folder = Path(name).expanduser()
         if folder.is_dir():
             config_path, weights_path = folder / "config.json", folder / "model.safetensors"
         elif str(name).count("/") != 1 or folder.is_absolute():

@@ -213,6 +213,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "psg-weights": psg_weights,
     "rows.jsonl": table("jsonl"),
     "rows.csv": table("csv"),
+    "rows.tsv": table("tsv"),
+    "rows.json": table("json"),
     "rows.parquet": table("parquet"),
     "rows.jsonl.gz": table("jsonl.gz"),
     "packed-rows": packed_rows,
@@ -261,6 +263,10 @@ def seeds(name: str) -> tuple[bytes, ...]:
         return (rows, json.dumps(ROWS).encode())
     if name == "rows.csv":
         return (b'text,label,client\nder hund,a,c\n"die\nkatze",b,c\n',)
+    if name == "rows.tsv":
+        return (b'text\tlabel\n"der ""hund"""\ta\n', b'text\tlabel\n""die\tb\nkatze\tb\n')
+    if name == "rows.json":
+        return (b'[{"text": "der hund", "label": "a"}, {"text": "die katze", "label": "b"}]',)
     if name == "rows.jsonl.gz":
         return (gzip.compress(rows),)
     if name == "rows.parquet":

@@ -98,7 +98,7 @@ def save_adapter(
     config.base_model_name_or_path = base
     config.revision = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
     told = {"layout": layout, "base_revision": revision, "ranks": weights.ranks, **(facts or {})}
-    target = Path(folder)
+    target = Path(folder).expanduser()
     check_replaceable(target)
 
     def write(scratch: Path) -> None:
@@ -124,7 +124,7 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
         UserError: No adapter there, damaged, or one whose scale is not 1 (not written by this
             package).
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS_FILE)
@@ -163,7 +163,7 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
 def adapter_facts(folder: str | Path) -> dict[str, object]:
     """What fedp2eft.json says of an adapter folder; empty where there is none."""
     try:
-        facts = json.loads((Path(folder) / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = json.loads((Path(folder).expanduser() / FACTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

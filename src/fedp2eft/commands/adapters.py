@@ -50,7 +50,7 @@ def personalize(
     from fedp2eft.adapters.export import check_replaceable
     from fedp2eft.generator import PSG
 
-    check_replaceable(Path(out))  # fail before the work, not after it
+    check_replaceable(Path(out).expanduser())  # fail before the work, not after it
     adapter = api.personalize(
         PSG.from_pretrained(psg),
         model,

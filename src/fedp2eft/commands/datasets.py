@@ -64,7 +64,7 @@ def partition(data: DataSettings, out: str) -> None:
     from fedp2eft.data.registry import load_federation
 
     federation = load_federation(data)
-    save_partition(federation, Path(out))
+    save_partition(federation, Path(out).expanduser())
     print(f"{len(federation.clients)} clients: {out}")
 
 

@@ -30,7 +30,7 @@ def train(
         watch: Keep report.html of the folder up to date during the run.
     """
     settings = read_settings(config, options)
-    folder = Path(run) if run else Path("runs") / Path(config).stem
+    folder = Path(run).expanduser() if run else Path("runs") / Path(config).stem
     _run(settings, folder, watch)
 
 
@@ -49,7 +49,7 @@ def compare(
         watch: Keep report.html of the folder up to date during the run.
     """
     settings = read_settings(config, options)
-    folder = Path(run) if run else Path("runs") / Path(config).stem
+    folder = Path(run).expanduser() if run else Path("runs") / Path(config).stem
 
     from fedp2eft.commands.terminal import progress
     from fedp2eft.experiment.compare import compare as compute
@@ -82,7 +82,7 @@ def quickstart(
         watch: Keep report.html of the folder up to date during the run.
     """
     preset = files("fedp2eft") / "presets" / "quickstart.yaml"
-    _run(read_settings(str(preset), options), Path(run), watch)
+    _run(read_settings(str(preset), options), Path(run).expanduser(), watch)
 
 
 def _run(settings: Any, folder: Path, watch: bool) -> None:

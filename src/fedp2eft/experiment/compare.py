@@ -69,7 +69,7 @@ def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = 
     Raises:
         UserError: Bad settings or data, another comparison's folder, or a client that failed.
     """
-    folder, reporter = Path(folder).resolve(), reporter or current()
+    folder, reporter = Path(folder).expanduser().resolve(), reporter or current()
     cells = plan(settings)
     for training in {cell.training for cell in cells}:
         settings_of(settings, training)  # an unknown base is said before anything is computed

@@ -31,7 +31,7 @@ def train(settings: Settings, run: str | Path, reporter: Reporter | None = None)
     Raises:
         UserError: Bad settings or data, or a client that failed.
     """
-    run = Path(run).resolve()
+    run = Path(run).expanduser().resolve()
     with local_engine(settings, run, reporter) as engine:
         server_app(engine.grid, engine.context)
         keep_lambdas_of(settings, run, engine.workspace)

@@ -80,7 +80,7 @@ def read_report(folder: str | Path, *, ask: bool = True) -> Report:
     Raises:
         UserError: There is no such folder, or it holds neither.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: name a run or comparison folder.")
     if not (folder / "settings.yaml").exists():

@@ -32,7 +32,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> tuple[Pat
         UserError: No such folder, no run in it, or it cannot be written.
     """
     report = read_report(folder)
-    target = Path(out or folder)
+    target = Path(out or folder).expanduser()
     figures = target / FIGURES
     write_text(target / PAGE, page(report))
     write_figures(report.comparison, figures)

@@ -45,7 +45,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: Missing, unreadable, not UTF-8, not YAML, or not a mapping.
     """
-    return _mapping(_text_of(Path(path)), str(path))
+    return _mapping(_text_of(Path(path).expanduser()), str(path))
 
 
 def settings_from(raw: Mapping[str, Any], options: Sequence[str] | None = None) -> Settings:
@@ -98,7 +98,7 @@ def settings_of_folder(folder: str | Path) -> Settings:
     Raises:
         UserError: settings.yaml is missing, damaged or another program's.
     """
-    path = Path(folder) / SETTINGS_FILE
+    path = Path(folder).expanduser() / SETTINGS_FILE
     try:
         return settings_from(read_yaml(path))
     except UserError as error:
