@@ -131,7 +131,7 @@ def _check_disk(path: Path, error: Exception, remedy: str) -> None:
     reason = getattr(error, "strerror", None) or str(error)
     raise UserError(
         f"Could not write {path}: {reason}. Free some space or {remedy}; "
-        "what was there before is whole."
+        "the previous version is intact."
     ) from error
 
 

@@ -287,7 +287,7 @@ class PSG(
         try:
             phi = load_file(weights_path)
         except FileNotFoundError as error:
-            raise UserError(f"No model.safetensors in {name}: this is no PSG folder.") from error
+            raise UserError(f"No model.safetensors in {name}: this is not a PSG folder.") from error
         except (SafetensorError, OSError) as error:
             raise UserError(f"{weights_path} is damaged ({error}): fetch it again.") from error
         with torch.device("meta"):  # sizes first: a wrong config must not ask for all memory
@@ -318,13 +318,13 @@ def _read_config(path: Path) -> PSGConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"No config.json in {path.parent}: this is no PSG folder.") from error
+        raise UserError(f"No config.json in {path.parent}: this is not a PSG folder.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch it again.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path} describes no PSG.")
+        raise UserError(f"{path} is not a PSG's.")
     if raw.get("target", "lambda") != "lambda":
         raise UserError(
             f"{path}: this PSG predicts {reprlib.repr(raw['target'])}, not λ (local.prior: "
@@ -334,17 +334,17 @@ def _read_config(path: Path) -> PSGConfig:
     facts = {key: value for key, value in raw.items() if key in kinds}
     for key, value in facts.items():
         if not _is_a(kinds[key], value):
-            raise UserError(f"{path} describes no PSG: {key} is {reprlib.repr(value)}.")
+            raise UserError(f"{path} is not a PSG's: {key} is {reprlib.repr(value)}.")
     try:
         config = PSGConfig(**facts)
     except TypeError as error:
-        raise UserError(f"{path} describes no PSG ({error}).") from error
+        raise UserError(f"{path} is not a PSG's ({error}).") from error
     if config.profile not in get_args(ProfileName):
-        raise UserError(f"{path} describes no PSG: profile is {reprlib.repr(config.profile)}.")
+        raise UserError(f"{path} is not a PSG's: profile is {reprlib.repr(config.profile)}.")
     sizes = (config.r_max, config.hidden_multiplier, len(config.layer_names), config.n_features)
     possible = 0 < config.lambda_min < config.lambda_max and config.init_lambda > 0
     if not all(0 < n < 1_000_000 for n in sizes) or not possible:
-        raise UserError(f"{path} describes no PSG: its sizes or its range of λ are impossible.")
+        raise UserError(f"{path} is not a PSG's: its sizes or its range of λ are impossible.")
     return config
 
 

@@ -139,6 +139,6 @@ def test_nan_is_not_saved(personalized, tmp_path) -> None:
 def test_foreign_folder_is_not_replaced(personalized, tmp_path) -> None:
     _, _, weights, _ = personalized
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="no adapter folder"):
+    with pytest.raises(UserError, match="not an adapter folder"):
         save_adapter(weights, tmp_path, base="b")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

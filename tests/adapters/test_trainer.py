@@ -246,7 +246,7 @@ def test_a_head_that_no_file_holds_is_refused(tmp_path: Path) -> None:
 def test_weights_that_would_not_be_saved_are_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.bt.model.get_base_model().classifier.bias.requires_grad_(True)
-    with pytest.raises(UserError, match=r"classifier.*bias would be trained beside the adapter"):
+    with pytest.raises(UserError, match=r"classifier.*bias would train with the adapter"):
         run.train()
 
 
@@ -255,7 +255,7 @@ def test_weights_that_would_not_be_saved_are_refused(tmp_path: Path) -> None:
     [
         ({"rank": 5}, "Rank budget 5"),
         ({"lambda_lr": 0.0}, "lambda_lr must be above 0"),
-        ({"model_init": tiny}, "model_init does not go with BT-LoRA"),
+        ({"model_init": tiny}, "model_init is incompatible with BT-LoRA"),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "choose one by args.optim"),
     ],
 )
@@ -295,7 +295,7 @@ def test_checkpoints_that_cannot_be_resumed(tmp_path: Path, damage: str) -> None
         path.write_bytes(path.read_bytes()[:100])
     else:
         model = tiny("bert", dropout=0.0, width=24)
-    said = {"missing": "is missing", "cut": "is damaged", "other": "of another model or adapter"}
+    said = {"missing": "is missing", "cut": "is damaged", "other": "another model or adapter"}
     with pytest.raises(UserError, match=said[damage]):
         trainer(tmp_path, model)._load_from_checkpoint(str(tmp_path / "one"))
 

@@ -399,7 +399,7 @@ def test_a_damaged_part_is_named_in_one_line(whole: Run, tmp_path: Path) -> None
     shutil.rmtree(folder / "checkpoints")
     for path in (folder / "clients").glob("*/*"):
         path.write_bytes(b"x")
-    with pytest.raises(UserError, match=r"-seen-0. keeps for itself is damaged") as caught:
+    with pytest.raises(UserError, match=r"-seen-0. is damaged") as caught:
         train(whole.settings, folder)
     assert "\n" not in str(caught.value)
 

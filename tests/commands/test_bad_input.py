@@ -85,7 +85,7 @@ def personalize(mistake, finished, tmp_path: Path):
         ({"adapter__target_modules": ["qery"]}, "cannot be adapted at ['qery']"),
         ({"data__dataset": "fils"}, "Data set 'fils' is unknown. Did you mean 'files'?"),
         ({"data__path": None}, "Set either data.path (one file) or data.files"),
-        ({"data__languages": ["de"]}, "no use for data.languages"),
+        ({"data__languages": ["de"]}, "ignores data.languages"),
         ({"data__path": "/no/such.jsonl"}, "/no/such.jsonl does not exist"),
     ],
 )
@@ -176,7 +176,7 @@ DATA = [
     ("mine.jsonl", b'{"text": " ", "label": "plant"}\n', "blank text"),
     ("mine.csv", b"text,label\n", "has no rows"),
     ("mine.csv", b'text,label\n"a', "not closed"),
-    ("mine.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
+    ("mine.parquet", b"PAR1 and then nothing", "not a complete Parquet file"),
     ("mine.txt", b"a b c", "no known ending"),
     ("mine.jsonl.gz", b"\x1f\x8b\x08\x00", "mine.jsonl.gz"),
 ]
@@ -361,8 +361,8 @@ def test_foreign_folders_are_not_overwritten(mistake, personalize, finished, tmp
     mine = tmp_path / "thesis"
     mine.mkdir()
     (mine / "chapter.txt").write_text("years of work")
-    assert "exists and is no adapter folder" in personalize(out=mine)
-    assert "exists and is no adapter folder" in personalize(out=mine / "chapter.txt")
+    assert "exists and is not an adapter folder" in personalize(out=mine)
+    assert "exists and is not an adapter folder" in personalize(out=mine / "chapter.txt")
     assert "Could not write" in personalize(out=mine / "chapter.txt" / "below")
     adapter = finished.folder / "adapters" / "fr-unseen-00" / "fedp2eft-r2"
     for layout in ("portable", "compact", "merged"):

@@ -118,5 +118,5 @@ def test_a_file_that_is_none(tmp_path: Path):
         load_fed_aya(tmp_path / "cut.json")
     with pytest.raises(UserError, match=r"'fra' is not in fed-aya. Did you mean 'fr'\?"):
         load_fed_aya(write(tmp_path), ["fra"])
-    with pytest.raises(UserError, match=r"no use for data\.clients_per_language"):
+    with pytest.raises(UserError, match=r"ignores data\.clients_per_language"):
         load_federation(DataSettings("fed-aya", path="x", clients_per_language=3))

@@ -142,7 +142,7 @@ def test_xnli_reference_repeats_the_seen_partition(hub: None):
 
 def test_only_xnli_has_a_reference_partition():
     for name in ("masakhanews", "debian-descriptions", "files", "hub"):
-        with pytest.raises(UserError, match=r"has no use for data\.partition"):
+        with pytest.raises(UserError, match=r"ignores data\.partition"):
             load_federation(DataSettings(name, partition="reference"))
 
 

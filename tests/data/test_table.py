@@ -117,7 +117,7 @@ def test_truncated_json(file):
 def test_broken_json_line(file):
     refused(file("a.jsonl", b'{"text": "a", "label": "b"}\n{text}\n{}\n'), "line 2: not a JSON")
     deep = b"[" * 200_000
-    refused(file("b.jsonl", deep), "begins as a JSON list and is not a whole one")
+    refused(file("b.jsonl", deep), "starts like a JSON list but is not complete")
 
 
 def test_json_that_is_no_object(file):
@@ -130,16 +130,16 @@ def test_truncated_gzip(file):
 
 
 def test_broken_gzip(file):
-    refused(file("a.jsonl.gz", lines()), "is not a sound gz file")
+    refused(file("a.jsonl.gz", lines()), "is not a valid gz file")
     content = bytearray(gzip.compress(lines()))
     content[40:60] = b"\xff" * 20
-    refused(file("b.jsonl.gz", bytes(content)), "is not a sound gz file")
+    refused(file("b.jsonl.gz", bytes(content)), "is not a valid gz file")
 
 
 def test_truncated_parquet(file, tmp_path):
     content = parquet(tmp_path / "whole.parquet")
     for cut in (3, 100, len(content) - 10):
-        refused(file("a.parquet", content[:cut]), "is not a whole Parquet file")
+        refused(file("a.parquet", content[:cut]), "is not a complete Parquet file")
 
 
 def test_truncated_csv(file):
@@ -293,7 +293,7 @@ def test_a_folder_of_parquet(tmp_path):
 def test_a_json_list(file):
     pretty = json.dumps(ROWS, indent=1).encode()
     assert read_table(file("a.json", pretty)).to_list() == ROWS
-    refused(file("b.json", pretty[:-9]), "begins as a JSON list and is not a whole one")
+    refused(file("b.json", pretty[:-9]), "starts like a JSON list but is not complete")
     columns = json.dumps({"text": ["a", "b"], "label": ["x", "y"]})
     refused(file("c.json", columns.encode()), "one object of columns, not rows")
     refused(file("d.json", json.dumps(ROWS[0], indent=1).encode()), "one object over several lines")

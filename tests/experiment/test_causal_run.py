@@ -186,7 +186,7 @@ def test_rows_left_out_and_responses_cut_are_told_once_a_client(chat: World, tmp
 
 
 def test_nothing_to_answer_with_is_one_line(chat: World):
-    with pytest.raises(UserError, match=r"no column to answer with: set data\.target_column"):
+    with pytest.raises(UserError, match=r"no column of responses: set data\.target_column"):
         Workspace(chat.settings(data__target_column=None)).encoded("fr-seen-00", "train")
 
 

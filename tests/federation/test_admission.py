@@ -131,8 +131,8 @@ def test_a_round_needs_its_share_of_clients(tmp_path: Path, bad: int, goes_on: b
         train(tmp_path, spoil, 1, 20)
         assert lines(tmp_path)[0]["clients"] == 10
         return
-    with pytest.raises(UserError, match=r"Only 9 of 20 clients can be used in round 1 of psg, and "
-                       r"peers.min_share asks for 10. The first that cannot: .*c00"):  # fmt: skip
+    with pytest.raises(UserError, match=r"Only 9 of 20 clients are usable in round 1 of psg, and "
+                       r"peers.min_share asks for 10. The first unusable one: .*c00"):  # fmt: skip
         train(tmp_path, spoil, 1, 20)
     assert not (tmp_path / "metrics.jsonl").exists()
     train(tmp_path, spoil, 1, 20, peers__min_share=0.4)  # which may change between two starts
@@ -237,7 +237,7 @@ def test_a_name_that_two_nodes_give_is_neithers() -> None:
 
 
 def test_a_federation_of_nobody_is_an_error() -> None:
-    with pytest.raises(UserError, match="Only 0 of 2 clients can be used in the federation"):
+    with pytest.raises(UserError, match="Only 0 of 2 clients are usable in the federation"):
         described("boom", "boom")
     with pytest.raises(UserError, match="Only 0 of 1"):
         described(GOOD, examples=-3)

@@ -118,7 +118,7 @@ def test_one_that_lost_it_is_sent_it_again(world: World, tmp_path: Path) -> None
         # not from an older checkpoint than the last one
         (nodes.kept(NAMES[0]) / "base" / "received.json").unlink()
         next((nodes.run.path / "checkpoints").glob("base-*")).unlink()
-        with pytest.raises(UserError, match="no whole checkpoint of the base's last round"):
+        with pytest.raises(UserError, match="no complete checkpoint of the base model"):
             nodes.start()
     finally:
         nodes.close()
@@ -136,7 +136,9 @@ def test_without_the_base_a_node_says_so(world: World, tmp_path: Path) -> None:
     try:
         config = ConfigRecord({"server-round": 1})
         reply = reply_to(nodes, TRAIN_PSG, RecordDict({ARRAYS: ArrayRecord(), CONFIG: config}))
-        assert reply.error.reason == "It was not sent the base of this run: start the run again."
+        assert (
+            reply.error.reason == "It has not received the run's base model: start the run again."
+        )
     finally:
         nodes.close()
 

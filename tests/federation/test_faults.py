@@ -133,7 +133,7 @@ def test_a_late_reply_is_left_out_and_ignored_when_it_comes(tmp_path: Path) -> N
     rounds(tmp_path / "late", grid, s, 2, notes, size=20)
     first, second = lines(tmp_path / "late")
     assert list(first["left-out"]) == [asked]
-    assert "no answer within 0 s" in first["left-out"][asked]
+    assert "no reply within 0 s" in first["left-out"][asked]
     assert (first["clients"], second["clients"]) == (19, 20)
     assert "left-out" not in second
     found = report(tmp_path / "late")
@@ -301,7 +301,7 @@ def test_a_round_waits_for_its_clients_and_nothing_finished_is_lost(tmp_path: Pa
         return everyone if len(lines_or_none(tmp_path)) < 2 else everyone[:3]
 
     grid.here = here
-    with pytest.raises(UserError, match=r"goes on from its last finished round"):
+    with pytest.raises(UserError, match=r"resumes from its last finished round"):
         rounds(tmp_path, grid, s, 4)
     assert len(lines(tmp_path)) == 2
     grid.here = lambda: everyone

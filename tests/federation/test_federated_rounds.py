@@ -190,5 +190,5 @@ def test_clients_that_do_not_answer_in_time_are_counted() -> None:
             return []
 
     grid = Silent(ClientApp(), [{"client": name} for name in NAMES], {})
-    with pytest.raises(UserError, match="8 clients gave no answer within 0 s"):
+    with pytest.raises(UserError, match="8 clients did not reply within 0 s"):
         roster(grid, timeout=0.001)

@@ -176,7 +176,7 @@ def test_a_pickled_array_is_never_loaded(tmp_path) -> None:
     bad = record()
     for data in (stream.getvalue(), pickle.dumps(Trap())):
         bad["b"] = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=data)
-        with pytest.raises(UserError, match="no readable array"):
+        with pytest.raises(UserError, match="not a readable array"):
             from_arrays(bad, LIKE, "φ")
     assert not trap.exists()
 

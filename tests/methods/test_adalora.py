@@ -178,7 +178,7 @@ def test_too_few_steps_is_an_error(epochs) -> None:
     client = one_client(
         own=AdaLoraSettings(), settings=replace(LOCAL, personalize_epochs=epochs, batch_size=24)
     )
-    with pytest.raises(UserError, match="needs 2 optimiser steps or more"):
+    with pytest.raises(UserError, match="needs 2 optimizer steps or more"):
         adalora(client, 2)
     assert logits(client.bt.model) is not None
 

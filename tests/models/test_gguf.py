@@ -74,7 +74,7 @@ def test_gemma_comes_only_with_its_terms_accepted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gguf, "cached_folder", lambda name, build: Path(name))
     monkeypatch.delenv(TERMS, raising=False)
     said = (
-        r"^google/gemma-3-270m is under terms of its own: read https://ai\.google\.dev/gemma/terms "
+        r"^google/gemma-3-270m has its own terms: read https://ai\.google\.dev/gemma/terms "
         rf"and, if you accept them, set {TERMS}=google/gemma-3-270m\.$"
     )
     with pytest.raises(UserError, match=said):
@@ -124,7 +124,7 @@ def test_another_file_or_a_missing_part_is_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="cannot be read"):
         replace(part, find=lambda _: tmp_path / "none.gguf").convert(tmp_path)
     monkeypatch.setattr(gguf, "distribution", installed(None))
-    with pytest.raises(UserError, match="package p-part1 is missing or damaged: install p anew"):
+    with pytest.raises(UserError, match="package p-part1 is missing or damaged: reinstall p"):
         gguf.join_parts("p", 4, tmp_path / "whole.gguf")
 
 

@@ -168,7 +168,7 @@ def test_broken_download_says_to_run_again(
 
     hub.models["team/bert"] = contents(tiny_bert)
     monkeypatch.setattr(sources, "snapshot_download", fail)
-    with pytest.raises(UserError, match=r"broke off \(reset by peer\): run it again"):
+    with pytest.raises(UserError, match=r"stopped \(reset by peer\): run it again"):
         resolve_model("team/bert")
 
 

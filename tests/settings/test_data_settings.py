@@ -89,8 +89,8 @@ def test_hub_by_settings(monkeypatch):
     ("settings", "message"),
     [
         ({"dataset": "xnil"}, r"'xnil' is unknown\. Did you mean 'xnli'\? Known: debian-d"),
-        ({"path": "a.csv"}, r"debian-descriptions has no use for data\.path: remove it"),
-        ({"dataset": "files", "alpha": 1.0}, r"files has no use for data\.alpha"),
+        ({"path": "a.csv"}, r"debian-descriptions ignores data\.path: remove it"),
+        ({"dataset": "files", "alpha": 1.0}, r"files ignores data\.alpha"),
         ({"dataset": "hub"}, r"Set data\.path to the data set's name"),
     ],
 )

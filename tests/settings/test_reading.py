@@ -119,7 +119,7 @@ def test_null(tmp_path: Path, word: str) -> None:
         ("federation: {cohort: many}", "federation.cohort is 'many'; give a whole number or auto."),
         ("model: {task: causal}", "model.task is 'causal'; give one of classification, causal_lm."),
         ("compare: {bases: [fedti]}", "compare.bases[0] is 'fedti'; give one of standard-fl, "),
-        ("seed: 1\nlocal: {lr: 1e-3}\nseed: 2", "Key 'seed' stands twice, the second time at line"),
+        ("seed: 1\nlocal: {lr: 1e-3}\nseed: 2", "Key 'seed' occurs twice, the second time at line"),
         ("? [a]\n: 1", "is not valid YAML"),
         ("seed: !!int x", "is not valid YAML"),
     ],
@@ -158,7 +158,7 @@ def test_options_go_on_top_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        ({"data": {"files": {1: {"path": "x"}}}}, "Key 1 is no text"),
+        ({"data": {"files": {1: {"path": "x"}}}}, "Key 1 is not text"),
         (
             {"data": {"labels": [0, 1]}},
             r"data.labels\[0\] is 0; give text. Write .* quotes: '0'",

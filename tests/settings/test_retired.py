@@ -21,7 +21,7 @@ def test_the_value_that_is_gone_names_the_last_version_that_had_it(tmp_path) -> 
     (tmp_path / "settings.yaml").write_text("local: {prior: normalized}")
     with pytest.raises(UserError, match=words):
         read_settings(tmp_path / "settings.yaml")
-    with pytest.raises(UserError, match=r"fedp2eft-normalized is gone: fedp2eft 0\.1\.0"):
+    with pytest.raises(UserError, match=r"fedp2eft-normalized was removed; fedp2eft 0\.1\.0"):
         method_named("fedp2eft-normalized")
 
 

@@ -135,7 +135,7 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
     except Exception as error:  # whatever a config by anybody can make PEFT raise
         raise UserError(f"{folder / CONFIG_FILE} is damaged: fetch it again.") from error
     if not isinstance(config, LoraConfig) or not config.target_modules:
-        raise UserError(f"{folder / CONFIG_FILE} describes no LoRA adapter: fetch it again.")
+        raise UserError(f"{folder / CONFIG_FILE} does not describe a LoRA adapter: fetch it again.")
     if config.lora_alpha != config.r or config.alpha_pattern != config.rank_pattern:
         raise UserError(f"The scale of {folder} is not 1: this package did not write it.")
     layers = []
@@ -200,7 +200,7 @@ def _module_names(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
 def check_replaceable(target: Path) -> None:
     """Raise `UserError` unless an adapter may be written there: nothing, or another adapter."""
     if target.exists() and not _is_replaceable(target):
-        raise UserError(f"{target} exists and is no adapter folder: name another place.")
+        raise UserError(f"{target} exists and is not an adapter folder: name another place.")
 
 
 def _is_replaceable(target: Path) -> bool:

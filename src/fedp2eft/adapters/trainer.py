@@ -117,7 +117,7 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
             return len(self.train_dataset)
         except TypeError:
             raise UserError(
-                "The training data has no length: say how many rows it has (examples=)."
+                "The training data has no length: give its number of rows (examples=)."
             ) from None
 
     def trim(self, rank: int) -> AdapterWeights:
@@ -141,7 +141,7 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
         for name, parameter in self.bt.model.named_parameters():
             if parameter.requires_grad and id(parameter) not in ours:
                 raise UserError(
-                    f"{name} would be trained beside the adapter and not be saved with it: "
+                    f"{name} would train with the adapter but not be saved with it: "
                     "set requires_grad to False."
                 )
         made = self.optimizer is None
@@ -247,11 +247,11 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
                 continue
             other = found.pop(name, None)
             if other is None or other.shape != value.shape:
-                raise UserError(f"{path} is of another model or adapter: {name} does not fit.")
+                raise UserError(f"{path} belongs to another model or adapter: {name} does not fit.")
             with torch.no_grad():
                 value.copy_(other)
         if found:
-            raise UserError(f"{path} is of another model: it has no {min(found)}.")
+            raise UserError(f"{path} belongs to another model: it has no {min(found)}.")
         self.bt._B0 = [b.to(B.device) for b, B in zip(B0, self.bt.B, strict=True)] if B0 else None
 
     def _load_best_model(self) -> None:
@@ -285,7 +285,7 @@ def _check_arguments(
     elif isinstance(model, PeftModel):
         raise UserError("This model has an adapter already: give its base model.")
     for name in ("model_init", "peft_config"):
-        require(others.get(name) is None, f"{name} does not go with BT-LoRA: leave it out.")
+        require(others.get(name) is None, f"{name} is incompatible with BT-LoRA: leave it out.")
     optimizer = (others.get("optimizers") or (None,))[0]
     require(optimizer is None, "λ has an optimizer group of its own: choose one by args.optim.")
     base = model.model if isinstance(model, BTLora) else model

@@ -116,7 +116,7 @@ class Federation:
             return self.label_ids(indices)  # type: ignore[return-value]
         if self.target_column is None:
             raise UserError(
-                f"Data set {self.name!r} has no column to answer with: set data.target_column, or "
+                f"Data set {self.name!r} has no column of responses: set data.target_column, or "
                 "choose another task."
             )
         values: list[Any] = self.table[self.target_column][[int(index) for index in indices]]

@@ -147,7 +147,7 @@ def _common_pool(pools: Mapping[tuple[str, str], tuple[Rows, Rows]]) -> tuple[st
     for pool, size in sizes.items():
         if size != sizes[first]:
             raise UserError(
-                f"A reference partition needs pools of one size: {', '.join(pool)} has "
+                f"A reference partition needs pools of equal size: {', '.join(pool)} has "
                 f"{size[0]} train and {size[1]} test rows, {', '.join(first)} has "
                 f"{sizes[first][0]} and {sizes[first][1]}. Set data.partition to per-pool."
             )

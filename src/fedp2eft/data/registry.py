@@ -213,9 +213,7 @@ def find(settings: DataSettings) -> DatasetEntry:
     for item in fields(settings):
         plain = item.default if item.default_factory is MISSING else item.default_factory()
         if item.name in entry.unused and getattr(settings, item.name) != plain:
-            raise UserError(
-                f"Data set {settings.dataset} has no use for data.{item.name}: remove it."
-            )
+            raise UserError(f"Data set {settings.dataset} ignores data.{item.name}: remove it.")
     if settings.labels and settings.label_column is None:
         raise UserError("data.labels names classes and data.label_column is null: remove one.")
     return entry

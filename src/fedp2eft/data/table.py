@@ -202,7 +202,7 @@ def _read_text(path: Path, unpack: Callable[[bytes], bytes] | None) -> str:
         ) from None
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, ValueError) as error:
         raise UserError(
-            f"{path} is not a sound {path.suffix[1:]} file ({first_line(error)}). Copy it again."
+            f"{path} is not a valid {path.suffix[1:]} file ({first_line(error)}). Copy it again."
         ) from None
     except OSError as error:
         cause = error.strerror or first_line(error)
@@ -251,7 +251,7 @@ def _json_list(path: Path, text: str) -> list[dict[str, Any]] | None:
         if first_line(error).startswith("Extra data"):
             return None
         raise UserError(
-            f"{path} begins as a JSON list and is not a whole one ({first_line(error)}). "
+            f"{path} starts like a JSON list but is not complete ({first_line(error)}). "
             "Copy it again."
         ) from None
     for number, row in enumerate(rows, start=1):
@@ -312,7 +312,7 @@ def _read_parquet(path: Path, select: Select) -> Columns:
         columns = {name: table.column(own).to_pylist() for name, own in kept.items()}
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise UserError(
-            f"{path} is not a whole Parquet file ({first_line(error)}). Copy or write it again."
+            f"{path} is not a complete Parquet file ({first_line(error)}). Copy or write it again."
         ) from None
     for name, own in kept.items():
         if names := classes.get(own):

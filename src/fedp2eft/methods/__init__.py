@@ -97,7 +97,7 @@ def load() -> None:
 def method_named(name: str) -> Method:
     """The method of that name; an unknown one is a `UserError`."""
     if name == "fedp2eft-normalized":
-        raise UserError(f"Method {name} is gone: fedp2eft 0.1.0 was the last version that had it.")
+        raise UserError(f"Method {name} was removed; fedp2eft 0.1.0 was the last version with it.")
     if name not in METHODS:
         known = ", ".join(METHODS)
         raise UserError(

@@ -62,7 +62,7 @@ class Schedule:
         """
         if steps < 2:
             raise UserError(
-                f"AdaLoRA needs 2 optimiser steps or more to drop ranks, and a client has {steps}: "
+                f"AdaLoRA needs 2 optimizer steps or more to drop ranks, and a client has {steps}: "
                 "raise local.personalize_epochs or lower local.batch_size."
             )
         tfinal = min(_share(settings.tfinal, steps), steps - 2)

@@ -134,7 +134,7 @@ def _load(entry: EntryPoint, methods: Methods) -> None:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
             f"The methods of the installed package {whose} cannot be loaded: {why}. "
-            "Mend or uninstall it."
+            "Fix or uninstall it."
         ) from error
     if len(methods._known) == before:
         raise UserError(

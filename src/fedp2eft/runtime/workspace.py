@@ -224,8 +224,8 @@ class Workspace:
         s = self.settings
         if s.model.gradient_checkpointing and not s.local.dropout and has_dropout(model):
             raise UserError(
-                "Gradient checkpointing needs training mode, in which this base model drops out: "
-                "set local.dropout to true, or model.gradient_checkpointing to false."
+                "Gradient checkpointing needs training mode, in which this base model uses "
+                "dropout: set local.dropout to true, or model.gradient_checkpointing to false."
             )
 
     @cached_property
@@ -235,7 +235,7 @@ class Workspace:
             return self.source
         folder = self.run / "base"
         if self.node is not None and not folder.is_dir():
-            raise TellableError("It was not sent the base of this run: start the run again.")
+            raise TellableError("It has not received the run's base model: start the run again.")
         return ModelSource(str(folder), str(folder), hash_weights(folder))
 
     @cached_property

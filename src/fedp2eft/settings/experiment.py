@@ -208,7 +208,7 @@ class BaseSettings:
         require(self.lr > 0, "base.lr must be above 0.")
         require(self.lora_rank >= 1, "base.lora_rank must be 1 or more.")
         require(self.lora_alpha > 0, "base.lora_alpha must be above 0.")
-        require(0 <= self.lora_dropout < 1, "base.lora_dropout must be from 0 up to, not with, 1.")
+        require(0 <= self.lora_dropout < 1, "base.lora_dropout must be at least 0 and below 1.")
 
 
 @dataclass(frozen=True)

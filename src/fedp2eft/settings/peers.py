@@ -171,8 +171,8 @@ class PrivacySettings:
             return
         require(
             aggregation.kind == "fedavg",
-            f"privacy needs aggregation.kind: fedavg, not {aggregation.kind}: ε is known for the "
-            "plain mean.",
+            f"privacy needs aggregation.kind: fedavg, not {aggregation.kind}: ε is only known for "
+            "the plain mean.",
         )
         require(
             self.clip_on == "server" or wire == "fp32",

@@ -35,8 +35,8 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, "", key.start_mark)
             if key.value in seen:
                 raise UserError(
-                    f"Key {key.value!r} stands twice, the second time at line "
-                    f"{key.start_mark.line + 1}: take one of them out."
+                    f"Key {key.value!r} occurs twice, the second time at line "
+                    f"{key.start_mark.line + 1}: remove one."
                 )
             seen.add(key.value)
         self.flatten_mapping(node)  # what is merged in comes first, so that the own keys win
@@ -58,7 +58,7 @@ def load_words(text: str) -> Any:
     """Return what a YAML or JSON text says: mappings, lists, words and null.
 
     Raises:
-        UserError: A key stands twice in one mapping.
+        UserError: A key occurs twice in one mapping.
         yaml.YAMLError: Not YAML.
     """
     return yaml.load(text, _Loader)  # a SafeLoader
@@ -137,7 +137,7 @@ def _named(items: Mapping[Any, Any]) -> list[tuple[str, Any]]:
     """A mapping's items; a key that is no text (only Python can give one) is refused."""
     for key in items:
         if not isinstance(key, str):
-            raise UserError(f"Key {key!r} is no text: write it in quotes.")
+            raise UserError(f"Key {key!r} is not text: put it in quotes.")
     return list(items.items())
 
 

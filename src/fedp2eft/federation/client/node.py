@@ -54,7 +54,7 @@ def own_folder(node: Mapping[str, Value], settings: Settings, run: str) -> Path:
     """
     if "keep" not in node:
         raise TellableError(
-            "The node config names no folder for this client's base and adapters: add keep='…'."
+            "The node config names no folder for the base model and adapters: add keep='…'."
         )
     fixed = asdict(settings)
     for section, *rest in free_settings():

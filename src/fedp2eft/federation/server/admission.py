@@ -86,7 +86,7 @@ class Failures:
         if self._faults and self._faults.happened(kind, client, reason):
             self._reporter.note(
                 f"In quarantine: client {client}, which failed {self.settings.quarantine} times in "
-                "a row; it is not asked again before the run is started anew."
+                "a row; it is not asked again until the run is restarted."
             )
 
     def ignored(self, client: str, what: str) -> None:
@@ -105,8 +105,8 @@ class Failures:
         if usable < least:
             first = next(iter(self.reasons.values()), "nobody was asked.")
             raise UserError(
-                f"Only {usable} of {asked} clients can be used in {what}, and peers.min_share asks "
-                f"for {least}. The first that cannot: {first}"
+                f"Only {usable} of {asked} clients are usable in {what}, and peers.min_share asks "
+                f"for {least}. The first unusable one: {first}"
             )
 
 

@@ -48,8 +48,8 @@ def deliver_base(
     workspace.release_trainable_base()
     if trained and (found is None or found[0].round != s.base.rounds):
         raise UserError(
-            f"{run.path} has no whole checkpoint of the base's last round, which clients are sent: "
-            "name another run folder."
+            f"{run.path} has no complete checkpoint of the base model's last round: name another "
+            "run folder."
         )
     arrays = to_arrays(found[1] if trained and found else {})
     model = hash_weights(Path(workspace.source.path))

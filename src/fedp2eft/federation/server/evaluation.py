@@ -96,7 +96,7 @@ def prepare(
     numbers = to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
     seen = {member.node: member for member in members if member.pool == SEEN}
     if kind.surveys and not seen:
-        raise UserError(f"Method {method} asks the seen clients, and there are none: leave it out.")
+        raise UserError(f"Method {method} needs seen clients, and there are none: leave it out.")
     prepared: dict[str, Tensor] = {}
     for number, survey in enumerate(kind.surveys):
         told = Told(method, rank, numbers, to_arrays(prepared), number)

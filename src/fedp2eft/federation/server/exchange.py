@@ -87,11 +87,11 @@ def exchange(
         if waiting and time.monotonic() > end:
             if failures is None or failures.stop:
                 raise UserError(
-                    f"{len(waiting)} clients gave no answer within {timeout:.0f} s ({what}): start "
-                    "again to go on from the last finished round, or raise federation.timeout."
+                    f"{len(waiting)} clients did not reply within {timeout:.0f} s ({what}): start "
+                    "again to resume from the last finished round, or raise federation.timeout."
                 )
             for member in waiting.values():
-                reason = f"Client {member.client}, {what}: no answer within {timeout:.0f} s."
+                reason = f"Client {member.client}, {what}: no reply within {timeout:.0f} s."
                 _refuse(failures, member.client, reason, "late")
             return
         if not replies:

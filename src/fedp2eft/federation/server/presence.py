@@ -60,7 +60,7 @@ def _wait(
             raise UserError(
                 f"{count} clients are connected after {settings.wait:g} s of waiting; "
                 f"federation.min_clients asks for {least}. Start SuperNodes, then start the run "
-                "again: it goes on from its last finished round."
+                "again: it resumes from its last finished round."
             )
         if now >= say:
             reporter.note(

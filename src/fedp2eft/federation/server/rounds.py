@@ -139,7 +139,7 @@ def _checked(
     averaged: ArrayRecord | None, like: Mapping[str, Tensor], what: str
 ) -> dict[str, Tensor]:
     if averaged is None:
-        raise UserError(f"No client answered in {what}: start again to repeat the round.")
+        raise UserError(f"No client replied in {what}: start again to repeat the round.")
     # Some of Flower's strategies compute in float64.
     record = ArrayRecord(
         {name: Array(array.numpy().astype(np.float32)) for name, array in averaged.items()}

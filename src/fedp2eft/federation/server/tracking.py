@@ -55,7 +55,7 @@ class Trackers:
             except Exception as error:  # each library raises its own
                 self.finish()
                 raise UserError(
-                    f"The tracker {name} cannot be started ({shortened(str(error))}): mend it, or "
+                    f"The tracker {name} cannot be started ({shortened(str(error))}): fix it, or "
                     "leave it out of trackers."
                 ) from error
             self._started[name] = tracker

@@ -86,7 +86,7 @@ def read_array(
     try:
         value = _in_place(array)
     except Exception as error:  # whatever a hostile peer can make numpy raise
-        raise TellableError(f"{whose} is no readable array.") from error
+        raise TellableError(f"{whose} is not a readable array.") from error
     if value.dtype != dtype or value.shape != shape:
         raise TellableError(
             f"{whose} is {shortened(str(value.dtype))[1:-1]} {value.shape}, "
@@ -171,7 +171,7 @@ def scalars(message: Message) -> dict[str, int | float]:
     for name, value in message.content.metric_records.get(METRICS, MetricRecord()).items():
         if isinstance(value, list):
             raise UserError(
-                f"Metric {shortened(name)} of a client is a list; only single numbers travel."
+                f"Metric {shortened(name)} of a client is a list; only single numbers are accepted."
             )
         if not isfinite(value):
             raise UserError(f"Metric {shortened(name)} of a client is {value}.")

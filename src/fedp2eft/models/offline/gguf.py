@@ -84,7 +84,7 @@ class GGUFPart:
         """
         if not self.accepted:
             raise UserError(
-                f"{self.hub_name} is under terms of its own: read {self.terms} and, if you accept "
+                f"{self.hub_name} has its own terms: read {self.terms} and, if you accept "
                 f"them, set {TERMS}={self.hub_name}."
             )
         return cached_folder(self.folder, self.convert)
@@ -196,9 +196,7 @@ def join_parts(package: str, count: int, file: Path) -> Path:
             except PackageNotFoundError:
                 parts = []
             if len(parts) != 1:
-                raise UserError(
-                    f"The package {name} is missing or damaged: install {package} anew."
-                )
+                raise UserError(f"The package {name} is missing or damaged: reinstall {package}.")
             with Path(str(parts[0].locate())).open("rb") as part:
                 copyfileobj(part, whole)
     return file
