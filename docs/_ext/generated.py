@@ -5,15 +5,12 @@ A page says where with `<!-- generated: commands -->`, `… settings -->` or `�
 
 from __future__ import annotations
 
-import io
 import re
 from argparse import SUPPRESS
-from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import cleandoc
 from pkgutil import walk_packages
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-from unittest.mock import patch
 
 from docstring_parser import parse
 from sphinx.application import Sphinx
@@ -21,41 +18,19 @@ from sphinx.application import Sphinx
 PLACE = re.compile(r"<!-- generated: (\w+) -->")
 
 
-def commands() -> list[str]:
-    """Every command of `fedp2eft`, `data …` with its second word."""
-    from fedp2eft.commands.catalogue import EXPERIMENTS, FUNCTIONS
-
-    return [*EXPERIMENTS, *FUNCTIONS]
-
-
-def help_of(command: str) -> tuple[Any, str]:
-    """The parser that a command shows with --help, and what it prints."""
-    from fedp2eft import cli
-    from fedp2eft.settings.options import Parser
-
-    found: list[Any] = []
-
-    def take(self: Any, file: Any = None) -> None:
-        found.append(self)
-
-    shown = io.StringIO()
-    with patch.object(Parser, "print_help", take), redirect_stdout(shown), suppress(SystemExit):
-        cli.main([*command.split(), "--help"])
-    return (found[-1] if found else None), shown.getvalue()
-
-
 def command_reference() -> str:
     """Markdown: a section for each command, with a table of its options."""
-    return "\n\n".join(_command(name) for name in commands())
+    from fedp2eft.commands.catalogue import COMMANDS
+
+    return "\n\n".join(_command(name) for name in COMMANDS)
 
 
 def _command(name: str) -> str:
+    from fedp2eft.commands.catalogue import parser_of
     from fedp2eft.settings.experiment import Settings
 
-    parser, shown = help_of(name)
+    parser = parser_of(name)
     title = f"## `fedp2eft {name}`"
-    if parser is None:
-        return f"{title}\n\n```text\n{shown.strip()}\n```"
     description = cleandoc(parser.description or "").replace("<", "\\<")
     named = {
         next((o for o in action.option_strings if o.startswith("--")), action.dest): action

@@ -1,4 +1,4 @@
-"""The command line. Every command is one function whose signature is its options."""
+"""The command line: every command is one function whose signature is its options."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
-from fedp2eft.commands.catalogue import (
-    EXPERIMENTS,
-    FUNCTIONS,
-    GROUP_HELP,
-    HELP,
-    POSITIONAL,
-    WATCH_HELP,
-    function_of,
-)
+from fedp2eft.commands.catalogue import COMMANDS, GROUPS, function_of, overview, parser_of
 from fedp2eft.errors import InterruptedRunError, UserError, nearest
 
 
@@ -73,97 +66,29 @@ def _write_what_the_terminal_knows() -> None:
             stream.reconfigure(errors="fedp2eft-plain")
 
 
-def _dispatch(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return
-    if arguments[0] == "--version":
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(overview(), end="")
+    elif words[0] == "--version":
         from importlib.metadata import version
 
         print(f"fedp2eft {version('fedp2eft')}")
-        return
-    name, *rest = arguments
-    groups = {command.split()[0] for command in FUNCTIONS if " " in command}
-    if name in groups:
-        _group(name, rest)
-    elif name in FUNCTIONS:
-        _call(name, rest)
-    elif name == "quickstart":
-        _quickstart(rest)
-    elif name in EXPERIMENTS:
-        _experiment(name, rest)
+    elif words[0] in GROUPS and words[1:2] in ([], ["-h"], ["--help"]):
+        print(overview(words[0]), end="")
     else:
-        known = list(dict.fromkeys([*EXPERIMENTS, *(each.split()[0] for each in FUNCTIONS)]))
-        hint = nearest(name, known)
-        raise UserError(f"There is no command {name!r}.{hint} Known: {', '.join(known)}.")
+        function, arguments = parsed(words)
+        function(**arguments)
 
 
-def _call(command: str, options: list[str]) -> None:
-    """Parse the options of a command's function and call it."""
-    from fedp2eft.settings.options import Parser
+def parsed(words: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
+    """Return the function that a command line calls, and its arguments.
 
-    function = function_of(command)
-    parser = Parser(prog=f"fedp2eft {command}", description=_summary(function))
-    parser.add_function(function, positional=command in POSITIONAL)
-    function(**parser.instantiate_classes(parser.parse_args(options)).as_dict())
-
-
-def _quickstart(options: list[str]) -> None:
-    from fedp2eft.commands.run import quickstart
-
-    run, watch, rest = _split("quickstart", options, quickstart)
-    quickstart(run or "runs/quickstart", rest, watch)
-
-
-def _experiment(name: str, options: list[str]) -> None:
-    function = function_of(name)
-    if options and not options[0].startswith("-"):
-        run, watch, rest = _split(f"{name} CONFIG", options[1:], function)
-        function(options[0], run, rest, watch)
-        return
-    _split(f"{name} CONFIG", options, function)
-    raise UserError(f"Name the experiment's YAML file: fedp2eft {name} CONFIG [--run DIR].")
-
-
-def _split(
-    usage: str, options: list[str], function: Callable[..., None]
-) -> tuple[str | None, bool, list[str]]:
-    """Split --run and --watch from the options; the rest override the file's settings."""
-    from fedp2eft.settings.options import Parser, settings_parser
-
-    if "-h" in options or "--help" in options:
-        parser = Parser(prog=f"fedp2eft {usage}", description=_summary(function))
-        parser.add_argument("--run", metavar="DIR", help="the run folder")
-        parser.add_argument("--watch", action="store_true", help=WATCH_HELP)
-        settings_parser(parser).print_help()
-        raise SystemExit(0)
-    rest, run, watch = [], None, False
-    words = iter(options)
-    for word in words:
-        if word == "--run":
-            run = next(words, "")
-        elif word.startswith("--run="):
-            run = word.removeprefix("--run=")
-        elif word == "--watch":
-            watch = True
-        else:
-            rest.append(word)
-    if run == "":
-        raise UserError("--run needs a folder: --run runs/NAME.")
-    return run, watch, rest
-
-
-def _group(name: str, options: list[str]) -> None:
-    """Run a command of a group: fedp2eft data describe."""
-    known = [command.split()[1] for command in FUNCTIONS if command.startswith(f"{name} ")]
-    if not options or options[0] in ("-h", "--help"):
-        print(GROUP_HELP[name], end="")
-        return
-    if options[0] not in known:
-        hint = nearest(options[0], known)
-        raise UserError(f"There is no '{name} {options[0]}'.{hint} Known: {', '.join(known)}.")
-    _call(f"{name} {options[0]}", options[1:])
-
-
-def _summary(function: Callable[..., None]) -> str:
-    return (function.__doc__ or "").split("Args:")[0].strip()
+    Raises:
+        UserError: An unknown command or option, or a value of another type.
+    """
+    count = 2 if words[0] in GROUPS else 1
+    command, rest = " ".join(words[:count]), words[count:]
+    if command not in COMMANDS:
+        hint = nearest(command, list(COMMANDS))
+        raise UserError(f"There is no command {command!r}.{hint} Known: {', '.join(COMMANDS)}.")
+    return function_of(command), parser_of(command).arguments(rest)

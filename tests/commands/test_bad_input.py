@@ -115,8 +115,8 @@ def test_a_file_that_is_no_yaml(mistake, tmp_path: Path, text: bytes, says: str)
 def test_a_yaml_that_is_not_there(mistake, tmp_path: Path):
     assert "There is no file" in mistake("train", tmp_path / "no.yaml")
     assert "Cannot read" in mistake("train", tmp_path)
-    assert "Name the experiment's YAML file" in mistake("train")
-    assert "Name the experiment's YAML file" in mistake("train", "--run", "x")
+    assert "required: config" in mistake("train")
+    assert "required: config" in mistake("train", "--run", "x")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_yaml_that_is_not_there(mistake, tmp_path: Path):
         (["--local.lr"], "local.lr"),
         (["--evaluation.ranks", "[9]"], "Rank budget 9"),
         (["--evaluation.ranks", "[two]"], "ranks"),
-        (["--run"], "--run needs a folder"),
+        (["--run"], "--run: expected one argument"),
         (["surplus"], "surplus"),
     ],
 )
@@ -143,7 +143,10 @@ def test_command_line_of_train(mistake, world: World, tmp_path, monkeypatch, opt
     [
         (["trian"], "There is no command 'trian'. Did you mean 'train'?"),
         (["--help-me"], "There is no command"),
-        (["data", "discribe"], "There is no 'data discribe'. Did you mean 'describe'?"),
+        (
+            ["data", "discribe"],
+            "'data discribe'. Did you mean 'data describe'?",
+        ),
         (["data", "describe", "--data.dataset", "xnil"], "Did you mean 'xnli'?"),
         (["data", "describe", "--data.dataset", "xnli"], "hub"),
         (["data", "describe", "--data.clients_per_language", "9999999"], "clients"),

@@ -7,11 +7,8 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from fedp2eft import cli
-from fedp2eft.commands import run as runs
-from fedp2eft.settings.options import Parser
 from fedp2eft.settings.reading import read_settings
 
 ROOT = Path(__file__).parents[2]
@@ -26,10 +23,6 @@ ELSEWHERE = {
     "pkill": "ends a SuperLink",
 }
 """Commands of others that are not looked at, and why."""
-
-
-class ParsedError(Exception):
-    """Raised in place of doing a command that was understood."""
 
 
 def check(words: list[str]) -> None:
@@ -54,27 +47,10 @@ def _fedp2eft(words: list[str]) -> None:
 def understood(words: list[str]) -> None:
     """Parse a command line with the command's own parser, files it names included."""
 
-    def stop(*_: Any, **__: Any) -> None:
-        raise ParsedError
-
-    def settings(config: str, run: str | None, options: list[str], *_: Any) -> None:
-        read_settings(PRESET if config == "CONFIG" else config, options)
-        raise ParsedError
-
-    def preset(run: str, options: list[str], *_: Any) -> None:
-        settings("CONFIG", run, options)
-
-    with (
-        patch.object(Parser, "instantiate_classes", stop),
-        patch.object(runs, "train", settings),
-        patch.object(runs, "compare", settings),
-        patch.object(runs, "quickstart", preset),
-    ):
-        try:
-            cli._dispatch(words)
-        except ParsedError:
-            return
-    raise AssertionError(f"{' '.join(words)} was not parsed")
+    _, arguments = cli.parsed(words)
+    if "options" in arguments:
+        config = arguments.get("config", "CONFIG")
+        read_settings(PRESET if config == "CONFIG" else config, arguments["options"])
 
 
 def _script(words: list[str]) -> None:

@@ -12,6 +12,7 @@ from typing import get_type_hints
 import pytest
 
 import fedp2eft
+from fedp2eft.commands.catalogue import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "_ext"))
@@ -25,12 +26,8 @@ import mathml  # noqa: E402
 
 def test_the_command_reference_has_every_command_and_option() -> None:
     text = generated.command_reference()
-    names = generated.commands()
-    assert {"quickstart", "train", "compare", "personalize", "data describe"} <= set(names)
-    for name in names:
+    for name in COMMANDS:
         assert f"## `fedp2eft {name}`" in text
-        parser, shown = generated.help_of(name)
-        assert parser or shown.strip(), name
     for option in ("--psg", "--rank", "--layout", "--label_column", "--run", "shell"):
         assert f"| `{option}` |" in text
     personalize = text.split("## `fedp2eft personalize`")[1].split("\n## ")[0]

@@ -8,7 +8,7 @@ from typing import Literal
 from fedp2eft.errors import UserError
 
 
-def personalize(
+def personalize_client(
     psg: str,
     model: str,
     data: str,
@@ -77,7 +77,7 @@ def personalize(
         print(adapter.scores)
 
 
-def evaluate(
+def evaluate_model(
     model: str,
     data: str,
     adapter: str | None = None,
@@ -129,7 +129,7 @@ def evaluate(
     print(scores)
 
 
-def export(
+def export_adapter(
     adapter: str,
     out: str,
     layout: Literal["portable", "compact", "merged"],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedp2eft.progress import Reporter
 
 
-def train(
+def train_run(
     config: str, run: str | None = None, options: list[str] | None = None, watch: bool = False
 ) -> None:
     """Train base model and PSG, then personalize and score every client.
@@ -34,7 +34,7 @@ def train(
     _run(settings, folder, watch)
 
 
-def compare(
+def compare_methods(
     config: str, run: str | None = None, options: list[str] | None = None, watch: bool = False
 ) -> None:
     """Compute a table of methods, base models, ranks, seeds and pools.
@@ -87,12 +87,12 @@ def quickstart(
 
 def _run(settings: Any, folder: Path, watch: bool) -> None:
     from fedp2eft.commands.terminal import progress, show_loading, show_results
-    from fedp2eft.experiment.train import train as train_run
+    from fedp2eft.experiment.train import train as train_all
 
     start = time.perf_counter()
     try:
         with progress() as told, _watched(told, folder, watch) as reporter:
-            results = train_run(settings, folder, reporter)
+            results = train_all(settings, folder, reporter)
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"Interrupted. Finished rounds are kept in {folder}: start the same command again to "
