@@ -246,3 +246,25 @@ def test_any_folder_by_language(tmp_path: Path) -> None:
     assert (federation.name, federation.labels) == ("news", ("a", "b"))
     with pytest.raises(UserError, match=r"has no data\.revision"):
         load("hub", tmp_path / "news", revision="main", **columns)
+
+
+def test_unique_leaves_each_text_of_a_language_once(tmp_path: Path) -> None:
+    for split, numbers in (("train", [*range(20), *range(10)]), ("test", range(15, 35))):
+        rows = [{"tweet": f"t {n}", "label": "neutral"} for n in numbers]
+        write(tmp_path / "hau" / f"{split}.tsv", rows, None)
+
+    def parts(**options: Any) -> list[list[str]]:
+        federation = load("afrisenti", tmp_path, **options)
+        return [
+            [text for c in federation.clients for text in federation.rows(part(c))["tweet"]]
+            for part in (lambda c: c.train, lambda c: c.test)
+        ]
+
+    train, test = parts()
+    assert len(set(train)) < len(train)
+    assert set(train) & set(test)
+    train, test = parts(unique=True)
+    assert sorted(train) == sorted(f"t {n}" for n in range(20))
+    # 15 texts are left: halves of 7 and 8, and equal clients
+    assert len(set(test)) == len(test) == 14
+    assert set(test) <= {f"t {n}" for n in range(20, 35)}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fedp2eft.data.hub import load_hub, load_hub_dataset
-from fedp2eft.data.known import XNLI, HubSource
+from fedp2eft.data.known import AFRISENTI, CONVERTED, XNLI, HubSource
 from fedp2eft.errors import UserError
 
 CLASSES = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
@@ -129,3 +129,33 @@ def test_an_unknown_language_is_not_asked_for():
         load_hub("xnli", XNLI, ("it",))
     with pytest.raises(UserError, match="Name the languages of pairs to load"):
         load_hub("pairs", PAIRS)
+
+
+def test_afrisenti_on_the_hub(hub):
+    """Two languages have no train split: they can be new, and are never tried as others."""
+    asked = {}
+
+    def tweets(path, config, split, revision):
+        assert (path, revision) == ("shmuhammad/AfriSenti-twitter-sentiment", CONVERTED)
+        asked.setdefault(config, []).append(split)
+        names = datasets.ClassLabel(names=["positive", "negative", "neutral"])
+        rows = {"tweet": [f"{n % 3} {n}" for n in range(24)], "label": [n % 3 for n in range(24)]}
+        return datasets.Dataset.from_dict(rows).cast_column("label", names)
+
+    def load_dataset(path, *, data_dir, split, revision):
+        return tweets(path, data_dir, split, revision)
+
+    hub(tweets)
+    datasets.load_dataset = load_dataset  # the fixture puts the real one back
+    federation = load_hub("afrisenti", AFRISENTI, ("hau",), ("tir",), clients_per_language=2)
+    assert asked == {"hau": ["train+validation", "test"], "tir": ["validation", "test"]}
+    # the hub's ids are in another order than ours: classes go by name
+    assert federation.labels == ("negative", "neutral", "positive")
+    names = ("positive", "negative", "neutral")
+    for tweet, label in zip(*federation.rows(range(24)).values(), strict=True):
+        assert label == names[int(tweet.split()[0])]
+    with pytest.raises(UserError, match="'orm' of afrisenti has no train split"):
+        load_hub("afrisenti", AFRISENTI, ("orm",), clients_per_language=2)
+    asked.clear()
+    load_hub("afrisenti", AFRISENTI, clients_per_language=2)
+    assert set(asked) == set(AFRISENTI.languages) - {"orm", "tir"}
