@@ -166,6 +166,17 @@ def test_markdown_and_latex_are_well_formed():
     assert escape("a_b & 50% {x} \\ – ± [") == (
         "a\\_b \\& 50\\% \\{x\\} \\textbackslash{} -- $\\pm$ {[}"
     )
+    assert escape("<b>|") == "\\textless{}b\\textgreater{}\\textbar{}"
+
+
+def test_markdown_shows_names_that_hold_markup():
+    cells = all_cells()
+    for facts in cells:
+        for client in facts["clients"]:
+            client["language"] = client["language"].replace("ko", "<b>|ko")
+    made = markdown(summarize(comparison_settings(), cells))
+    assert "&lt;b&gt;\\|ko" in made
+    assert "<b>" not in made
 
 
 def test_a_loss_is_shown_in_nats_and_more_is_worse(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import logging
 from collections.abc import Sequence
@@ -54,11 +55,16 @@ def markdown(comparison: Comparison) -> str:
     """All tables in Markdown."""
     parts = []
     for table in tables(comparison):
-        head, *rows = [[cell.replace("|", "\\|") for cell in r] for r in [table.head, *table.rows]]
+        head, *rows = [list(map(_markdown_cell, row)) for row in [table.head, *table.rows]]
         ruler = ["---"] * len(head)
         lines = ["| " + " | ".join(row) + " |" for row in (head, ruler, *rows)]
         parts.append("\n".join([f"## {table.title}", "", *lines]))
     return "\n\n".join([*parts, *notes(comparison)]) + "\n"
+
+
+def _markdown_cell(text: str) -> str:
+    """Text as Markdown that shows it: a method's or a language's name may hold HTML."""
+    return html.escape(text, quote=False).replace("|", "\\|")
 
 
 def latex(comparison: Comparison) -> str:
@@ -95,6 +101,10 @@ def escape(text: str) -> str:
         "^": "\\textasciicircum{}",
         "±": "$\\pm$",
         "–": "--",
+        # other glyphs stand at these places of TeX's first font encoding
+        "<": "\\textless{}",
+        ">": "\\textgreater{}",
+        "|": "\\textbar{}",
         # a row that begins with [ would be read as an option of the \\ before it
         "[": "{[}",
         "]": "{]}",
