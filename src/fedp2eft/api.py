@@ -10,18 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import nn
 
+from fedp2eft.adapters import convert
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.adapters.export import (
-    CONFIG_FILE,
-    PEFT_TASKS,
-    WEIGHTS_FILE,
-    adapter_facts,
-    load_adapter,
-    save_adapter,
-)
+from fedp2eft.adapters.convert import check_same_base, with_adapter
+from fedp2eft.adapters.export import PEFT_TASKS, adapter_facts, auto_mapping, save_adapter
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.bases import BASES, LocalWork
 from fedp2eft.bases.parts import Overlay, Part
@@ -40,7 +34,6 @@ from fedp2eft.models.loading import (
     longest_input,
     prepare_for_length,
     resolve_model,
-    save_model,
 )
 from fedp2eft.models.precision import choose_device, resolve_precision
 from fedp2eft.models.sources import hash_weights
@@ -77,6 +70,7 @@ class Adapter:
         rank: The budget r it was made for.
         scores: Scores on the test rows, where there were any.
         facts: What its folder's fedp2eft.json says.
+        loads: The class of the base model, as PEFT names it.
     """
 
     weights: AdapterWeights
@@ -85,6 +79,7 @@ class Adapter:
     rank: int
     scores: Scores | None = None
     facts: dict[str, object] = field(default_factory=dict)
+    loads: dict[str, str] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -100,6 +95,7 @@ class Adapter:
             revision=self.revision,
             layout=layout,
             task_type=PEFT_TASKS[str(self.facts.get("task", "classification"))],
+            loads=self.loads,
             facts={"method": "fedp2eft", "rank": self.rank, **self.facts},
             card=adapter_card,
         )
@@ -217,6 +213,7 @@ def personalize(
             "train_rows": len(rows),
             "origin": {k: v for k, v in c.origin.items() if k in MODEL_FACTS},
         },
+        auto_mapping(base),
     )
 
 
@@ -258,14 +255,14 @@ def evaluate(
     answers = _Answers(kind, label_column, target_column or "")
     rows = _rows(data, tuple(text_columns or ("text",)), answers, labels, score=True)
     if adapter is not None:
-        _check_same_base(adapter, source)
+        check_same_base(adapter, source)
     if max_length is None and adapter is not None:
         known = adapter_facts(adapter).get("max_length")
         max_length = known if isinstance(known, int) else None
     base, task, tokenizer = _load(source, kind, (), max_length, precision, device)
     longest = longest_input(base)
     if adapter is not None:
-        base = _with_adapter(base, adapter)
+        base = with_adapter(base, adapter)
     asked_for = _texts(rows, rows.clients[0].test)
     scores = task.score(base, task.encode(tokenizer, *asked_for), batch_size)
     if not generate:
@@ -282,44 +279,27 @@ def export(
     out: str | Path,
     layout: Literal["portable", "compact", "merged"],
     model: str | None = None,
+    *,
+    precision: Literal["base", "fp32", "bf16"] = "base",
 ) -> None:
-    """Write an adapter folder in another layout.
+    """Write an adapter folder in another layout (`adapters.convert`).
+
+    What is written is compared with base and adapter on a few rows before it is kept.
 
     Args:
         adapter: A folder that this package wrote.
         out: The new folder.
         layout: "portable", "compact" or "merged" (the full model).
-        model: Base model for "merged"; the one that the adapter names where none is given.
-    """
-    from peft import LoraConfig
+        model: Base model; the one that the adapter names where none is given.
+        precision: Dtype of a merged model; "base" keeps that of the base model.
 
-    weights = load_adapter(adapter)
-    config = LoraConfig.from_pretrained(str(Path(adapter).expanduser()))
-    facts = adapter_facts(adapter)
-    base = model or str(config.base_model_name_or_path)
-    if layout != "merged":
-        revision = facts.get("base_revision")
-        save_adapter(
-            weights,
-            out,
-            base=base,
-            revision=str(revision) if revision else None,
-            layout=layout,
-            task_type=config.task_type,
-            facts={k: v for k, v in facts.items() if k not in ("layout", "base_revision", "ranks")},
-            card=adapter_card,
-        )
-        return
-    target = Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: name another folder.")
-    source = resolve_model(base)
-    _check_same_base(adapter, source)
-    task: Literal["classification", "causal_lm"] = (
-        "causal_lm" if config.task_type == "CAUSAL_LM" else "classification"
-    )
-    whole = _with_adapter(load_base(source, task), adapter).merge_and_unload()
-    save_model(target, whole, load_tokenizer(source))
+    Raises:
+        UserError: No such adapter or base, or what was written computes something else.
+    """
+    if layout == "merged":
+        convert.merge(adapter, out, model, precision)
+    else:
+        convert.change_layout(adapter, out, layout, model, adapter_card)
 
 
 @dataclass(frozen=True)
@@ -400,34 +380,3 @@ def _own_part(
     part = training.own_part(finished, work)
     Overlay(frozen).put(training.replacements(finished, part))
     return part
-
-
-def _with_adapter(base: Any, adapter: str | Path) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
-
-    try:
-        model = PeftModel.from_pretrained(base, str(Path(adapter).expanduser()))
-        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-        odd = wanted ^ set(load_file(Path(adapter).expanduser() / WEIGHTS_FILE))
-        if odd:  # which PEFT passes over with a warning
-            raise ValueError(f"{sorted(odd)[0]} is on one side only")
-        return model
-    except Exception as error:  # PEFT raises whatever a damaged or foreign folder leads to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"Adapter {adapter} is damaged or does not fit this base model ({reason})."
-        ) from error
-
-
-def _check_same_base(adapter: str | Path, source: ModelSource) -> None:
-    # Safetensors only: PEFT would also take a pickled file.
-    if not all(
-        (Path(adapter).expanduser() / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)
-    ):
-        raise UserError(f"No PEFT adapter in {adapter}: name an adapter folder.")
-    wanted = adapter_facts(adapter).get("base_revision")
-    if wanted and wanted != (found := hash_weights(Path(source.path))):
-        raise UserError(
-            f"Adapter {adapter} was made for another base model: its weights hash to {wanted}, "
-            f"those of {source.name} to {found}."
-        )

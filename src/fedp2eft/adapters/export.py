@@ -46,8 +46,10 @@ def save_adapter(
     revision: str | None = None,
     layout: Layout = "portable",
     task_type: str | None = None,
+    loads: Mapping[str, str] | None = None,
     facts: dict[str, object] | None = None,
     card: Callable[[Mapping[str, Any]], object] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a PEFT adapter folder; an existing one is replaced only when the new one is whole.
 
@@ -58,14 +60,17 @@ def save_adapter(
         revision: Revision of the base model.
         layout: "portable" or "compact".
         task_type: PEFT's task type, from `PEFT_TASKS`.
+        loads: The class of the base model, from `auto_mapping`, for PEFT's `AutoPeftModel`.
         facts: Anything JSON to keep beside it in fedp2eft.json.
         card: Makes the text of README.md from what fedp2eft.json says (`results.cards`).
+        check: Looks at the new folder before it is kept; whatever it raises, nothing is.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: The adapter has numbers that are not finite, or the disk is full.
+        UserError: The adapter has values that are not finite, what was written does not read back
+            as the adapter, or the disk is full.
     """
     if not weights.is_finite():
         raise UserError(f"Adapter for {folder} holds NaN or infinity: not saved.")
@@ -93,6 +98,7 @@ def save_adapter(
         bias="none",
         trainable_token_indices={each.name: each.rows.tolist() for each in weights.rows} or None,
         task_type=task_type,
+        auto_mapping=dict(loads) if loads and task_type is None else None,
         inference_mode=True,
     )
     config.base_model_name_or_path = base
@@ -112,9 +118,41 @@ def save_adapter(
         (scratch / FACTS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         if card is not None:
             (scratch / "README.md").write_text(str(card(told)), encoding="utf-8")
+        if not _same(load_adapter(scratch), folded):
+            raise UserError(f"{target} would not hold the adapter that was trained: not saved.")
+        if check is not None:
+            check(scratch)
 
     write_folder(target, write)
     return target
+
+
+def auto_mapping(model: object) -> dict[str, str]:
+    """Return how PEFT names the class of a base model, so that `AutoPeftModel` finds it again."""
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def _same(read: AdapterWeights, folded: AdapterWeights) -> bool:
+    """Whether an adapter that was read back is the folded one, ranks of zeros aside."""
+    there = {layer.name: layer for layer in read.layers}
+    for layer in folded.layers:
+        used = layer.A.abs().sum(dim=1) > 0
+        found = there.pop(layer.name, None)
+        if found is None or not found.rank:
+            if used.any():
+                return False
+        elif not (torch.equal(found.A, layer.A[used]) and torch.equal(found.B, layer.B[:, used])):
+            return False
+    rows = [(each.name, each.rows.tolist(), each.values) for each in (*read.rows, *folded.rows)]
+    half = len(read.rows)
+    return (
+        not there
+        and half == len(folded.rows)
+        and all(
+            one[:2] == other[:2] and torch.equal(one[2], other[2])
+            for one, other in zip(sorted(rows[:half]), sorted(rows[half:]), strict=True)
+        )
+    )
 
 
 def load_adapter(folder: str | Path) -> AdapterWeights:

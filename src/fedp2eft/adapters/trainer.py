@@ -27,7 +27,7 @@ from transformers import Trainer, __version__
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.adapters.export import PEFT_TASKS, save_adapter
+from fedp2eft.adapters.export import PEFT_TASKS, auto_mapping, save_adapter
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.errors import DivergedError, UserError, require
 from fedp2eft.settings.experiment import AdapterSettings, check_rank
@@ -222,6 +222,7 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
                 Path(scratch) / "adapter",
                 base=str(getattr(base, "name_or_path", "")),
                 task_type=PEFT_TASKS[task],
+                loads=auto_mapping(base),
                 facts={"method": "bt-lora", "rank": self.rank, "task": task},
             )
             save_file(self._state(), written / STATE_FILE)

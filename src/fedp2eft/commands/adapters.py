@@ -134,6 +134,7 @@ def export_adapter(
     out: str,
     layout: Literal["portable", "compact", "merged"],
     model: str | None = None,
+    precision: Literal["base", "fp32", "bf16"] = "base",
 ) -> None:
     """Change the layout of an adapter folder.
 
@@ -142,11 +143,12 @@ def export_adapter(
         out: Folder for the new layout.
         layout: "portable" (every module at one rank, loads everywhere), "compact" (true ranks) or
             "merged" (the full model with the adapter in its weights).
-        model: Base model, for "merged". Default: the one that the adapter names.
+    model: Base model. Default: the one that the adapter names.
+    precision: Dtype of a merged model. "base" keeps that of the base model.
     """
     if not layout:
         raise UserError("Name a layout: portable, compact or merged.")
     from fedp2eft import api
 
-    api.export(adapter, out, layout, model)
+    api.export(adapter, out, layout, model, precision=precision)
     print(f"{layout}: {out}")

@@ -24,7 +24,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedp2eft.adapters.export import PEFT_TASKS, save_adapter
+from fedp2eft.adapters.export import PEFT_TASKS, auto_mapping, save_adapter
 from fedp2eft.client.phase import Phase
 from fedp2eft.client.side import ClientSide
 from fedp2eft.data.nodes import NODES
@@ -210,6 +210,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
             revision=workspace.psg_config.base_revision,
             layout=keep.layout,
             task_type=PEFT_TASKS[s.model.task],
+            loads=auto_mapping(workspace.bt.model.get_base_model()),
             facts={
                 "method": method,
                 "rank": rank,
