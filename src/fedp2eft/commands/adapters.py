@@ -143,8 +143,8 @@ def export_adapter(
         out: Folder for the new layout.
         layout: "portable" (every module at one rank, loads everywhere), "compact" (true ranks) or
             "merged" (the full model with the adapter in its weights).
-    model: Base model. Default: the one that the adapter names.
-    precision: Dtype of a merged model. "base" keeps that of the base model.
+        model: Base model. Default: the one that the adapter names.
+        precision: Dtype of a merged model. "base" keeps that of the base model.
     """
     if not layout:
         raise UserError("Name a layout: portable, compact or merged.")

@@ -31,6 +31,7 @@ from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter, current
 from fedp2eft.results.cells import traffic
 from fedp2eft.results.plan import Cell, Training, claim, plan, settings_of
+from fedp2eft.runtime.inputs import check_inputs
 from fedp2eft.runtime.phases import shared_phases
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import (
@@ -150,7 +151,10 @@ class _Site:
 
     @cached_property
     def engine(self) -> LocalEngine:
-        return self._stack.enter_context(local_engine(self.settings, self.run, self.reporter))
+        engine = self._stack.enter_context(local_engine(self.settings, self.run, self.reporter))
+        if self.trained:
+            check_inputs(self.run, engine.workspace)  # new cells stand beside old ones
+        return engine
 
     @cached_property
     def members(self) -> list[Member]:
@@ -183,8 +187,10 @@ class _Site:
             with local_engine(settings, base, self.reporter) as engine:
                 members = roster(engine.grid, settings.federation.timeout)
                 with closing(RunFolder(base, settings)) as run:
+                    check_inputs(base, engine.workspace)
                     train_base(engine.grid, run, engine.workspace, members, self.reporter)
         with closing(RunFolder(self.run, self.settings)) as run:
+            check_inputs(self.run, self.engine.workspace)
             for there in (path for part in LENT for path in sorted(base.glob(part))):
                 _lend(there, self.run / there.relative_to(base))
             for name in self._federations:

@@ -22,6 +22,7 @@ from fedp2eft.methods import check_trained_for
 from fedp2eft.progress import current
 from fedp2eft.results.cards import psg_card
 from fedp2eft.results.rows import collect
+from fedp2eft.runtime.inputs import check_inputs
 from fedp2eft.settings.reading import settings_of_run
 
 app = ServerApp()
@@ -56,6 +57,7 @@ def main(grid: Grid, context: Context) -> None:
             if again:
                 run.faults.happened("started-again")
             workspace = shared_state(experiment, folder).workspace
+            check_inputs(folder, workspace)
             serve(grid, run, workspace, current())
             results = collect(folder)
             write_text(

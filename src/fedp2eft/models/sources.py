@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -191,6 +192,18 @@ def hash_weights(folder: Path) -> str:
         with file.open("rb") as stream:
             hashlib.file_digest(stream, lambda: digest)  # goes on with the one digest
     return f"{HASHED}{digest.hexdigest()[:16]}"
+
+
+def model_digest(source: ModelSource) -> str:
+    """Return 16 hex digits over a model's weights, config and vocabulary."""
+    folder = Path(source.path)
+    known = source.revision.startswith(HASHED)
+    digest = hashlib.sha256((source.revision if known else hash_weights(folder)).encode())
+    for file in sorted(folder.iterdir()):
+        patterns = (*VOCABULARY_FILES, "config.json", "tokenizer_config.json", "merges.txt")
+        if any(fnmatch(file.name, pattern) for pattern in patterns):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _local(name: str, folder: Path, revision: str | None) -> ModelSource:

@@ -3,6 +3,7 @@
 Its node config names the folder with `keep`. Every run has one of its own in there:
 
 <keep>/<client>/<16 digits>/settings.yaml      the run's settings
+                            inputs.json        digests of its rows and of the model
                             base/              its base model, and which one (received.json)
                             adapters/<client>/ the client's PEFT adapters
                             generations/       what its models answered, where that was asked for

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedp2eft.data.nodes import Value
 from fedp2eft.federation.client.lookahead import LookAhead
 from fedp2eft.federation.wire.compression import Feedback
+from fedp2eft.runtime.inputs import check_inputs
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import Settings
 
@@ -43,11 +44,17 @@ def shared_state(
         settings: The experiment.
         run: The run folder, or None if this process has none.
         node: The node config of a SuperNode that reads its own client's file.
+
+    Raises:
+        TellableError: A SuperNode's rows or model are not those that its run began with.
     """
     key: _Key = (settings, run, node)
     if not _kept or _kept[0][0] != key:
         release_state()
-        _kept.append((key, ClientState(Workspace(settings, run, node))))
+        workspace = Workspace(settings, run, node)
+        if node is not None and run is not None:
+            check_inputs(run, workspace)  # what nobody else can see
+        _kept.append((key, ClientState(workspace)))
     return _kept[0][1]
 
 

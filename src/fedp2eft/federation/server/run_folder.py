@@ -1,6 +1,7 @@
 """The folder of a run: everything needed to go on from where it was stopped, and its results.
 
 settings.yaml      the resolved settings
+inputs.json        digests of every client's rows and of the model (`fedp2eft.runtime.inputs`)
 metrics.jsonl      one line per finished round: the same bits whether or not the run was stopped
 timings.jsonl      seconds of each round (these differ from run to run)
 faults.jsonl       one line for each thing that went wrong, as it happened
