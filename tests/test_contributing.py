@@ -21,7 +21,7 @@ def test_the_method_in_twenty_lines(world: World, three_clients: Path, tmp_path:
     assert code.count("\n") < 20
     names: dict = {}
     exec(code, names)
-    [(name, function)] = re.findall(r'    "([\w-]+)": Method\((\w+)\),', TEXT)
+    [(name, function)] = re.findall(r'    "([\w-]+)": Method\(_ours\("\w+:(\w+)"\)\),', TEXT)
     monkeypatch.setitem(METHODS, name, Method(names[function]))
     settings = world.settings(
         data__path=str(three_clients), base__rounds=1, federation__rounds=1,

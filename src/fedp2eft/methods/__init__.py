@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from fedp2eft.client.phase import Phase, lazy
+from fedp2eft.client.phase import Phase, Trained, Turn, lazy
 from fedp2eft.errors import UserError, nearest
 from fedp2eft.methods.fedl2p.phase import PHASE as FEDL2P
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
@@ -25,8 +25,12 @@ __all__ = [
     "ClientSide",
     "Method",
     "Outcome",
+    "Phase",
     "Survey",
+    "Trained",
+    "Turn",
     "check_trained_for",
+    "lazy",
     "load",
     "method_named",
     "phases",

@@ -52,7 +52,7 @@ class Method:
             that is asked the second knows what all answers to the first gave.
         variant: Settings (section → key → value) that its phase must be trained under.
         settings: Dataclass of its own section of the settings; the client's is `client.own`.
-        section: Name of the section; the method's own name if absent.
+        section: Name of the section; the method's own name, with "_" for "-", if absent.
         phase: A phase of its own; a run that names the method has it.
     """
 
@@ -95,7 +95,7 @@ class Methods(MutableMapping[str, Method]):
 
     def __setitem__(self, name: str, method: Method) -> None:
         if method.settings:
-            add_section(method.section or name, method.settings)
+            add_section(method.section or name.replace("-", "_"), method.settings)
         self._known[name] = method
 
     def __delitem__(self, name: str) -> None:
