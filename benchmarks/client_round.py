@@ -171,18 +171,18 @@ def main() -> None:
             linear_names=tuple(name for name, _ in bt.linears),
         )
     )  # fmt: skip
-    phi = psg.numbers()
+    phi = psg.phi()
     lam: dict[str, torch.Tensor] = {}
 
     def ours(name: str, bt: BTLora, xi: torch.Tensor):
         def run() -> None:
-            psg.set_numbers(phi)
+            psg.set_phi(phi)
             lam[name] = train_round(bt, task, data, xi, psg, list(order), s, g, PAPER).lam
 
         return run
 
     def usual() -> None:
-        psg.set_numbers(phi)
+        psg.set_phi(phi)
         lam["usual"] = usual_round(source, task, data, psg, order, s, g)
 
     modes = {

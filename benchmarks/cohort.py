@@ -93,7 +93,7 @@ def main() -> None:
             linear_names=tuple(name for name, _ in bt.linears),
         )
     )  # fmt: skip
-    phi = psg.numbers()
+    phi = psg.phi()
     draw = torch.Generator().manual_seed(0)
     clients = []
     for number in range(options.clients):
@@ -111,7 +111,7 @@ def main() -> None:
     def one_at_a_time() -> None:
         found = []
         for client in clients:
-            psg.set_numbers(phi)
+            psg.set_phi(phi)
             found.append(
                 train_round(
                     bt, task, client.data, client.xi, psg, client.order, local, generator, PAPER
@@ -122,7 +122,7 @@ def main() -> None:
     def together(size: int) -> Callable[[], None]:
         def run() -> None:
             found = []
-            psg.set_numbers(phi)
+            psg.set_phi(phi)
             for start in range(0, len(clients), size):
                 part = clients[start : start + size]
                 found += train_cohort(bt, task, part, psg, local, generator, PAPER)

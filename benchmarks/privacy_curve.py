@@ -122,7 +122,7 @@ def compute_once() -> None:
 
     def train_round(*parts: Any, seed: int, **others: Any) -> Any:
         psg = next(part for part in parts if isinstance(part, PSG))
-        phi = b"".join(value.numpy().tobytes() for _, value in sorted(psg.numbers().items()))
+        phi = b"".join(value.numpy().tobytes() for _, value in sorted(psg.phi().items()))
         key = (sha256(phi).hexdigest(), seed)
         if key not in known:
             known[key] = compute(*parts, seed=seed, **others)

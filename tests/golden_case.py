@@ -108,7 +108,7 @@ class GoldenCase:
             layer_names=bt.names,
         )
         psg = PSG(config)
-        psg.set_numbers(self.starting("psg_init."))
+        psg.set_phi(self.starting("psg_init."))
         return psg
 
     def starting(self, prefix: str) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def test_hidden_width_follows_the_multiplier_and_log_quantity() -> None:
 
 def test_first_weights_are_tiny_and_biases_as_stated() -> None:
     names = tuple(f"layer{i}" for i in range(30))
-    phi = PSG(replace(CONFIG, linear_names=names, layer_names=names, r_max=8)).numbers()
+    phi = PSG(replace(CONFIG, linear_names=names, layer_names=names, r_max=8)).phi()
     for layer in ("first_layer.0", "last_layer"):
         weight = phi[f"{layer}.weight"]
         xavier = 1e-6 * math.sqrt(2 / sum(weight.shape))
@@ -83,11 +83,11 @@ def test_an_untrained_psg_predicts_the_first_lambda_for_every_rank() -> None:
 def test_first_weights_depend_on_the_seed_and_not_on_the_global_random_state() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one = PSG(CONFIG).numbers()
+    one = PSG(CONFIG).phi()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert same(PSG(CONFIG).numbers(), one)
-    assert not same(PSG(replace(CONFIG, seed=1)).numbers(), one)
+    assert same(PSG(CONFIG).phi(), one)
+    assert not same(PSG(replace(CONFIG, seed=1)).phi(), one)
 
 
 def test_forward_equals_the_formula_and_clamps_with_straight_through_gradients() -> None:
@@ -141,15 +141,15 @@ def test_features_that_are_not_finite_are_an_error(bad) -> None:
 
 def test_numbers_are_copies() -> None:
     psg = PSG(CONFIG)
-    phi = psg.numbers()
+    phi = psg.phi()
     phi["last_layer.bias"].fill_(9)
     assert float(psg.last_layer.bias.detach().max()) < 1e-3
 
 
 def test_set_numbers_takes_over_every_number() -> None:
     psg, other = PSG(CONFIG), trained()
-    psg.set_numbers(other.numbers())
-    assert same(psg.numbers(), other.numbers())
+    psg.set_phi(other.phi())
+    assert same(psg.phi(), other.phi())
 
 
 def missing(phi):
@@ -194,12 +194,12 @@ DAMAGE = [
 @pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=lambda d: getattr(d, "__name__", ""))
 def test_damaged_numbers_are_refused_and_the_psg_stays_as_it_was(damage, message) -> None:
     psg = trained()
-    before = psg.numbers()
-    phi = PSG(CONFIG).numbers()
+    before = psg.phi()
+    phi = PSG(CONFIG).phi()
     damage(phi)
     with pytest.raises(UserError, match="client 3.*" + message):
-        psg.set_numbers(phi, "client 3")
-    assert same(psg.numbers(), before)
+        psg.set_phi(phi, "client 3")
+    assert same(psg.phi(), before)
 
 
 # ── on disk ─────────────────────────────────────────────────────────────────────────────────────
@@ -225,7 +225,7 @@ def test_save_and_load_keep_every_bit_and_every_fact(tmp_path, changes) -> None:
     psg = trained(replace(CONFIG, **changes))
     psg.save_pretrained(tmp_path)
     loaded = PSG.from_pretrained(tmp_path)
-    assert same(loaded.numbers(), psg.numbers())
+    assert same(loaded.phi(), psg.phi())
     assert loaded.config == psg.config
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     xi = psg.features_of(XI, 10)
@@ -299,7 +299,7 @@ def test_a_pickle_is_never_read(folder) -> None:
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=lambda d: getattr(d, "__name__", ""))
 def test_damaged_numbers_on_disk_are_an_error_that_names_them(folder, damage, message) -> None:
-    phi = trained().numbers()
+    phi = trained().phi()
     damage(phi)
     save_file(phi, folder / "model.safetensors")
     with pytest.raises(UserError, match=message):

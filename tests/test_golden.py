@@ -39,7 +39,7 @@ def test_every_number_of_the_reference(folder, attention: str) -> None:
     assert [n for n, _ in bt.linears] == [plain(n) for n in facts["feature_linear_names"]]
     psg = case.psg(bt)
     assert [n for n, _ in psg.named_parameters()] == facts["psg_param_names"]
-    phi = psg.numbers()
+    phi = psg.phi()
     train = [case.data(k, "train") for k in case.clients]
     for round_ in case.rounds:
         replies = []
@@ -47,7 +47,7 @@ def test_every_number_of_the_reference(folder, attention: str) -> None:
             key = f"round{round_}.client{k}"
             xi = features(bt, task, train[k], local, REFERENCE)
             close("features", xi, t[f"{key}.features"], key)
-            psg.set_numbers(phi)
+            psg.set_phi(phi)
             bt.reset(psg(xi).detach())
             losses = stage1(bt, task, train[k], case.order(key), local, REFERENCE)
             close("loss", torch.tensor(losses), torch.tensor(facts["stage1_losses"][key]), key)
@@ -59,7 +59,7 @@ def test_every_number_of_the_reference(folder, attention: str) -> None:
                         close("weights", value.detach(), golden, f"{key} {name} {weight}")
             psg_loss = stage2(psg, xi, bt.lam.detach().clone(), case.generator_settings()).item()
             close("loss", torch.tensor(psg_loss), t[f"{key}.mean_psg_loss"], key)
-            after = psg.numbers()
+            after = psg.phi()
             for name, value in case.starting(f"{key}.psg_after_stage2.").items():
                 close("weights", after[name], value, f"{key} φ {name}")
             replies.append((after, len(train[k])))

@@ -249,11 +249,11 @@ class PSG(
         """Return the README.md that `save_pretrained` and `push_to_hub` write."""
         return self.card or super().generate_model_card()
 
-    def numbers(self) -> dict[str, Tensor]:
+    def phi(self) -> dict[str, Tensor]:
         """φ: parameter name → float32 tensor, detached copies."""
         return {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
 
-    def set_numbers(self, phi: Mapping[str, Tensor], whose: str = "φ") -> None:
+    def set_phi(self, phi: Mapping[str, Tensor], whose: str = "φ") -> None:
         """Take over φ after checking names, shapes and that every number is finite.
 
         Raises:
@@ -293,7 +293,7 @@ class PSG(
         with torch.device("meta"):  # sizes first: a wrong config must not ask for all memory
             check_numbers(phi, cls(config).state_dict(), f"φ in {weights_path}")
         psg = cls(config)
-        psg.set_numbers(phi)
+        psg.set_phi(phi)
         psg.card = _read_card(config_path.with_name("README.md"))
         psg.requires_grad_(True)
         return psg.eval()

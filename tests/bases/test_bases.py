@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
-from fedp2eft.bases import BASES, Base, LocalWork, copy_numbers, rate
+from fedp2eft.bases import BASES, Base, LocalWork, copy_parameters, rate
 from fedp2eft.bases.fedit import lora_layers
 from fedp2eft.bases.parts import ROWS, Overlay, Replacement, own_rows
 from fedp2eft.client.training import adamw
@@ -138,7 +138,7 @@ def locally(s: Settings, client: int, round_: int, numbers: dict[str, Tensor]) -
     """One client's round, by the package."""
     base, model = wrapped(s)
     mine = base.travelling(model, s.base)
-    copy_numbers(mine, numbers)
+    copy_parameters(mine, numbers)
     trained = base.trained(model, s.base).values()
     work(s, seed=client).fine_tune(model, trained, rate(s.base, round_))
     return {name: p.detach().clone() for name, p in mine.items()}

@@ -90,9 +90,9 @@ def alone(
 ) -> list[tuple[Round, Weights]]:
     """Every client's round by itself, with its A, B and λ at the end of stage 1."""
     psg, found = tiny_psg(bt, GENERATOR), []
-    phi = psg.numbers()
+    phi = psg.phi()
     for client in clients:
-        psg.set_numbers(phi)
+        psg.set_phi(phi)
         done = train_round(
             bt, task, client.data, client.xi, psg, client.order, local, GENERATOR, profile
         )
@@ -236,7 +236,7 @@ def test_the_golden_numbers_in_one_batch(folder) -> None:
     assert local.dropout  # the setting is on, but this model has none
     assert why_alone(bt, local) is None
     psg = case.psg(bt)
-    phi = psg.numbers()
+    phi = psg.phi()
     train = [case.data(k, "train") for k in case.clients]
     xi = [features(bt, task, data, local, REFERENCE) for data in train]
     worst: dict[str, float] = {}
@@ -252,7 +252,7 @@ def test_the_golden_numbers_in_one_batch(folder) -> None:
             CohortClient(train[k], xi[k], case.order(key))
             for k, key in zip(case.clients, keys, strict=True)
         ]
-        psg.set_numbers(phi)
+        psg.set_phi(phi)
         found = train_cohort(bt, task, clients, psg, local, case.generator_settings(), REFERENCE)
         ranked = sorted(case.clients, key=lambda k: -len(clients[k].order))
         lora = StackedLora(
@@ -365,12 +365,12 @@ def test_the_shared_adapter_is_back_afterwards() -> None:
     want = stage1(bt, TASK, clients[0].data, clients[0].order, LOCAL, PAPER)
     flags = [p.requires_grad for p in bt.model.parameters()]
     psg = tiny_psg(bt, GENERATOR)
-    phi, seen = psg.numbers(), []
+    phi, seen = psg.phi(), []
     train_cohort(bt, TASK, clients, psg, LOCAL, GENERATOR, PAPER, on_step=seen.append)
     assert len(seen) == max(len(client.order) for client in clients)
     assert bt.model.training
     assert [p.requires_grad for p in bt.model.parameters()] == flags
-    assert all(torch.equal(psg.numbers()[name], value) for name, value in phi.items())
+    assert all(torch.equal(psg.phi()[name], value) for name, value in phi.items())
     assert not any(layer.module.get_base_layer()._forward_hooks for layer in bt.layers), (
         "a hook is left"
     )
@@ -419,14 +419,14 @@ def test_stage2_starts_every_client_from_the_servers_phi() -> None:
     xi = torch.randn(2, psg.config.n_features)
     target = torch.rand(2, len(bt.names), 3)
     several = StackedPSG(psg, 2, xi.device)
-    got, phis = stage2(several, xi, target, GENERATOR).tolist(), several.numbers()
+    got, phis = stage2(several, xi, target, GENERATOR).tolist(), several.phis()
     for c in range(2):
         one = tiny_psg(bt, GENERATOR)
         assert got[c] == pytest.approx(stage2(one, xi[c], target[c], GENERATOR).item(), rel=1e-5)
-        for name, value in one.numbers().items():
+        for name, value in one.phi().items():
             assert torch.allclose(phis[c][name], value, atol=1e-5, rtol=0)
     assert not torch.allclose(phis[0]["last_layer.bias"], phis[1]["last_layer.bias"], atol=1e-3)
     several = StackedPSG(psg, 2, xi.device)
     assert stage2(several, xi, target, replace(GENERATOR, steps=0)).tolist() == [0.0, 0.0]
-    for phi in several.numbers():
-        assert all(torch.equal(phi[name], value) for name, value in psg.numbers().items())
+    for phi in several.phis():
+        assert all(torch.equal(phi[name], value) for name, value in psg.phi().items())

@@ -309,19 +309,19 @@ def test_stage2_starts_with_a_fresh_optimiser_each_time() -> None:
     settings = GeneratorSettings(steps=3)
     xi, target = torch.ones(2 * len(bt.linears)), torch.full((len(bt.names), 4), 0.2)
     psg = tiny_psg(bt, settings)
-    start = psg.numbers()
+    start = psg.phi()
     one = stage2(psg, xi, target, settings)
-    psg.set_numbers(start)
+    psg.set_phi(start)
     assert stage2(psg, xi, target, settings) == one
 
 
 def test_no_steps_leave_the_psg_as_it_was() -> None:
     bt = double_adapter()
     psg = tiny_psg(bt)
-    start = psg.numbers()
+    start = psg.phi()
     xi, target = torch.ones(psg.config.n_features), torch.ones(len(bt.names), 4)
     assert stage2(psg, xi, target, GeneratorSettings(steps=0)) == 0.0
-    assert all(torch.equal(psg.numbers()[name], value) for name, value in start.items())
+    assert all(torch.equal(psg.phi()[name], value) for name, value in start.items())
 
 
 # ── a round ─────────────────────────────────────────────────────────────────────────────────────
@@ -349,7 +349,7 @@ def test_a_round_is_prediction_then_stage1_then_stage2(layerwise) -> None:
     assert got.examples == 6
     assert got.psg_loss == psg_loss
     assert torch.equal(got.lam, lam.expand(-1, 2))
-    assert all(torch.equal(got.phi[name], value) for name, value in other.numbers().items())
+    assert all(torch.equal(got.phi[name], value) for name, value in other.phi().items())
     assert (lam - 0.4).abs().max() > 1e-3
 
 

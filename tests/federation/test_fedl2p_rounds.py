@@ -169,7 +169,7 @@ def test_a_meta_net_that_does_not_fit_is_refused(
         and m.content.config_records["config"]["method"] == "fedl2p"
     ]  # fmt: skip
     numbers = client_side(workspace, message, "de-seen-00").shared
-    assert MetaNet.of(numbers).numbers().keys() == numbers.keys()
+    assert MetaNet.of(numbers).eta().keys() == numbers.keys()
     for bad, named in (
         (numbers | {"lr": torch.zeros(3)}, r"lr is float32 \(3,\)"),
         (numbers | {"lr": torch.full_like(numbers["lr"], float("nan"))}, "lr holds NaN"),
@@ -273,5 +273,5 @@ def test_no_rounds_leave_the_first_meta_net(
     )
     train(none, tmp_path / "run")
     numbers = load_file(tmp_path / "run" / "fedl2p" / "model.safetensors")
-    again = MetaNet(numbers["layers.0.weight"].shape[1], 6, len(numbers["lr"]), 1e-2).numbers()
+    again = MetaNet(numbers["layers.0.weight"].shape[1], 6, len(numbers["lr"]), 1e-2).eta()
     assert all(torch.equal(value, again[name]) for name, value in numbers.items())

@@ -32,7 +32,7 @@ def net_for(client: ClientSide, settings: FedL2PSettings = FAST) -> MetaNet:
 
 def test_the_meta_net_written_out() -> None:
     net = MetaNet(3, 100, 8, init_lr=0.5)
-    w = net.numbers()
+    w = net.eta()
     assert {name: tuple(value.shape) for name, value in w.items()} == {
         "lr": (8,),
         "layers.0.weight": (100, 3), "layers.0.bias": (100,),
@@ -48,7 +48,7 @@ def test_the_meta_net_written_out() -> None:
 
 def test_first_weights() -> None:
     net = MetaNet(300, 200, 400)
-    w = net.numbers()
+    w = net.eta()
     for name, fans in (("0", 500), ("1", 400), ("2", 600)):
         deviation = 0.1 * (2 / fans) ** 0.5  # Xavier-normal, gain 0.1
         assert w[f"layers.{name}.weight"].std().item() == pytest.approx(deviation, rel=0.02)
@@ -85,7 +85,7 @@ def test_a_learnable_rate_below_zero_is_no_step_uphill() -> None:
 
 def test_a_meta_net_from_its_numbers() -> None:
     net = MetaNet(3, 7, 6, init_lr=0.3, seed=4)
-    assert torch.equal(MetaNet.of(net.numbers())(XI), net(XI))
+    assert torch.equal(MetaNet.of(net.eta())(XI), net(XI))
 
 
 # ── personalization ─────────────────────────────────────────────────────────────────────────────
@@ -98,7 +98,7 @@ def numbers_giving(client: ClientSide, rates: Tensor) -> dict[str, Tensor]:
         net.layers[2].weight.zero_()
         net.layers[2].bias.fill_(1.0)
         net.lr.copy_(rates.flatten())
-    return net.numbers()
+    return net.eta()
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -158,7 +158,7 @@ def test_a_round_depends_on_its_seed_alone_and_leaves_the_adapter() -> None:
     for seed, noise in ((1, 0), (1, 99), (2, 0)):
         torch.manual_seed(noise)
         net = net_for(client)
-        found.append((train_round(client, net, ONCE, seed), net.numbers()))
+        found.append((train_round(client, net, ONCE, seed), net.eta()))
     after = client.bt.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -172,9 +172,9 @@ def test_steps_of_the_two_optimisers() -> None:
     client = one_client()
     for steps in (1, 2):
         net = net_for(client)
-        first = net.numbers()
+        first = net.eta()
         train_round(client, net, replace(FAST, steps=steps), 0)
-        for name, value in net.numbers().items():
+        for name, value in net.eta().items():
             lr = FAST.lr_lr if name == "lr" else FAST.meta_lr
             change = (value - first[name]).abs()
             assert change.max().item() <= steps * lr * 1.001
@@ -278,10 +278,10 @@ def test_a_hyper_gradient_that_is_not_finite_says_what_to_do(
     monkeypatch.setattr(method, "_mean_gradient", nowhere)
     client = one_client()
     net = net_for(client)
-    before = net.numbers()
+    before = net.eta()
     with pytest.raises(DivergedError, match=r"held-out loss nan.*lower fedl2p\.init_lr"):
         train_round(client, net, FAST, 0)
-    assert all(torch.equal(value, before[name]) for name, value in net.numbers().items())
+    assert all(torch.equal(value, before[name]) for name, value in net.eta().items())
 
 
 # ── settings ────────────────────────────────────────────────────────────────────────────────────

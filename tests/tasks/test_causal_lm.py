@@ -127,7 +127,7 @@ def test_no_rows_have_no_scores():
     with pytest.raises(UserError, match="no rows to score"):
         TASK.score(tiny("llama"), none, 2)
     scores = TASK.unscored()
-    assert scores.numbers() == {"examples": 0, "loss": 0.0, "tokens": 0}
+    assert scores.metrics() == {"examples": 0, "loss": 0.0, "tokens": 0}
     assert np.isnan(scores.perplexity)
     assert scores.facts() == {"response_loss": None}
 

@@ -38,7 +38,7 @@ class EmbeddingRows:
 
     Args:
         name: Module path of the embedding inside the base model.
-        rows: Row numbers, k, int64.
+        rows: Row indices, k, int64.
         values: k × width.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedp2eft.bases.base import Base, LocalWork, copy_numbers, rate
+from fedp2eft.bases.base import Base, LocalWork, copy_parameters, rate
 from fedp2eft.bases.dept_spec import DeptSpec
 from fedp2eft.bases.feddpa_t import FedDPAT
 from fedp2eft.bases.fedit import FedIT
@@ -18,4 +18,4 @@ BASES: dict[str, Base] = {
     "none": Base(),
 }
 
-__all__ = ["BASES", "Base", "LocalWork", "copy_numbers", "rate"]
+__all__ = ["BASES", "Base", "LocalWork", "copy_parameters", "rate"]

@@ -46,7 +46,7 @@ class LocalWork:
     on_step: OnStep | None = None
 
     def order(self) -> list[NDArray]:  # type: ignore[type-arg]
-        """Mini-batches of row numbers: `base.epochs` passes, or as many as `base.steps` take."""
+        """Mini-batches of row indices: `base.epochs` passes, or as many as `base.steps` take."""
         s = self.settings.base
         if s.steps is None:
             return list(local_order(len(self.data), s.epochs, s.batch_size, self.seed))
@@ -131,7 +131,7 @@ def rate(settings: BaseSettings, round_: int) -> float:
 
 
 @torch.no_grad()
-def copy_numbers(parameters: Mapping[str, nn.Parameter], numbers: Mapping[str, Tensor]) -> None:
-    """Copy numbers into the parameters of the same names."""
+def copy_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters of the same names."""
     for name, parameter in parameters.items():
-        parameter.copy_(numbers[name])
+        parameter.copy_(values[name])

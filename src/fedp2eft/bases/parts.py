@@ -23,7 +23,7 @@ class Replacement:
 
     Args:
         values: fp32; of the parameter's shape, or of as many of its rows as `rows` names.
-        rows: Row numbers, int64; None for the whole parameter.
+        rows: Row indices, int64; None for the whole parameter.
     """
 
     values: Tensor
@@ -97,7 +97,7 @@ def own_rows(parameters: Mapping[str, nn.Parameter], part: Part) -> Iterator[Par
 
 
 def rows_of(part: Part) -> Iterator[tuple[str, Tensor]]:
-    """(name, row numbers) of every matrix that a part holds rows of."""
+    """(name, row indices) of every matrix that a part holds rows of."""
     for key, rows in part.items():
         if key.endswith(ROWS):
             yield key.removesuffix(ROWS), rows

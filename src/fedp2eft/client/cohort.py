@@ -39,7 +39,7 @@ class CohortClient:
     Args:
         data: Its training rows.
         xi: ξ, log N included where the PSG wants it.
-        order: Mini-batches of row numbers.
+        order: Mini-batches of row indices.
     """
 
     data: Encoded
@@ -104,7 +104,7 @@ def train_cohort(
     target = bt.clamped(lam) if profile.clamp_target else lam
     psg_losses = stage2(several, xi, target, generator).tolist()
     found: dict[int, Round | UserError] = {}
-    for c, end, psg_loss, phi in zip(ranked, ended, psg_losses, several.numbers(), strict=True):
+    for c, end, psg_loss, phi in zip(ranked, ended, psg_losses, several.phis(), strict=True):
         lam, size = bt.rank_lambda(end.lam).cpu(), len(clients[c].data)
         found[c] = end.error or Round(phi, size, psg_loss, end.losses, lam, end.terms)
     return [found[c] for c in range(len(clients))]
@@ -275,8 +275,8 @@ class StackedPSG(nn.Module):
         found: Tensor = predict(dict(zip(names, self.phi, strict=True)), xi)
         return found
 
-    def numbers(self) -> list[dict[str, Tensor]]:
-        """φ of every client, as `PSG.numbers`."""
+    def phis(self) -> list[dict[str, Tensor]]:
+        """φ of every client, as `PSG.phi`."""
         values = [value.detach().cpu().clone() for value in self.phi]
         return [
             {name: value[c].clone() for name, value in zip(self._names, values, strict=True)}

@@ -131,7 +131,7 @@ def descend(
     Args:
         model: In training mode while this runs (`settings.dropout`).
         loss_of: Loss of a mini-batch: one value, or one per client.
-        order: Mini-batches: row numbers, or whatever `loss_of` takes.
+        order: Mini-batches: row indices, or whatever `loss_of` takes.
         optimizer: Steps once per `settings.accumulate` mini-batches.
         weights: Clipped together to `settings.max_grad_norm`.
         settings: Clip, accumulation, dropout.
@@ -402,7 +402,7 @@ def train_round(
         data: The client's training rows.
         xi: The client's features, log N included where the PSG wants it.
         psg: Holds φ of the server; changed in place.
-        order: Mini-batches of row numbers.
+        order: Mini-batches of row indices.
         settings: Stage 1.
         generator: Stage 2.
         profile: `paper` or `reference`.
@@ -421,7 +421,7 @@ def train_round(
     target = target.detach().cpu().clone()
     psg_loss = stage2(psg, xi, target, generator).item()
     lam = bt.rank_lambda().cpu()
-    return Round(psg.numbers(), len(data), psg_loss, losses, lam, terms[-1])
+    return Round(psg.phi(), len(data), psg_loss, losses, lam, terms[-1])
 
 
 def personalize(
@@ -446,7 +446,7 @@ def personalize(
         data: The client's training rows.
         lam: λ, L × r_max.
         keep: Kept ranks, boolean L × r_max.
-        order: Mini-batches of row numbers.
+        order: Mini-batches of row indices.
         settings: Learning rate, clip, dropout.
         rates: Learning rates of A and of B of each layer, L × 2, in place of the one of `settings`.
         seed: Seed of the base model's own dropout.

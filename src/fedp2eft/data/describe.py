@@ -81,7 +81,7 @@ def _characters(text: Any) -> int:
 def save_partition(federation: Federation, path: str | Path) -> None:
     """Write which rows are whose as JSON, one client a line: name -> language, pool, train, test.
 
-    The row numbers are those of `federation.table`, from 0. The file is written whole or not at
+    The row indices are those of `federation.table`, from 0. The file is written whole or not at
     all.
 
     Raises:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Rows = NDArray[np.int64]
-"""Row numbers into a federation's table, shape (rows,)."""
+"""Row indices into a federation's table, shape (rows,)."""
 
 SEEN, UNSEEN, NEW_LANGUAGE = "seen", "unseen", "new-language"
 POOLS = (SEEN, UNSEEN, NEW_LANGUAGE)
@@ -40,8 +40,8 @@ class Client:
             underscore only, at most 100.
         language: the language its text is in; metrics are pooled by it.
         pool: one of `POOLS`.
-        train: row numbers into `Federation.table`, ascending.
-        test: row numbers into `Federation.table`, ascending, none of them in `train`.
+        train: row indices into `Federation.table`, ascending.
+        test: row indices into `Federation.table`, ascending, none of them in `train`.
 
     Raises:
         UserError: the name has other characters, or the pool is not one of `POOLS`.

@@ -329,7 +329,7 @@ def _unrepeated(rows: _Split, order: Rows, columns: Sequence[str], texts: set[st
 def _append(
     data: Columns, split: _Split, rows: Rows, source: HubSource, classes: Sequence[str]
 ) -> Rows:
-    """Copy rows of one split to the end of `data`, classes as names; their row numbers there."""
+    """Copy rows of one split to the end of `data`, classes as names; their row indices there."""
     for column, values in split.take(rows).items():
         for row, value in zip(rows, values, strict=True):
             if value is None:

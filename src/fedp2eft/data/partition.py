@@ -191,7 +191,7 @@ def distinct(texts: Sequence[Sequence[Any]], *parts: Rows) -> list[Rows]:
 
     Args:
         texts: one sequence per text column, indexed by row.
-        parts: row numbers, those to keep a text first.
+        parts: row indices, those to keep a text first.
     """
     seen: set[str] = set()
     kept: list[Rows] = []

@@ -162,7 +162,7 @@ class _Site:
 
     @cached_property
     def shared(self) -> Shared:
-        """The numbers that the methods start from, as they were written when training ended."""
+        """The parameters that the methods start from, as they were written when training ended."""
         return {name: load_file(self._numbers(name)) for name in self._federations}
 
     @property
@@ -175,7 +175,7 @@ class _Site:
 
     @property
     def trained(self) -> bool:
-        """Whether base and numbers are there."""
+        """Whether base and parameters are there."""
         ready = (self.run / "base" / "config.json").exists()
         return ready and all(self._numbers(name).exists() for name in self._federations)
 
@@ -200,13 +200,13 @@ class _Site:
     def _train_federation(self, name: str, run: RunFolder) -> None:
         engine, s = self.engine, self.settings
         phase = shared_phases()[name]
-        numbers = train_phase(
+        parameters = train_phase(
             phase, engine.grid, run, engine.workspace, self.members, self.reporter
         )
         if name == "psg":
             clients = [member.client for member in self.members]
             keep_lambdas(engine.workspace, self.run, clients, s.evaluation.ranks)
-        tensors = {key: value.contiguous() for key, value in numbers.items()}
+        tensors = {key: value.contiguous() for key, value in parameters.items()}
         write_whole(self._numbers(name), partial(save_file, tensors))
 
     def told(self, cell: Cell) -> Told:
@@ -214,8 +214,8 @@ class _Site:
         path = self.run / "surveys" / f"{cell.method}-r{cell.rank}.safetensors"
         if path.exists():
             kind = METHODS[cell.method].shared
-            numbers = to_arrays(self.shared[kind]) if kind else ArrayRecord()
-            return Told(cell.method, cell.rank, numbers, to_arrays(load_file(path)))
+            parameters = to_arrays(self.shared[kind]) if kind else ArrayRecord()
+            return Told(cell.method, cell.rank, parameters, to_arrays(load_file(path)))
         timeout = self.settings.federation.timeout
         told = prepare(self.engine.grid, self.shared, cell.method, cell.rank, self.members, timeout)
         if told.prepared:

@@ -95,7 +95,7 @@ def structures(
     psg, found = workspace.psg, []
     columns = psg.config.r_max  # a layer-wise λ stands for each of its layer's ranks
     for progress, phi in all_checkpoints(run / "checkpoints", "psg"):
-        psg.set_numbers(phi)
+        psg.set_phi(phi)
         with torch.no_grad():
             lam = {name: psg(workspace.features(name)).expand(-1, columns) for name in clients}
         value = structure(progress.round, lam, languages, workspace.bt.names, ranks)

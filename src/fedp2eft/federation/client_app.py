@@ -194,7 +194,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     client = client_side(workspace, message, name)
     client = replace(client, answer=answering(workspace, name, method, rank))
     outcome = METHODS[method].fit(client, rank)
-    scores = outcome.scores.numbers()
+    scores = outcome.scores.metrics()
     metrics: dict[str, MetricRecordValues] = {
         EXAMPLES: scores.pop("examples"),
         **scores,
@@ -248,7 +248,7 @@ def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide
         shared = from_arrays(the_arrays(message), workspace.shapes(method.phase), whose)
     elif method.shared:
         shared = from_arrays(the_arrays(message), workspace.psg.state_dict(), "φ from the server")
-        workspace.psg.set_numbers(shared)
+        workspace.psg.set_phi(shared)
     return replace(
         workspace.side(name),
         shared=shared,

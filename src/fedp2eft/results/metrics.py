@@ -10,7 +10,7 @@ from typing import Any
 from fedp2eft.tasks.text_scores import METEOR, PLAIN_METEOR
 
 Cell = Mapping[str, Any]
-"""Scores of one client, by the names of `Scores.numbers`."""
+"""Scores of one client, by the names of `Scores.metrics`."""
 
 
 @dataclass(frozen=True)

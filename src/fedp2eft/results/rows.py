@@ -118,7 +118,7 @@ def row_of(
         rank: Budget r; 0 for a method without one.
         pool: Whose clients.
         cells: For each client `client`, `language`, `parameters` and its scores, of one row or
-            more (see `Scores.numbers`).
+            more (see `Scores.metrics`).
         base: The base model's own metric by client, for those it is known for.
     """
     metric = metric_of(cells[0])

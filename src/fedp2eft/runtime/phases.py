@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedp2eft.bases import copy_numbers, rate
+from fedp2eft.bases import copy_parameters, rate
 from fedp2eft.bases.parts import own_rows
 from fedp2eft.client.phase import Phase, Trained, Turn
 from fedp2eft.client.training import Round, local_order, train_round
@@ -28,7 +28,7 @@ def _train_base(turn: Turn) -> Trained:
     workspace, name = turn.workspace, turn.client
     s, base, model = workspace.settings, workspace.base, workspace.trainable_base
     mine, staying = base.travelling(model, s.base), base.staying(model)
-    copy_numbers(mine, turn.parameters)
+    copy_parameters(mine, turn.parameters)
     work = workspace.local_work(name, turn.seed)
     work = replace(work, on_step=turn.each_of(-(-len(work.order()) // s.local.accumulate)))
     files = workspace.private.files
@@ -59,11 +59,11 @@ BASE = Phase(
 
 
 def _psg_first(workspace: Workspace) -> Mapping[str, Tensor]:
-    return PSG(workspace.psg_config).numbers()
+    return PSG(workspace.psg_config).phi()
 
 
 def psg_order(turn: Turn) -> list[Any]:
-    """Mini-batches of row numbers of stage 1."""
+    """Mini-batches of row indices of stage 1."""
     local = turn.workspace.settings.local
     rows = len(turn.workspace.encoded(turn.client, "train"))
     return list(local_order(rows, local.epochs, local.batch_size, turn.seed))
@@ -74,7 +74,7 @@ def _train_psg(turn: Turn) -> Trained:
     workspace, name, order = turn.workspace, turn.client, psg_order(turn)
     s = workspace.settings
     workspace.for_client(name)
-    workspace.psg.set_numbers(turn.parameters)
+    workspace.psg.set_phi(turn.parameters)
     result = train_round(
         workspace.bt, workspace.task, workspace.encoded(name, "train"), workspace.features(name),
         workspace.psg, order, s.local, s.generator, workspace.profile, seed=turn.seed,
@@ -95,7 +95,7 @@ def _write_psg(
     workspace: Workspace, folder: Path, parameters: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
     psg = PSG(replace(workspace.psg_config, origin=dict(facts)))
-    psg.set_numbers(parameters)
+    psg.set_phi(parameters)
     write_folder(folder, psg.save_pretrained)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.bases import BASES, Base, LocalWork, copy_numbers
+from fedp2eft.bases import BASES, Base, LocalWork, copy_parameters
 from fedp2eft.client.phase import Phase
 from fedp2eft.client.side import ClientSide
 from fedp2eft.client.training import features
@@ -182,18 +182,18 @@ class Workspace:
         return self._trainable
 
     def save_base(
-        self, numbers: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
+        self, parameters: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
     ) -> None:
         """Make the run's own base of what its rounds ended with, and write it to `run / "base"`.
 
         Args:
-            numbers: What travels of the base, trained; empty where nothing was.
+            parameters: What travels of the base, trained; empty where nothing was.
             facts: JSON values to put beside it, by name of the file.
         """
         assert self.run is not None
         model = self.trainable_base
-        if numbers:
-            copy_numbers(self.base.travelling(model, self.settings.base), numbers)
+        if parameters:
+            copy_parameters(self.base.travelling(model, self.settings.base), parameters)
         save_model(self.run / "base", self.base.merged(model), as_loaded(self.tokenizer), facts)
         self.release_trainable_base()
 

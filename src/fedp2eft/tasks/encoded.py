@@ -88,7 +88,7 @@ class Encoded:
         """Model inputs for the given rows, padded on the right to their own longest row.
 
         Args:
-            indices: Row numbers.
+            indices: Row indices.
             pad_id: Token id at padding positions.
             device: Where the tensors go.
             length: Pad to this length instead.
@@ -126,11 +126,11 @@ class Encoded:
         included, where every part costs `pass_tokens` more.
 
         Args:
-            indices: Row numbers of the mini-batch.
+            indices: Row indices of the mini-batch.
             pass_tokens: What one more pass through the model costs, in positions.
 
         Returns:
-            Row numbers of each part, longest first, and its share of the mini-batch's mean loss.
+            Row indices of each part, longest first, and its share of the mini-batch's mean loss.
         """
         order = self._longest_first(indices)
         lengths = self.lengths[order]
@@ -152,7 +152,7 @@ class Encoded:
         return [(part, share) for part, share in zip(parts, shares, strict=True) if share]
 
     def _longest_first(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Row numbers in order of length."""
+        """Row indices in order of length."""
         chosen = np.asarray(indices, dtype=np.int64)
         return chosen[np.argsort(-self.lengths[chosen], kind="stable")]
 
@@ -162,11 +162,11 @@ class Encoded:
         """Rows of one mini-batch in as few passes as hold at most so many tokens each.
 
         Args:
-            indices: Row numbers of the mini-batch.
+            indices: Row indices of the mini-batch.
             most: Tokens of a pass; a row alone may be longer.
 
         Returns:
-            Row numbers of each pass, longest first, and its share of the mini-batch's mean loss.
+            Row indices of each pass, longest first, and its share of the mini-batch's mean loss.
         """
         order = self._longest_first(indices)
         passes = -(-int(self.lengths[order].sum()) // most)
@@ -184,7 +184,7 @@ class Encoded:
         return self.lengths[chosen] - np.maximum(self.starts[chosen], 1)
 
     def by_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
-        """Row numbers in batches of similar length, longest first (so memory peaks at once)."""
+        """Row indices in batches of similar length, longest first (so memory peaks at once)."""
         order = self._longest_first(np.arange(len(self)))
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]

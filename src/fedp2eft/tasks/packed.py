@@ -110,7 +110,7 @@ def pack(
 
     Returns:
         input_ids, position_ids counted from 0, and token_type_ids where the rows have them, each
-        1 × positions; how they stand; row numbers in their order.
+        1 × positions; how they stand; row indices in their order.
     """
     parts = [part for part, _ in data.parts(indices, BLOCK_TOKENS)]
     order = np.concatenate(parts)

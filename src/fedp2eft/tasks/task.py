@@ -47,7 +47,7 @@ class Scores:
         """exp(loss) per response token; NaN where no token was scored."""
         return math.exp(min(self.loss, 700.0)) if self.tokens else NAN
 
-    def numbers(self) -> dict[str, int | float]:
+    def metrics(self) -> dict[str, int | float]:
         """Those that are known, by name: what travels, and what a cell keeps."""
         known = {"correct": self.correct, "tokens": self.tokens}
         return {

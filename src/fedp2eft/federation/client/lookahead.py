@@ -60,7 +60,7 @@ class LookAhead:
         self._look_for_obstacle(workspace)
         if self._alone:
             return
-        workspace.psg.set_numbers(turns[0].parameters)
+        workspace.psg.set_phi(turns[0].parameters)
         arrays = the_arrays(messages[0])
         ready: list[tuple[str, CohortClient]] = []
         for message, turn in zip(messages, turns, strict=True):

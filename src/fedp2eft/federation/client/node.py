@@ -86,8 +86,8 @@ def keep_base(workspace: Workspace, message: Message) -> str:
     """Make the run's finished base of what the server sends, and keep it; returns its `base_id`.
 
     Raises:
-        UserError: The numbers do not fit the base, the untrained model has other weights here than
-            on the server, or the disk is full.
+        UserError: The parameters do not fit the base, the untrained model's weights differ from
+            the server's, or the disk is full.
     """
     record, model = the_arrays(message), hash_weights(Path(workspace.source.path))
     told = str(the_config(message).get("model", ""))
@@ -97,10 +97,10 @@ def keep_base(workspace: Workspace, message: Message) -> str:
             "fetch the same revision on both (model.revision)."
         )
     s = workspace.settings.base
-    numbers = {}
+    parameters = {}
     if len(record):
         like = workspace.base.travelling(workspace.trainable_base, s)
-        numbers = from_arrays(record, like, "The base from the server")
+        parameters = from_arrays(record, like, "The base from the server")
     made = base_id(array_digest(record), model)
-    workspace.save_base(numbers, {RECEIVED: {"base": made}})
+    workspace.save_base(parameters, {RECEIVED: {"base": made}})
     return made

@@ -1,6 +1,6 @@
-"""Checkpoints: the server's numbers after a finished round.
+"""Checkpoints: the server's parameters after a finished round.
 
-One safetensors file per round, put in place whole, with a digest of its numbers in the header. A
+One safetensors file per round, put in place whole, with a digest of its parameters in the header. A
 damaged newest file is passed over with a warning and the one before it is used. No random state is
 kept: every draw is seeded by phase, round and client (`fedp2eft.seeding`).
 """
@@ -44,7 +44,7 @@ class Progress:
 def save_checkpoint(
     folder: Path,
     progress: Progress,
-    numbers: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
     keep: int,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -53,14 +53,14 @@ def save_checkpoint(
     Args:
         folder: Of the checkpoints.
         progress: The round.
-        numbers: The trained numbers by name.
+        parameters: The trained parameters by name.
         keep: How many rounds are kept.
         state: What the server remembers beside them (moments, privacy spent), by name.
 
     Raises:
         UserError: The disk is full; older checkpoints are untouched.
     """
-    both = {**numbers, **{STATE + name: value for name, value in (state or {}).items()}}
+    both = {**parameters, **{STATE + name: value for name, value in (state or {}).items()}}
     tensors = {name: value.detach().cpu().contiguous() for name, value in both.items()}
     # One key: safetensors writes several in random order, and a file is the same bits each time
     header = {HEADER: json.dumps({"progress": asdict(progress), "sha256": _digest(tensors)})}
@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path, phase: str) -> tuple[Progress, dict[str, Tenso
 
 
 def load_state(folder: Path, phase: str) -> dict[str, Tensor]:
-    """What the server remembered beside the numbers in the newest whole checkpoint."""
+    """What the server remembered beside the parameters in the newest whole checkpoint."""
     _, tensors = next(_whole(_newest_first(folder, phase)), (None, {}))
     return {n.removeprefix(STATE): value for n, value in tensors.items() if n.startswith(STATE)}
 
@@ -98,7 +98,7 @@ def _whole(paths: Iterable[Path]) -> Iterator[tuple[Progress, dict[str, Tensor]]
                 header = json.loads((file.metadata() or {})[HEADER])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if header["sha256"] != _digest(tensors):
-                raise ValueError("its numbers are not those that were written")
+                raise ValueError("its parameters are not those that were written")
             progress = Progress(**header["progress"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning(

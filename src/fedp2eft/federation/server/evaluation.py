@@ -85,7 +85,7 @@ def prepare(
 
     Args:
         grid: The engine.
-        shared: Trained numbers by federation.
+        shared: Trained parameters by federation.
         method: Its name.
         rank: The budget.
         members: All clients of the federation.
@@ -93,13 +93,13 @@ def prepare(
         failures: Hears of clients that fail; the first one is an error where none is given.
     """
     kind = METHODS[method]
-    numbers = to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
+    parameters = to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
     seen = {member.node: member for member in members if member.pool == SEEN}
     if kind.surveys and not seen:
         raise UserError(f"Method {method} needs seen clients, and there are none: leave it out.")
     prepared: dict[str, Tensor] = {}
     for number, survey in enumerate(kind.surveys):
-        told = Told(method, rank, numbers, to_arrays(prepared), number)
+        told = Told(method, rank, parameters, to_arrays(prepared), number)
         messages = [told.message(node, SURVEY) for node in seen]
         what = f"survey of {method}"
         replies = {
@@ -112,7 +112,7 @@ def prepare(
         if failures:
             failures.check(len(answers), len(messages), what)
         prepared |= survey.combine(answers)
-    return Told(method, rank, numbers, to_arrays(prepared))
+    return Told(method, rank, parameters, to_arrays(prepared))
 
 
 def alike_answers(
@@ -215,7 +215,7 @@ def personalize_all(
     """Every client of the chosen pools, with every method and budget; missing cells only."""
     failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
     evaluation, timeout = run.settings.evaluation, run.settings.federation.timeout
-    digests = {name: array_digest(to_arrays(numbers)) for name, numbers in shared.items()}
+    digests = {name: array_digest(to_arrays(parameters)) for name, parameters in shared.items()}
     run.drop_cells_of_other_phi(
         {name: digests[kind.shared] for name, kind in METHODS.items() if kind.shared in digests}
     )

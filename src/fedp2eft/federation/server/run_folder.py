@@ -168,7 +168,7 @@ class RunFolder:
         self,
         phase: str,
         round_: int,
-        numbers: dict[str, Tensor],
+        parameters: dict[str, Tensor],
         metrics: dict[str, Any],
         seconds: float,
         state: Mapping[str, Tensor] | None = None,
@@ -179,12 +179,12 @@ class RunFolder:
         append_line(self.path / "timings.jsonl", at | {"seconds": round(seconds, 3)})
         keep = self.settings.federation.keep_checkpoints
         folder = self.path / "checkpoints"
-        save_checkpoint(folder, Progress(phase, round_), numbers, keep, state)
+        save_checkpoint(folder, Progress(phase, round_), parameters, keep, state)
         if self.trackers:
             self.trackers.round(phase, round_, metrics, seconds)
 
     def resume(self, phase: str, rounds: int) -> tuple[int, dict[str, Tensor] | None]:
-        """(last finished round, its numbers) of a phase, or (0, None) at its start.
+        """(last finished round, its parameters) of a phase, or (0, None) at its start.
 
         Where rounds are left to do, lines of metrics.jsonl behind the last finished round are taken
         out: they belong to a round that was stopped half-way.
@@ -196,7 +196,7 @@ class RunFolder:
         return done, found[1] if found else None
 
     def state(self, phase: str) -> dict[str, Tensor]:
-        """What the server remembered beside the numbers after a phase's last finished round."""
+        """What the server remembered beside the parameters after a phase's last finished round."""
         return load_state(self.path / "checkpoints", phase)
 
     def metrics(self, phase: str) -> list[dict[str, Any]]:
@@ -237,10 +237,10 @@ class RunFolder:
         write_json(self.cell_path(method, rank, client), value)
 
     def drop_cells_of_other_phi(self, digests: Mapping[str, str]) -> None:
-        """Remove cells, and their adapters, that came from numbers before the present ones.
+        """Remove cells, and their adapters, that came from parameters before the present ones.
 
         Args:
-            digests: Digest of the present numbers, by method.
+            digests: Digest of the present parameters, by method.
         """
         for path in self.path.glob("cells/*/*.json"):
             method = path.parent.name.rpartition("-r")[0]

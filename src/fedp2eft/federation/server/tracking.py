@@ -1,6 +1,6 @@
 """Experiment trackers: the rounds and the final tables of a run, for TensorBoard and its like.
 
-Only numbers that the run folder's metrics.jsonl and results.json hold go there, and the settings:
+Only metrics that the run folder's metrics.jsonl and results.json hold go there, and the settings:
 none of a single client by name, and no text. The trackers are accelerate's, imported only then.
 """
 
@@ -61,25 +61,25 @@ class Trackers:
             self._started[name] = tracker
 
     def round(self, phase: str, round_: int, metrics: Mapping[str, Any], seconds: float) -> None:
-        """The numbers of a finished round, under `phase/name`, at step `round_`."""
-        numbers = {f"{phase}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}
-        numbers |= {f"{phase}/seconds": seconds, f"{phase}/round": round_}
+        """Log the metrics of a finished round, under `phase/name`, at step `round_`."""
+        logged = {f"{phase}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}
+        logged |= {f"{phase}/seconds": seconds, f"{phase}/round": round_}
 
         def send(name: str, tracker: Any) -> None:
             # wandb has one counter for all phases, which may not go back: it counts by itself.
-            tracker.log(numbers, step=None if name == "wandb" else round_)
+            tracker.log(logged, step=None if name == "wandb" else round_)
 
         self._each(send)
 
     def results(self, results: Results) -> None:
         """The final tables, under `results/pool/method-rN/…`."""
-        numbers: dict[str, float] = {}
+        logged: dict[str, float] = {}
         for row in results.rows:
             where = f"results/{row.pool}/{row.method}-r{row.rank}"
-            numbers[f"{where}/mean"] = row.mean
-            numbers[f"{where}/worst-language"] = row.worst_language
-            numbers |= {f"{where}/{language}": v for language, v in row.languages.items()}
-        self._each(lambda _, tracker: tracker.log(numbers))
+            logged[f"{where}/mean"] = row.mean
+            logged[f"{where}/worst-language"] = row.worst_language
+            logged |= {f"{where}/{language}": v for language, v in row.languages.items()}
+        self._each(lambda _, tracker: tracker.log(logged))
 
     def finish(self) -> None:
         """Close all of them."""

@@ -29,18 +29,18 @@ STEPS = 127
 DOWN: dict[Wire, Wire] = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16"}
 
 
-def pack(numbers: Mapping[str, Tensor], wire: Wire) -> ArrayRecord:
+def pack(parameters: Mapping[str, Tensor], wire: Wire) -> ArrayRecord:
     """Tensors by name as a Flower record.
 
     Args:
-        numbers: fp32 tensors.
+        parameters: fp32 tensors.
         wire: "fp32" as they are; "bf16" rounded to nearest even, as 16-bit patterns; "int8" in
             steps of a 127th of the largest number of each row, with one fp32 scale a row.
     """
     if wire == "fp32":
-        return to_arrays(numbers)
+        return to_arrays(parameters)
     arrays = {}
-    for name, value in numbers.items():
+    for name, value in parameters.items():
         value = value.detach().cpu().float()
         if wire == "bf16":
             arrays[name] = Array(value.bfloat16().view(torch.uint16).numpy())
@@ -64,7 +64,7 @@ def unpack(
         whose: Named in the error.
 
     Raises:
-        UserError: Other names, shapes or dtypes, numbers that are not finite, or bytes that are
+        UserError: Other names, shapes or dtypes, values that are not finite, or bytes that are
             no array.
     """
     if wire == "fp32":
@@ -74,7 +74,7 @@ def unpack(
         expected |= {name + SCALE: (len(_rows(value)), 1) for name, value in like.items()}
     check_names(record, expected, whose)
     half = np.uint16 if wire == "bf16" else np.int8
-    numbers = {}
+    parameters = {}
     for name, value in like.items():
         packed = read_array(record[name], half, expected[name], f"{whose}: {name}")
         if wire == "bf16":
@@ -85,8 +85,8 @@ def unpack(
             number = (rows * torch.from_numpy(scale.copy())).reshape(value.shape)
         if not bool(torch.isfinite(number).all()):
             raise TellableError(f"{whose}: {name} holds NaN or infinity.")
-        numbers[name] = number
-    return numbers
+        parameters[name] = number
+    return parameters
 
 
 class Feedback:

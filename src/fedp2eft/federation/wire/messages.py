@@ -34,10 +34,10 @@ SURVEY = "query.survey"
 PERSONALIZE = "evaluate.personalize"
 
 
-def to_arrays(numbers: Mapping[str, Tensor]) -> ArrayRecord:
+def to_arrays(parameters: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors by name as a Flower record (float32, on the CPU)."""
     return ArrayRecord(
-        {name: Array(value.detach().cpu().float().numpy()) for name, value in numbers.items()}
+        {name: Array(value.detach().cpu().float().numpy()) for name, value in parameters.items()}
     )
 
 
@@ -52,19 +52,19 @@ def from_arrays(record: ArrayRecord, like: Mapping[str, Tensor], whose: str) -> 
         whose: Named in the error, e.g. "φ of client fr-seen-00 in round 3".
 
     Raises:
-        UserError: Other names, shapes or dtypes, numbers that are not finite, or bytes that are
+        UserError: Other names, shapes or dtypes, values that are not finite, or bytes that are
             no array.
     """
     check_names(record, like, whose)
-    numbers = {}
+    parameters = {}
     with catch_warnings():
         filterwarnings("ignore", "The given NumPy array is not writable")
         for name, expected in like.items():
             value = read_array(record[name], np.float32, tuple(expected.shape), f"{whose}: {name}")
             if not np.isfinite(value).all():
                 raise TellableError(f"{whose}: {name} holds NaN or infinity.")
-            numbers[name] = torch.from_numpy(value)
-    return numbers
+            parameters[name] = torch.from_numpy(value)
+    return parameters
 
 
 def check_names(record: ArrayRecord, expected: Iterable[str], whose: str) -> None:
@@ -96,7 +96,7 @@ def read_array(
 
 
 def _in_place(array: Array) -> NDArray[Any]:
-    """The numbers of an array where they are in its bytes.
+    """The parameters of an array where they are in its bytes.
 
     `Array.numpy` copies them, which for a base of 87 MB takes longer than all checks of it.
     """
@@ -201,14 +201,14 @@ def nbytes(record: ArrayRecord) -> int:
     return sum(len(array.data) for array in record.values())
 
 
-def base_id(numbers: str, model: str) -> str:
+def base_id(digest: str, model: str) -> str:
     """Tells a finished base from any other: digests of what was trained, and of what it started as.
 
     Args:
-        numbers: `array_digest` of what travelled.
+        digest: `array_digest` of what travelled.
         model: `hash_weights` of the untrained model.
     """
-    return f"{numbers} on {model}"
+    return f"{digest} on {model}"
 
 
 def array_digest(record: ArrayRecord) -> str:

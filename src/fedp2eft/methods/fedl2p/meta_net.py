@@ -21,7 +21,7 @@ LARGEST = 1000.0
 
 
 class MetaNet(nn.Module):
-    """The network whose numbers are all that travels in FedL2P.
+    """The network whose parameters are all that travels in FedL2P.
 
     Args:
         features: Numbers in ξ.
@@ -53,11 +53,11 @@ class MetaNet(nn.Module):
             nn.init.constant_(layer.bias, BIAS)  # type: ignore[arg-type]
 
     @classmethod
-    def of(cls, numbers: Mapping[str, Tensor]) -> MetaNet:
-        """The meta-net whose numbers these are."""
-        hidden, features = numbers["layers.0.weight"].shape
-        net = cls(features, hidden, len(numbers["lr"]))
-        net.load_state_dict(numbers)
+    def of(cls, eta: Mapping[str, Tensor]) -> MetaNet:
+        """The meta-net whose parameters these are."""
+        hidden, features = eta["layers.0.weight"].shape
+        net = cls(features, hidden, len(eta["lr"]))
+        net.load_state_dict(eta)
         return net
 
     def forward(self, features: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class MetaNet(nn.Module):
         rates: Tensor = _clamped(outputs) * _clamped(self.lr)
         return rates.reshape(-1, 2)
 
-    def numbers(self) -> dict[str, Tensor]:
+    def eta(self) -> dict[str, Tensor]:
         """Parameter name → float32 tensor, detached copies."""
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 

@@ -2,13 +2,13 @@
 
 One outer step of a client: uniform LoRA of rank `fedl2p.rank` is fine-tuned on 80 % of the client's
 training rows by AdamW at the learning rates that the meta-net gives, one for every matrix; the loss
-on the held-out 20 % is then differentiated with respect to the meta-net's numbers η.
+on the held-out 20 % is then differentiated with respect to the meta-net's parameters η.
 
 AdamW's last step moved matrix m by −rate_m(η)·u_m, u being its normalised momentum. It is linear in
 the rates, so ∂Φ/∂η of the implicit gradient (`hyper_gradient`) is exactly that of AdamW. For ∂Φ/∂θ
 a plain gradient step of size `fedl2p.hyper_lr` stands in: AdamW's own Jacobian divides by √v̂, which
 has no bound where gradients vanish, and a series cut off after three terms would be made of that.
-H is that of one mini-batch, in the numbers of the base. FedL2P's public code takes the same u and
+H is that of one mini-batch, in the base model's dtype. FedL2P's public code takes the same u and
 the same series, but multiplies by −H once more (it differentiates the training gradient at a θ that
 depends on η); where H is positive that points the other way than a finite difference does, so it is
 not repeated here.
@@ -41,7 +41,7 @@ from fedp2eft.tasks.encoded import Encoded
 def first(workspace: Workspace) -> dict[str, Tensor]:
     """The meta-net before its first round."""
     s, matrices = workspace.settings.section(FedL2PSettings), 2 * len(workspace.bt.names)
-    return MetaNet(workspace.psg_config.n_features, s.hidden, matrices, s.init_lr, s.seed).numbers()
+    return MetaNet(workspace.psg_config.n_features, s.hidden, matrices, s.init_lr, s.seed).eta()
 
 
 def train_turn(turn: Turn) -> Trained:
@@ -49,7 +49,7 @@ def train_turn(turn: Turn) -> Trained:
     net = MetaNet.of(turn.parameters)
     settings = turn.workspace.settings.section(FedL2PSettings)
     result = train_round(turn.side(), net, settings, turn.seed)
-    return Trained(net.numbers(), {"loss": result.loss, VALIDATION_LOSS: result.validation_loss})
+    return Trained(net.eta(), {"loss": result.loss, VALIDATION_LOSS: result.validation_loss})
 
 
 def fedl2p(client: ClientSide, rank: int) -> Outcome:
@@ -61,7 +61,7 @@ def fedl2p(client: ClientSide, rank: int) -> Outcome:
 
 @dataclass(frozen=True)
 class MetaRound:
-    """What a client's round gives beside the meta-net's numbers, which change in place.
+    """What a client's round gives beside the meta-net's parameters, which change in place.
 
     Args:
         loss: Training loss, mean over all inner steps.
@@ -80,7 +80,7 @@ def train_round(client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed
     Args:
         client: Its training rows are divided into those of the inner and of the outer loss, in the
             same way in every round; a single row is both.
-        net: Holds the server's numbers; changed in place.
+        net: Holds the server's parameters; changed in place.
         settings: FedL2P.
         seed: Seed of mini-batch order and dropout in this round.
 
