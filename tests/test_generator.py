@@ -146,7 +146,7 @@ def test_numbers_are_copies() -> None:
     assert float(psg.last_layer.bias.detach().max()) < 1e-3
 
 
-def test_set_numbers_takes_over_every_number() -> None:
+def test_set_phi_takes_over_every_number() -> None:
     psg, other = PSG(CONFIG), trained()
     psg.set_phi(other.phi())
     assert same(psg.phi(), other.phi())
