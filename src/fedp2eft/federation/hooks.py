@@ -3,16 +3,16 @@
 Any of these may change without notice, so flwr is pinned to one minor version (pyproject.toml), and
 tests/federation/test_hooks.py says which of them a new version lacks.
 
-| of Flower 1.41 | used for |
-|---|---|
-| `TaskIdentity`, `Run.create_empty` | `begin_run`: a `Message` takes its sender from there |
-| `Metadata._message_id` | `give_id`: the engine gives ids, and `LocalGrid` is an engine |
-| numbers of `ErrorCode` | `CLIENT_APP_RAISED`, `UNAVAILABLE`: why there is no reply |
-| key "clipping_norm" of a message's config | `CLIP_NORM`: a client checks the norm first |
-| `DifferentialPrivacyAdaptiveBase._geometric_update` | `ServerQuantile`, `ClientQuantile` |
-| `…._add_noise_to_aggregated_arrays` | the same |
-| noise drawn from NumPy's global generator | `noise_from`: seeds it |
-| `m_t`, `v_t`, `momentum_vector` of its strategies | `aggregation.memory_of`: kept in checkpoints |
+Of Flower 1.41, and what it is used for:
+
+* `TaskIdentity`, `Run.create_empty`: `begin_run`: a `Message` takes its sender from there
+* `Metadata._message_id`: `give_id`: the engine gives ids, and `LocalGrid` is an engine
+* numbers of `ErrorCode`: `CLIENT_APP_RAISED`, `UNAVAILABLE`: why there is no reply
+* key "clipping_norm" of a message's config: `CLIP_NORM`: a client checks the norm first
+* `DifferentialPrivacyAdaptiveBase._geometric_update`: `ServerQuantile`, `ClientQuantile`
+* `…._add_noise_to_aggregated_arrays`: the same
+* noise drawn from NumPy's global generator: `noise_from`: seeds it
+* `m_t`, `v_t`, `momentum_vector` of its strategies: `aggregation.memory_of`: kept in checkpoints
 """
 
 from __future__ import annotations
