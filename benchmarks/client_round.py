@@ -85,7 +85,7 @@ def usual_round(
     with torch.no_grad():
         lam0 = psg(torch.tensor(xi))
 
-    r = psg.config.r_max
+    r = psg.config.adapter.r_max
     model = get_peft_model(base, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
     layers = {}
     for name, module in model.named_modules():
@@ -166,8 +166,8 @@ def main() -> None:
     }  # fmt: skip
     bt = next(iter(adapters.values()))
     psg = PSG(
-        PSGConfig.of(
-            adapter, g, base_model="b", base_revision="r", layer_names=bt.names,
+        PSGConfig(
+            adapter=adapter, generator=g, base_model="b", base_revision="r", layer_names=bt.names,
             linear_names=tuple(name for name, _ in bt.linears),
         )
     )  # fmt: skip

@@ -88,8 +88,9 @@ def main() -> None:
     if reason := why_alone(bt, local):
         raise SystemExit(f"No cohort: {reason}.")
     psg = PSG(
-        PSGConfig.of(
-            bt.settings, generator, base_model="b", base_revision="r", layer_names=bt.names,
+        PSGConfig(
+            adapter=bt.settings, generator=generator, base_model="b", base_revision="r",
+            layer_names=bt.names,
             linear_names=tuple(name for name, _ in bt.linears),
         )
     )  # fmt: skip

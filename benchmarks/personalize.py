@@ -24,7 +24,7 @@ from fedp2eft.data.files import client_from_file
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import load_base, load_tokenizer
 from fedp2eft.models.precision import resolve_precision
-from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
+from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
 from fedp2eft.settings.profiles import PAPER
 
 
@@ -44,8 +44,8 @@ def main() -> None:
     adapter = AdapterSettings()
     bt = BTLora(base, adapter)
     psg = PSG(
-        PSGConfig.of(
-            adapter, GeneratorSettings(), base_model="b", base_revision="r", layer_names=bt.names,
+        PSGConfig(
+            adapter=adapter, base_model="b", base_revision="r", layer_names=bt.names,
             linear_names=tuple(name for name, _ in bt.linears),
         )
     )  # fmt: skip

@@ -99,9 +99,9 @@ class GoldenCase:
         return bt
 
     def psg(self, bt: BTLora) -> PSG:
-        config = PSGConfig.of(
-            self.adapter_settings(),
-            self.generator_settings(),
+        config = PSGConfig(
+            adapter=self.adapter_settings(),
+            generator=self.generator_settings(),
             base_model="golden",
             base_revision="golden",
             linear_names=tuple(name for name, _ in bt.linears),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import fedp2eft
 from fedp2eft.client.training import structure
 from fedp2eft.errors import UserError
 from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.seeding import derive_seed
 from tiny_run import R_MAX, World, write_jsonl
 
 
@@ -45,6 +47,50 @@ def test_a_client_gets_the_ranks_and_lambda_that_the_run_gave_it(
     own = finished.folder / "adapters" / client / f"fedp2eft-r{rank}" / "fedp2eft.json"
     if own.exists():
         assert json.loads(own.read_text())["ranks"] == adapter.ranks
+
+
+@pytest.mark.parametrize("method", ["fedp2eft", "lora", "adalora", "bt-lora", "fedp2eft-random"])
+def test_a_method_gives_the_same_bits_by_both_doors(
+    finished, world: World, tmp_path: Path, method: str
+):
+    """A client of the run's workspace, and the same rows in a file of their own."""
+    client = "fr-unseen-00"
+    data = write_jsonl(tmp_path / "any-name.jsonl", world.client_rows(client, "train"))
+    test = write_jsonl(tmp_path / "test.jsonl", world.client_rows(client, "test"))
+    psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
+    made = fedp2eft.personalize(
+        psg, finished.folder / "base", data, 2, method=method, test_data=test, precision="fp32"
+    )
+    workspace = Workspace(world.settings(), finished.folder)
+    workspace.psg = psg
+    side = replace(
+        workspace.side(client, method=fedp2eft.METHODS[method]), seed=derive_seed(0, "personalize")
+    )
+    outcome = fedp2eft.METHODS[method].fit(side, 2)
+    assert outcome.weights is not None
+    for one, two in zip(made.weights.layers, outcome.weights.layers, strict=True):
+        assert one.name == two.name
+        for name in ("A", "B", "lam"):
+            assert torch.equal(getattr(one, name), getattr(two, name))
+    assert made.scores == outcome.scores
+    assert made.facts["method"] == method
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("fedl2p", "use fedp2eft train, or one of base, lora, fedp2eft, adalora"),
+        ("lora-tuned", "Method lora-tuned starts from"),
+        ("fedp2eft-layerwise", "needs a PSG trained with adapter.layerwise: true"),
+        ("base", "Method base makes no adapter"),
+        ("lara", "Did you mean 'lora'"),
+    ],
+)
+def test_methods_that_one_client_cannot_have(finished, world: World, tmp_path, method, says):
+    data = write_jsonl(tmp_path / "rows.jsonl", world.client_rows("fr-unseen-00", "train"))
+    psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
+    with pytest.raises(fedp2eft.UserError, match=says):
+        fedp2eft.personalize(psg, finished.folder / "base", data, 2, method=method)
 
 
 def test_seed_and_nothing_else_decides(finished, world: World, tmp_path: Path):
@@ -95,7 +141,8 @@ def test_personalize_takes_the_psgs_own_recipe_where_none_is_given(
     psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
     local = world.settings().local
     recipe = {"lr": local.personalize_lr, "epochs": local.personalize_epochs}
-    assert (psg.config.personalize_lr, psg.config.batch_size) == (1e-2, local.batch_size)
+    assert psg.config.local == local
+    assert local.personalize_lr == 1e-2
     rows = write_jsonl(tmp_path / "rows.jsonl", world.client_rows("fr-unseen-00", "train"))
 
     def B(**options: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +17,26 @@ from torch import Tensor
 
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings
+from fedp2eft.settings.experiment import AdapterSettings, BaseSettings
 
 CONFIG = PSGConfig(
     base_model="some/base",
     base_revision="abc",
     linear_names=("a", "b", "c"),
     layer_names=("a", "b"),
-    r_max=4,
+    adapter=AdapterSettings(r_max=4),
 )
 XI = torch.tensor([0.3, 1.0, -0.2, 0.5, 2.0, 0.1])
+
+
+def changed(config: PSGConfig = CONFIG, **changes: Any) -> PSGConfig:
+    """The config with changes; `adapter__r_max` is of a section."""
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            value = replace(getattr(config, section), **{name: value})
+        config = replace(config, **{section: value})
+    return config
 
 
 def trained(config: PSGConfig = CONFIG) -> PSG:
@@ -57,13 +68,13 @@ def test_names_and_shapes_of_the_parameters() -> None:
 
 
 def test_hidden_width_follows_the_multiplier_and_log_quantity() -> None:
-    psg = PSG(replace(CONFIG, hidden_multiplier=5, log_quantity=True))
+    psg = PSG(changed(CONFIG, generator__hidden_multiplier=5, generator__log_quantity=True))
     assert psg.first_layer[0].weight.shape == (35, 7)
 
 
 def test_first_weights_are_tiny_and_biases_as_stated() -> None:
     names = tuple(f"layer{i}" for i in range(30))
-    phi = PSG(replace(CONFIG, linear_names=names, layer_names=names, r_max=8)).phi()
+    phi = PSG(changed(CONFIG, linear_names=names, layer_names=names, adapter__r_max=8)).phi()
     for layer in ("first_layer.0", "last_layer"):
         weight = phi[f"{layer}.weight"]
         xavier = 1e-6 * math.sqrt(2 / sum(weight.shape))
@@ -76,7 +87,7 @@ def test_first_weights_are_tiny_and_biases_as_stated() -> None:
 
 def test_an_untrained_psg_predicts_the_first_lambda_for_every_rank() -> None:
     assert torch.allclose(PSG(CONFIG)(XI), torch.full((2, 4), 1e-4), atol=1e-8, rtol=0)
-    other = PSG(replace(CONFIG, init_lambda=0.5))(XI)
+    other = PSG(changed(CONFIG, generator__init_lambda=0.5))(XI)
     assert torch.allclose(other, torch.full((2, 4), 0.5), atol=1e-7, rtol=0)
 
 
@@ -87,11 +98,11 @@ def test_first_weights_depend_on_the_seed_and_not_on_the_global_random_state() -
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     assert same(PSG(CONFIG).phi(), one)
-    assert not same(PSG(replace(CONFIG, seed=1)).phi(), one)
+    assert not same(PSG(changed(CONFIG, generator__seed=1)).phi(), one)
 
 
 def test_forward_equals_the_formula_and_clamps_with_straight_through_gradients() -> None:
-    psg = trained(replace(CONFIG, lambda_min=0.1, lambda_max=0.4))
+    psg = trained(changed(CONFIG, adapter__lambda_min=0.1, adapter__lambda_max=0.4))
     p = {name: value.detach().clone().requires_grad_() for name, value in psg.named_parameters()}
     hidden = p["first_layer.0.weight"] @ XI + p["first_layer.0.bias"]
     hidden = torch.where(hidden > 0, hidden, p["first_layer.1.weight"] * hidden)
@@ -108,13 +119,13 @@ def test_forward_equals_the_formula_and_clamps_with_straight_through_gradients()
 
 
 def test_layerwise_psg_predicts_one_lambda_per_layer() -> None:
-    psg = PSG(replace(CONFIG, layerwise=True))
+    psg = PSG(changed(CONFIG, adapter__layerwise=True))
     assert psg(XI).shape == (2, 1)
     assert psg.last_layer.weight.shape == (2, 12)
 
 
 def test_log_quantity_is_the_last_feature() -> None:
-    psg = trained(replace(CONFIG, log_quantity=True))
+    psg = trained(changed(CONFIG, generator__log_quantity=True))
     full = psg.features_of(XI, 50)
     assert torch.equal(full[:-1], XI)
     assert float(full[-1]) == pytest.approx(math.log(50))
@@ -215,14 +226,23 @@ def folder(tmp_path):
     "changes",
     [
         {},
-        {"layerwise": True, "log_quantity": True, "profile": "reference"},
-        {"target_modules": ["q", "v"], "labels": ("no", "yes"), "text_columns": ("x", "y")},
-        {"lambda_max": 7, "init_lambda": 0.25, "adapter_seed": 3, "scaling": 1.5},
+        {"adapter__layerwise": True, "generator__log_quantity": True, "profile": "reference"},
+        {
+            "adapter__target_modules": ["q", "v"],
+            "labels": ("no", "yes"),
+            "text_columns": ("x", "y"),
+        },
+        {
+            "adapter__lambda_max": 7,
+            "generator__init_lambda": 0.25,
+            "adapter__seed": 3,
+            "adapter__scaling": 1.5,
+        },
     ],
     ids=["plain", "flags", "lists", "numbers"],
 )
 def test_save_and_load_keep_every_bit_and_every_fact(tmp_path, changes) -> None:
-    psg = trained(replace(CONFIG, **changes))
+    psg = trained(changed(CONFIG, **changes))
     psg.save_pretrained(tmp_path)
     loaded = PSG.from_pretrained(tmp_path)
     assert same(loaded.phi(), psg.phi())
@@ -239,18 +259,28 @@ def test_config_on_disk_names_everything(folder) -> None:
     assert written["linear_names"] == ["a", "b", "c"]
 
 
-def test_config_of_settings_goes_back_to_the_same_settings() -> None:
-    adapter = AdapterSettings(
-        r_max=3, scaling=1.0, target_modules=["q"], lambda_min=0.1, lambda_max=5.0,
-        layerwise=True, seed=9,
+def test_a_config_of_version_0_1_0_had_one_level(folder) -> None:
+    """The settings stood beside the names; the first weights of the folder are the same."""
+    written = json.loads((folder / "config.json").read_text())
+    adapter, generator, local = (written.pop(name) for name in ("adapter", "generator", "local"))
+    flat = written | {
+        **{name: value for name, value in adapter.items() if name != "seed"},
+        **{"adapter_seed": 3, "seed": 4, "init_lambda": 0.25},
+        **{name: generator[name] for name in ("log_quantity", "hidden_multiplier")},
+        **{name: local[name] for name in ("personalize_lr", "accumulate", "dropout")},
+        **{"batch_size": 7, "personalize_epochs": 5, "max_length": 9},
+        **{"base": asdict(BaseSettings(kind="fedit")), "target": "lambda"},
+    }
+    (folder / "config.json").write_text(json.dumps(flat))
+    wanted = changed(
+        adapter__seed=3, generator__seed=4, generator__init_lambda=0.25, local__batch_size=7,
+        local__personalize_epochs=5, local__max_length=9, base=BaseSettings(kind="fedit"),
     )  # fmt: skip
-    generator = GeneratorSettings(hidden_multiplier=3, init_lambda=0.2, log_quantity=True, seed=4)
-    config = PSGConfig.of(
-        adapter, generator, base_model="b", base_revision="r", linear_names=["x"], layer_names=["x"]
-    )
-    assert config.adapter_settings() == adapter
-    assert (config.hidden_multiplier, config.init_lambda, config.log_quantity) == (3, 0.2, True)
-    assert config.seed == 4
+    loaded = PSG.from_pretrained(folder)
+    assert loaded.config == wanted
+    assert same(loaded.phi(), trained().phi())
+    (folder / "config.json").write_text(json.dumps(flat | {"base": {}}))
+    assert PSG.from_pretrained(folder).config == replace(wanted, base=BaseSettings())
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -339,34 +369,33 @@ def test_garbage_in_any_field_gives_a_psg_that_works_or_an_error(folder, garbage
         psg = PSG.from_pretrained(folder)
     except UserError:
         return
-    config = psg.config
     assert psg(XI).shape == (2, 4)
-    assert isinstance(config.base_model, str)
-    assert isinstance(config.profile, str)
-    for name, value in garbage.items():
-        assert asdict(config)[name] == (tuple(value) if name in TUPLES else value)
-
-
-TUPLES = {"linear_names", "layer_names", "labels", "text_columns"}
+    again = json.loads(json.dumps(asdict(psg.config)))
+    assert again.keys() == asdict(CONFIG).keys()
+    for name in ("base_model", "base_revision", "feature_kind", "profile", "label_column"):
+        assert isinstance(again[name], str)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"r_max": 999_999},
-        {"r_max": 999_999, "hidden_multiplier": 999_999},  # 48 TB of weights
-        {"hidden_multiplier": 999_999},
-        {"r_max": 10**400},
-        {"r_max": 0},
-        {"r_max": True},
+        {"adapter": {"r_max": 999_999}, "generator": {"hidden_multiplier": 999_999}},  # 48 TB
+        {"adapter": {"r_max": 999_999}},
+        {"generator": {"hidden_multiplier": 999_999}},
+        {"adapter": {"r_max": 10**400}},
+        {"adapter": {"r_max": 0}},
+        {"adapter": {"r_max": True}},
+        {"adapter": 3},
         {"linear_names": "abc"},
         {"layer_names": ["a", 1]},
         {"layer_names": []},
-        {"lambda_min": 2000.0},
-        {"lambda_min": float("nan")},
-        {"init_lambda": "1"},
-        {"init_lambda": 0.0},
-        {"scaling": None},
+        {"adapter": {"lambda_min": 2000.0}},
+        {"adapter": {"lambda_min": float("nan")}},
+        {"adapter": {"scaling": None}},
+        {"adapter": {"lambda_max": 1e999}},
+        {"generator": {"init_lambda": "one"}},
+        {"generator": {"init_lambda": 0.0}},
+        {"base": {"kind": "unknown"}},
         {"base_model": 5},
     ],
     ids=str,
@@ -380,7 +409,9 @@ def test_impossible_values_are_an_error_before_any_memory_is_taken(folder, chang
 
 def test_unknown_facts_of_a_later_version_are_left_out(folder) -> None:
     written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(written | {"invented_later": 1}))
+    (folder / "config.json").write_text(
+        json.dumps(written | {"invented_later": 1, "base": {"later": 2}})
+    )
     assert PSG.from_pretrained(folder).config == CONFIG
 
 
@@ -399,25 +430,26 @@ def test_a_psg_of_the_normalized_prior_names_the_last_version_that_had_it(folder
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base_model": "other/base"}, "another base model: it has some/base, here it is other"),
         ({"base_revision": "def"}, "another revision of the base model: it has abc, here it is d"),
-        ({"r_max": 8}, "another r_max: it has 4, here it is 8"),
-        ({"layerwise": True}, "another layer-wise λ"),
+        ({"adapter__r_max": 8}, "another r_max: it has 4, here it is 8"),
+        ({"adapter__layerwise": True}, "another layer-wise λ"),
         ({"feature_kind": "padded"}, "another feature kind: it has masked, here it is padded"),
         ({"profile": "reference"}, "another profile: it has paper, here it is reference"),
-        ({"log_quantity": True}, "another log-quantity feature"),
+        ({"generator__log_quantity": True}, "another log-quantity feature"),
         ({"linear_names": ("a", "b", "x")}, r"other linear layers .* 3 names.*first other: c"),
         ({"layer_names": ("a",)}, r"other adapted layers: it has 2 names.* 1 .*other: b"),
         ({"layer_names": ("b", "a")}, r"other adapted layers: .*their order"),
-        ({"adapter_seed": 7}, "another seed of the common A: it has 0, here it is 7"),
-        ({"scaling": 1.0}, "another scaling"),
+        ({"adapter__seed": 7}, "another seed of the common A: it has 0, here it is 7"),
+        ({"adapter__scaling": 1.0}, "another scaling"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_mismatch_is_an_error_that_says_which(changes, message) -> None:
     with pytest.raises(UserError, match=message):
-        CONFIG.check_fits(replace(CONFIG, **changes))
+        CONFIG.check_fits(changed(CONFIG, **changes))
 
 
 def test_what_does_not_matter_to_the_numbers_fits() -> None:
-    CONFIG.check_fits(replace(CONFIG, seed=3, labels=("a",), max_length=5, text_columns=("t",)))
+    CONFIG.check_fits(
+        changed(CONFIG, generator__seed=3, labels=("a",), local__max_length=5, text_columns=("t",))
+    )

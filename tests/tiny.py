@@ -95,7 +95,9 @@ def tiny_psg(bt: BTLora, generator: GeneratorSettings | None = None, **facts: ob
         "linear_names": tuple(name for name, _ in bt.linears),
         "layer_names": bt.names,
     }
-    return PSG(PSGConfig.of(bt.settings, generator or GeneratorSettings(), **names | facts))
+    return PSG(
+        PSGConfig(adapter=bt.settings, generator=generator or GeneratorSettings(), **names | facts)
+    )
 
 
 def disturb(bt: BTLora, seed: int = 0, scale: float = 0.3) -> None:

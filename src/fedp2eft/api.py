@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from fedp2eft.adapters import convert
-from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.convert import check_same_base, with_adapter
 from fedp2eft.adapters.export import PEFT_TASKS, adapter_facts, auto_mapping, save_adapter
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.bases import BASES, LocalWork
-from fedp2eft.bases.parts import Overlay, Part
-from fedp2eft.client.training import features, local_order, structure
-from fedp2eft.client.training import personalize as fine_tune
 from fedp2eft.data.federation import Federation
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
+from fedp2eft.methods import METHODS, check_trained_for, method_named
 from fedp2eft.models.fit import class_names
 from fedp2eft.models.loading import (
     ModelSource,
@@ -36,18 +30,12 @@ from fedp2eft.models.loading import (
     resolve_model,
 )
 from fedp2eft.models.precision import choose_device, resolve_precision
-from fedp2eft.models.sources import hash_weights
 from fedp2eft.results.cards import MODEL_FACTS, adapter_card
-from fedp2eft.seeding import derive_seed
+from fedp2eft.runtime.one_client import OneClient
 from fedp2eft.settings.experiment import (
-    EvaluationSettings,
-    LocalSettings,
-    Settings,
     TaskName,
     check_rank,
 )
-from fedp2eft.settings.profiles import PROFILES
-from fedp2eft.settings.reading import settings_from
 from fedp2eft.tasks import Scores, Task, make_task
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.generation import check_room
@@ -96,7 +84,7 @@ class Adapter:
             layout=layout,
             task_type=PEFT_TASKS[str(self.facts.get("task", "classification"))],
             loads=self.loads,
-            facts={"method": "fedp2eft", "rank": self.rank, **self.facts},
+            facts={"rank": self.rank, **self.facts},
             card=adapter_card,
         )
 
@@ -107,6 +95,7 @@ def personalize(
     data: Rows,
     rank: int,
     *,
+    method: str = "fedp2eft",
     test_data: Rows | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
@@ -118,9 +107,9 @@ def personalize(
     device: str = "auto",
     seed: int = 0,
 ) -> Adapter:
-    """Fit one client's adapter: ξ, λ = PSG(ξ), the r·L largest kept, A and B fine-tuned.
+    """Fit one client's adapter with a method, as a federation's clients do.
 
-    (Paper section 4, inference.)
+    FedP²EFT (paper section 4, inference): ξ, λ = PSG(ξ), the r·L largest kept, A and B fine-tuned.
 
     Args:
         psg: A trained PSG.
@@ -128,6 +117,7 @@ def personalize(
         data: The client's rows. All of them train, or, with a column `split`, those it calls
             "train".
         rank: Rank budget r, from 1 to the PSG's r_max.
+        method: One of `METHODS` that needs no federation beside the PSG's, and no survey.
         test_data: Rows to score the adapter on; where none are given, those of `data` that its
             column `split` calls "test".
         text_columns: Columns with the text; the PSG's where none are given.
@@ -143,77 +133,54 @@ def personalize(
     Raises:
         UserError: Bad rows, a budget outside 1..r_max, or a model that the PSG was not made for.
     """
-    c = psg.config
-    check_rank(rank, c.r_max)
-    settings = LocalSettings(
-        personalize_lr=c.personalize_lr if lr is None else lr,
-        personalize_epochs=c.personalize_epochs if epochs is None else epochs,
-        batch_size=c.batch_size if batch_size is None else batch_size,
-        accumulate=c.accumulate,
-        dropout=c.dropout,
-        max_length=c.max_length,
-    )
-    profile = PROFILES[c.profile]
-    c.check_fits(replace(c, feature_kind=profile.feature_kind))
-    kind: TaskName = "causal_lm" if c.task == "causal_lm" else "classification"
+    c, made = psg.config, method_named(method)
+    check_rank(rank, c.adapter.r_max)
+    if made.shared not in (None, "psg") or made.surveys:
+        alone = [name for name, m in METHODS.items() if m.shared in (None, "psg") and not m.surveys]
+        raise UserError(
+            f"Method {method} starts from what a federation of its own trained or its clients "
+            f"answered: use fedp2eft train, or one of {', '.join(alone)}."
+        )
+    given: dict[str, Any] = {
+        "personalize_lr": lr,
+        "personalize_epochs": epochs,
+        "batch_size": batch_size,
+    }
+    local = replace(c.local, **{key: value for key, value in given.items() if value is not None})
+    # The rows, then the model: a mistake in a file shows before anything is loaded.
     columns = tuple(text_columns or c.text_columns)
-    answers = _Answers(kind, label_column or c.label_column, target_column or c.target_column)
-    train = _rows(data, columns, answers, c.labels)
-    test = train if test_data is None else _rows(test_data, columns, answers, c.labels, score=True)
-    source = resolve_model(str(model))
-    revision = hash_weights(Path(source.path))
-    c.check_fits(replace(c, base_revision=revision))  # before it is loaded
-    base, task, tokenizer = _load(source, kind, c.labels, c.max_length, precision, device)
-    frozen = dict(base.named_parameters())
-    bt = BTLora(base, c.adapter_settings(), clamp_forward=profile.clamp_forward)
-    linears = tuple(name for name, _ in bt.linears)
-    c.check_fits(replace(c, linear_names=linears, layer_names=bt.names))
-    rows = task.encode(tokenizer, *_texts(train, train.clients[0].train))
-    s = Settings(
-        base=settings_from({"base": c.base}).base,
-        adapter=c.adapter_settings(),
-        local=settings,
-        evaluation=EvaluationSettings(ranks=[rank]),
+    answers = _Answers(c.task, label_column or c.label_column, target_column or c.target_column)
+    rows = _rows(data, columns, answers, c.labels)
+    held = rows if test_data is None else _rows(test_data, columns, answers, c.labels, score=True)
+    client = rows.clients[0].name
+    workspace = OneClient(
+        psg, model, rows, held, local, precision=precision, device=device, seed=seed
     )
-    dtype, base_seed = resolve_precision(precision, task.device), derive_seed(seed, "local base")
-    work = LocalWork(f"seed {seed}", task, rows, s, dtype, base_seed)
-    part = _own_part(source, kind, work, frozen)
-    xi = psg.features_of(features(bt, task, rows, settings, profile), len(rows))
-    lam, keep = structure(psg, xi, rank)
-    order_seed = derive_seed(seed, "personalize")
-    scores: list[Scores] = []
-
-    def measure(tuned: nn.Module) -> None:
-        if len(held := test.clients[0].test):
-            encoded = task.encode(tokenizer, *_texts(test, held))
-            scores.append(task.score(tuned, encoded, settings.eval_batch_size))
-
-    fitted = fine_tune(
-        bt,
-        task,
-        rows,
-        lam,
-        keep,
-        local_order(len(rows), settings.personalize_epochs, settings.batch_size, order_seed),
-        settings,
-        seed=order_seed,
-        measure=measure,
-    )
+    check_trained_for(method, workspace.settings)
+    # The method itself, as the federation's clients run it.
+    outcome = made.fit(workspace.side(client, method=made), rank)
+    if outcome.weights is None:
+        raise UserError(
+            f"Method {method} makes no adapter: score the model with fedp2eft evaluate."
+        )
+    scores = outcome.scores if len(workspace.encoded(client, "test")) else None
+    source = workspace.source
     return Adapter(
-        BASES[s.base.kind].carried(fitted.weights, part),
+        workspace.private.carried(client, outcome.weights),
         str(Path(source.name).resolve()) if Path(source.name).is_dir() else source.name,
-        revision,
+        workspace.psg_config.base_revision,
         rank,
-        scores[0] if scores else None,
+        scores,
         {
-            "task": kind,
+            "method": method,
+            "task": c.task,
             "labels": list(c.labels),
-            "max_length": c.max_length,
-            **(scores[0].facts() | {"test_rows": scores[0].examples} if scores else {}),
-            "train_rows": len(rows),
+            "max_length": c.local.max_length,
+            **(scores.facts() | {"test_rows": scores.examples} if scores else {}),
+            "train_rows": len(workspace.encoded(client, "train")),
             "origin": {k: v for k, v in c.origin.items() if k in MODEL_FACTS},
         },
-        auto_mapping(base),
+        auto_mapping(workspace.bt.model.get_base_model()),
     )
 
 
@@ -364,19 +331,3 @@ def _texts(
     return federation.texts_and_answers(
         rows, "classification" if federation.labels else "causal_lm"
     )
-
-
-def _own_part(
-    source: ModelSource, kind: TaskName, work: LocalWork, frozen: Mapping[str, nn.Parameter]
-) -> Part:
-    """Put the client's own part of the base into it, where clients have one, and return it."""
-    training, c = BASES[work.settings.base.kind], work.settings.local
-
-    @cache
-    def finished() -> nn.Module:
-        model = load_base(source, kind, device=work.task.device, max_length=c.max_length)
-        return training.wrap(model, work.settings)
-
-    part = training.own_part(finished, work)
-    Overlay(frozen).put(training.replacements(finished, part))
-    return part

@@ -8,12 +8,14 @@ biases at 1e-4, so an untrained PSG predicts λ̂ near 1e-4 for every rank.
 
 # No `from __future__ import annotations`: PyTorchModelHubMixin reads the annotation of `config`.
 import json
+import math
 import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 import yaml
@@ -24,9 +26,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedp2eft.adapters.clamp import clamp_straight_through
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, shortened
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, ProfileName
+from fedp2eft.settings.experiment import (
+    AdapterSettings,
+    BaseSettings,
+    GeneratorSettings,
+    LocalSettings,
+    ProfileName,
+    TaskName,
+)
+from fedp2eft.settings.words import typed, types_of
 
 GAIN = 1e-6
 HIDDEN_BIAS = 1e-4
@@ -41,32 +51,18 @@ class PSGConfig:
         base_revision: Hub commit or content hash of that model's weights.
         linear_names: The M linear layers whose inputs ξ describes, in order.
         layer_names: The L adapted layers, in order.
-        r_max: Candidate ranks per layer.
-        layerwise: One λ per layer instead of one per rank.
         feature_kind: "masked" or "padded" (what ξ averages over).
-        log_quantity: Whether log N is the last feature.
         profile: "paper" or "reference".
-        hidden_multiplier: Hidden width as a multiple of the number of features.
-        init_lambda: λ̂ before training.
-        lambda_min: Smallest λ̂.
-        lambda_max: Largest λ̂.
-        scaling: The factor s of the adapters.
-        adapter_seed: Seed of the common A that λ refers to.
-        target_modules: PEFT's `target_modules` of the adapters.
-        seed: Seed of the first weights.
-        max_length: Longest input in tokens of the clients' rows.
+        task: "classification" or "causal_lm".
         labels: Class names in id order; empty where there are none.
         text_columns: Columns of a client's table that hold the text.
         label_column: Column that holds the label.
-        task: "classification" or "causal_lm".
         target_column: Column that holds the response; empty for a classification.
-        personalize_lr: Learning rate that personalization takes where none is given.
-        personalize_epochs: Likewise its passes over a client's rows.
-        batch_size: Likewise its rows per mini-batch.
-        accumulate: Likewise its mini-batches per optimiser step.
-        dropout: Whether the base's own dropout is on in personalization.
-        base: How the base was trained (`settings.BaseSettings` as a mapping): a client that meets
-            this PSG gets its own part of the base likewise, where the PSG's clients have one.
+        adapter: The adapters that its λ refers to.
+        generator: Its own shape and first weights.
+        local: How a client personalizes: learning rate, epochs, batch size, longest input.
+        base: How the base was trained: a client that meets this PSG gets its own part of the base
+            likewise, where the PSG's clients have one.
         origin: What its card tells of the experiment (`cards.origin_of`); nothing depends on it.
     """
 
@@ -74,94 +70,28 @@ class PSGConfig:
     base_revision: str
     linear_names: tuple[str, ...]
     layer_names: tuple[str, ...]
-    r_max: int
-    layerwise: bool = False
     feature_kind: str = "masked"
-    log_quantity: bool = False
-    profile: str = "paper"
-    hidden_multiplier: int = 2
-    init_lambda: float = 1e-4
-    lambda_min: float = 1e-4
-    lambda_max: float = 1000.0
-    scaling: float = 2.0
-    adapter_seed: int = 0
-    target_modules: str | list[str] = "all-linear"
-    seed: int = 0
-    max_length: int = 128
+    profile: ProfileName = "paper"
+    task: TaskName = "classification"
     labels: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ("text",)
     label_column: str = "label"
-    task: str = "classification"
     target_column: str = ""
-    personalize_lr: float = 1e-4
-    personalize_epochs: int = 2
-    batch_size: int = 32
-    accumulate: int = 1
-    dropout: bool = True
-    base: dict[str, Any] = field(default_factory=dict)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    local: LocalSettings = field(default_factory=LocalSettings)
+    base: BaseSettings = field(default_factory=BaseSettings)
     origin: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("linear_names", "layer_names", "labels", "text_columns"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON knows only lists
-
-    @classmethod
-    def of(
-        cls,
-        adapter: AdapterSettings,
-        generator: GeneratorSettings,
-        **facts: Any,
-    ) -> "PSGConfig":
-        """The config that these settings ask for; `facts` are the fields that they do not name."""
-        return cls(
-            r_max=adapter.r_max,
-            layerwise=adapter.layerwise,
-            lambda_min=adapter.lambda_min,
-            lambda_max=adapter.lambda_max,
-            scaling=adapter.scaling,
-            adapter_seed=adapter.seed,
-            target_modules=adapter.target_modules,
-            log_quantity=generator.log_quantity,
-            hidden_multiplier=generator.hidden_multiplier,
-            init_lambda=generator.init_lambda,
-            seed=generator.seed,
-            **facts,
-        )
 
     @property
     def n_features(self) -> int:
         """Numbers in ξ: 2M, and one more with `log_quantity`."""
-        return 2 * len(self.linear_names) + int(self.log_quantity)
-
-    def adapter_settings(self) -> AdapterSettings:
-        """Settings of the adapters that this PSG's λ refers to."""
-        return AdapterSettings(
-            r_max=self.r_max,
-            scaling=self.scaling,
-            target_modules=self.target_modules,
-            lambda_min=self.lambda_min,
-            lambda_max=self.lambda_max,
-            layerwise=self.layerwise,
-            seed=self.adapter_seed,
-        )
+        return 2 * len(self.linear_names) + int(self.generator.log_quantity)
 
     def check_fits(self, other: "PSGConfig") -> None:
-        """Raise `UserError` naming the first thing on which a PSG and a setting disagree."""
-        what = {
-            "base_model": "base model",
-            "base_revision": "revision of the base model",
-            "r_max": "r_max",
-            "layerwise": "layer-wise λ",
-            "feature_kind": "feature kind",
-            "profile": "profile",
-            "log_quantity": "log-quantity feature",
-            "linear_names": "linear layers of the base model",
-            "layer_names": "adapted layers",
-            "adapter_seed": "seed of the common A",
-            "scaling": "scaling",
-        }
-        for name, words in what.items():
-            mine, theirs = getattr(self, name), getattr(other, name)
+        """Raise `UserError` naming the first thing on which a PSG and a workspace disagree."""
+        for name, words in _MUST_AGREE.items():
+            mine, theirs = attrgetter(name)(self), attrgetter(name)(other)
             if mine != theirs:
                 words = f"another {words}"
                 if isinstance(mine, tuple):
@@ -172,6 +102,26 @@ class PSGConfig:
                     f"This PSG was made for {words}: it has {mine}, here it is {theirs}. "
                     "Use the model and settings that it was trained with."
                 )
+
+
+_MUST_AGREE = {
+    "base_revision": "revision of the base model",
+    "adapter.r_max": "r_max",
+    "adapter.layerwise": "layer-wise λ",
+    "feature_kind": "feature kind",
+    "profile": "profile",
+    "generator.log_quantity": "log-quantity feature",
+    "linear_names": "linear layers of the base model",
+    "layer_names": "adapted layers",
+    "adapter.seed": "seed of the common A",
+    "adapter.scaling": "scaling",
+}
+_FLAT = {
+    "adapter": "r_max layerwise lambda_min lambda_max scaling target_modules",
+    "generator": "log_quantity hidden_multiplier init_lambda seed",
+    "local": "max_length personalize_lr personalize_epochs batch_size accumulate dropout",
+}
+"""What fedp2eft 0.1.0 kept of each section in config.json, which had one level."""
 
 
 class PSG(
@@ -195,8 +145,8 @@ class PSG(
     def __init__(self, config: PSGConfig) -> None:
         super().__init__()
         self.config = config
-        columns = 1 if config.layerwise else config.r_max
-        hidden = config.hidden_multiplier * config.n_features
+        columns = 1 if config.adapter.layerwise else config.adapter.r_max
+        hidden = config.generator.hidden_multiplier * config.n_features
         with torch.random.fork_rng(devices=[]):  # first draws that _reset_parameters() replaces
             self.first_layer = nn.Sequential(nn.Linear(config.n_features, hidden), nn.PReLU())
             self.last_layer = nn.Linear(hidden, len(config.layer_names) * columns)
@@ -206,8 +156,13 @@ class PSG(
     def _reset_parameters(self) -> None:
         first = self.first_layer[0]
         assert isinstance(first, nn.Linear)
-        generator = torch.Generator(device="cpu").manual_seed(derive_seed("psg", self.config.seed))
-        for layer, bias in ((first, HIDDEN_BIAS), (self.last_layer, self.config.init_lambda)):
+        generator = torch.Generator(device="cpu").manual_seed(
+            derive_seed("psg", self.config.generator.seed)
+        )
+        for layer, bias in (
+            (first, HIDDEN_BIAS),
+            (self.last_layer, self.config.generator.init_lambda),
+        ):
             nn.init.xavier_normal_(layer.weight, gain=GAIN, generator=generator)
             nn.init.constant_(layer.bias, bias)
 
@@ -237,11 +192,11 @@ class PSG(
         """`forward` without its checks, so that `torch.func` can map it over clients."""
         c = self.config
         found = self.last_layer(self.first_layer(features)).reshape(len(c.layer_names), -1)
-        return clamp_straight_through(found, c.lambda_min, c.lambda_max)
+        return clamp_straight_through(found, c.adapter.lambda_min, c.adapter.lambda_max)
 
     def features_of(self, features: Tensor, examples: int) -> Tensor:
         """ξ as this PSG wants it: with log N behind it where `log_quantity` is set."""
-        if not self.config.log_quantity:
+        if not self.config.generator.log_quantity:
             return features
         return torch.cat([features, torch.tensor([float(examples)]).log()])
 
@@ -330,34 +285,36 @@ def _read_config(path: Path) -> PSGConfig:
             f"{path}: this PSG predicts {reprlib.repr(raw['target'])}, not λ (local.prior: "
             "normalized). fedp2eft 0.1.0 was the last version that could use it."
         )
-    kinds = get_type_hints(PSGConfig)
-    facts = {key: value for key, value in raw.items() if key in kinds}
-    for key, value in facts.items():
-        if not _is_a(kinds[key], value):
-            raise UserError(f"{path} is not a PSG's: {key} is {reprlib.repr(value)}.")
     try:
-        config = PSGConfig(**facts)
-    except TypeError as error:
-        raise UserError(f"{path} is not a PSG's ({error}).") from error
-    if config.profile not in get_args(ProfileName):
-        raise UserError(f"{path} is not a PSG's: profile is {reprlib.repr(config.profile)}.")
-    sizes = (config.r_max, config.hidden_multiplier, len(config.layer_names), config.n_features)
-    possible = 0 < config.lambda_min < config.lambda_max and config.init_lambda > 0
-    if not all(0 < n < 1_000_000 for n in sizes) or not possible:
+        config: PSGConfig = typed(PSGConfig, _known(PSGConfig, _nested(raw)), "config")
+    except (UserError, RecursionError) as error:
+        raise UserError(f"{path} is not a PSG's: {shortened(str(error), 200)}.") from error
+    a, g = config.adapter, config.generator
+    sizes = (a.r_max, g.hidden_multiplier, len(config.layer_names), config.n_features)
+    numbers = (a.scaling, a.lambda_max, g.init_lambda)
+    if not all(0 < n < 1_000_000 for n in sizes) or not all(map(math.isfinite, numbers)):
         raise UserError(f"{path} is not a PSG's: its sizes or its range of λ are impossible.")
     return config
 
 
-def _is_a(kind: Any, value: object) -> bool:
-    """Whether a value read from JSON is of the type that a field of `PSGConfig` is declared as."""
-    if kind is float:
-        return type(value) in (int, float) and -1e30 < value < 1e30  # type: ignore[operator]
-    if kind in (int, bool, str):
-        return type(value) is kind
-    if kind == dict[str, Any]:
-        return isinstance(value, dict)
-    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
-    return names or (kind == str | list[str] and isinstance(value, str))
+def _nested(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config with its settings in sections, as versions after 0.1.0 write it."""
+    if "r_max" not in raw:
+        return raw
+    made = {
+        section: {name: raw[name] for name in names.split() if name in raw}
+        for section, names in _FLAT.items()
+    }
+    made["adapter"] |= {"seed": raw.get("adapter_seed", 0)}
+    return raw | made
+
+
+def _known(kind: Any, raw: Any) -> Any:
+    """A mapping without the keys that a later version added."""
+    if not is_dataclass(kind) or not isinstance(raw, dict):
+        return raw
+    kinds = types_of(kind)
+    return {key: _known(kinds[key], value) for key, value in raw.items() if key in kinds}
 
 
 def _read_card(path: Path) -> ModelCard | None:

@@ -41,7 +41,7 @@ from fedp2eft.federation.wire.messages import ABOUT, ARRAYS, EXAMPLES, METRICS
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.runtime.client_files import ClientFiles
 from fedp2eft.runtime.phases import PSG_PHASE
-from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings
+from fedp2eft.settings.experiment import AdapterSettings
 from fedp2eft.settings.reading import read_settings, settings_of_folder
 from turns import TRAIN_PSG
 
@@ -135,8 +135,8 @@ def about(data: bytes) -> None:
 def psg() -> Path:
     """A whole PSG folder."""
     names = tuple(f"layer.{i}" for i in range(2))
-    config = PSGConfig.of(
-        AdapterSettings(r_max=2), GeneratorSettings(), base_model="tiny", base_revision="1",
+    config = PSGConfig(
+        adapter=AdapterSettings(r_max=2), base_model="tiny", base_revision="1",
         linear_names=names, layer_names=names,
     )  # fmt: skip
     path = folder() / "whole-psg"

@@ -180,7 +180,11 @@ def test_unknown_method_is_named_with_the_nearest() -> None:
 
 def test_untrained_psg_predicts_the_initial_lambda(bt) -> None:
     """BT-LoRA starts from where the federation starts."""
-    assert one_client(bt=bt).psg.config.init_lambda == GeneratorSettings().init_lambda == 1e-4
+    assert (
+        one_client(bt=bt).psg.config.generator.init_lambda
+        == GeneratorSettings().init_lambda
+        == 1e-4
+    )
 
 
 def test_rounds_that_are_not_private_are_refused_where_privacy_is_on():

@@ -49,7 +49,7 @@ def test_profile_reference(world: World, tmp_path: Path):
 
 def test_layerwise(world: World, tmp_path: Path):
     psg = run(world, tmp_path / "run", adapter__layerwise=True)
-    assert psg.config.layerwise
+    assert psg.config.adapter.layerwise
     assert psg(torch.ones(psg.config.n_features)).shape == (len(psg.config.layer_names), 1)
     facts = json.loads(
         (

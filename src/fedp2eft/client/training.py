@@ -487,7 +487,7 @@ def rate_groups(weights: Sequence[nn.Parameter], rates: Tensor) -> list[dict[str
 def structure(psg: PSG, xi: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """λ and kept ranks that the PSG predicts for a client: (λ, mask), both L × r_max."""
     with torch.no_grad():
-        return cut_to(rank, psg(xi), psg.config.r_max)
+        return cut_to(rank, psg(xi), psg.config.adapter.r_max)
 
 
 def cut_to(rank: int, lam: Tensor, r_max: int) -> tuple[Tensor, Tensor]:

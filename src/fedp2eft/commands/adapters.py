@@ -14,6 +14,7 @@ def personalize_client(
     data: str,
     rank: int,
     out: str,
+    method: str = "fedp2eft",
     layout: Literal["portable", "compact"] = "portable",
     test_data: str | None = None,
     text_columns: list[str] | None = None,
@@ -34,6 +35,8 @@ def personalize_client(
         data: The client's rows: JSON, CSV, TSV or Parquet.
         rank: Rank budget r, from 1 to the PSG's r_max: r·L ranks in total, placed by the PSG.
         out: Folder for the adapter.
+        method: How the adapter is fitted: fedp2eft, lora, adalora, … (docs/methods.md); those that
+            need a federation of their own or a survey of its clients are refused.
         layout: "portable" loads everywhere, "compact" keeps the true ranks.
         test_data: A second file to score the adapter on.
         text_columns: Columns with the text. Default: the PSG's.
@@ -56,6 +59,7 @@ def personalize_client(
         model,
         data,
         rank,
+        method=method,
         test_data=test_data,
         text_columns=text_columns,
         label_column=label_column,

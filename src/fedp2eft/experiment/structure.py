@@ -93,7 +93,7 @@ def structures(
     """`structure` after every round whose checkpoint the run folder keeps, as plain values."""
     languages = {name: workspace.client(name).language for name in clients}
     psg, found = workspace.psg, []
-    columns = psg.config.r_max  # a layer-wise λ stands for each of its layer's ranks
+    columns = psg.config.adapter.r_max  # a layer-wise λ stands for each of its layer's ranks
     for progress, phi in all_checkpoints(run / "checkpoints", "psg"):
         psg.set_phi(phi)
         with torch.no_grad():

@@ -250,8 +250,7 @@ def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide
         shared = from_arrays(the_arrays(message), workspace.psg.state_dict(), "φ from the server")
         workspace.psg.set_phi(shared)
     return replace(
-        workspace.side(name),
+        workspace.side(name, method=method),
         shared=shared,
         prepared=alike_arrays([the_arrays(message, PREPARED)], "What the server prepared")[0],
-        own=workspace.settings.section(method.settings) if method.settings else None,
     )

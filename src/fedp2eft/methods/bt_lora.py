@@ -17,7 +17,7 @@ def bt_lora(client: ClientSide, rank: int) -> Outcome:
     seed = derive_seed("stage 1", client.seed)
     order = list(local_order(len(client.train), settings.epochs, settings.batch_size, seed))
     learning, fitting = client.part(0, 2), client.part(1, 2)
-    bt.reset(config.init_lambda)
+    bt.reset(config.generator.init_lambda)
     stage1(
         bt, client.task, client.train, order, settings, PROFILES[config.profile],
         seed=seed, on_step=learning.each_of(len(order)),

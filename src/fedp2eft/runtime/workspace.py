@@ -6,8 +6,7 @@ only client. Nothing in here is ever sent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from fedp2eft.data.nodes import federation_of_node
 from fedp2eft.data.registry import load_federation
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.generator import PSG, PSGConfig
+from fedp2eft.methods import Method
 from fedp2eft.models.loading import (
     ModelSource,
     as_loaded,
@@ -142,17 +142,21 @@ class Workspace:
             raise TellableError(f"This process has no client {name!r}.")
         return self.clients[name]
 
+    def texts_and_answers(self, name: str, split: str) -> tuple[list[Sequence[Any]], Sequence[Any]]:
+        """The text columns of a client's rows ("train" or "test"), and their answers."""
+        client = self.client(name)
+        indices = client.train if split == "train" else client.test
+        return self.federation.texts_and_answers(indices, self.settings.model.task)
+
     def encoded(self, name: str, split: str) -> Encoded:
         """A client's rows ("train" or "test") as tokens."""
         key = (name, split)
         if key not in self._encoded:
-            client = self.client(name)
-            indices = client.train if split == "train" else client.test
-            rows = self.federation.texts_and_answers(indices, self.settings.model.task)
+            rows = self.texts_and_answers(name, split)
             data = self._encoded[key] = self.task.encode(self.tokenizer, *rows)
             if data.dropped or data.cut:
                 current().note(
-                    f"Client {name}, {split}: of {len(indices)} rows {data.dropped} left out, "
+                    f"Client {name}, {split}: of {len(rows[1])} rows {data.dropped} left out, "
                     f"whose prompt fills local.max_length, and {data.cut} responses cut there."
                 )
         return self._encoded[key]
@@ -278,27 +282,23 @@ class Workspace:
         revision = self.base_source.revision  # of the run's own base, a hash of its weights
         if not revision.startswith(HASHED):
             revision = hash_weights(Path(self.base_source.path))
-        return PSGConfig.of(
-            self.settings.adapter,
-            self.settings.generator,
+        s = self.settings
+        return PSGConfig(
             base_model=self.source.name,
             base_revision=revision,
             linear_names=tuple(name for name, _ in self.bt.linears),
             layer_names=self.bt.names,
             feature_kind=self.profile.feature_kind,
             profile=self.profile.name,
-            max_length=self.settings.local.max_length,
+            task=s.model.task,
             labels=self.labels,
             text_columns=self.federation.text_columns,
             label_column=self.federation.label_column or "label",
-            task=self.settings.model.task,
             target_column=(self.federation.target_column or "") if not self.labels else "",
-            personalize_lr=self.settings.local.personalize_lr,
-            personalize_epochs=self.settings.local.personalize_epochs,
-            batch_size=self.settings.local.batch_size,
-            accumulate=self.settings.local.accumulate,
-            dropout=self.settings.local.dropout,
-            base=asdict(self.settings.base),
+            adapter=s.adapter,
+            generator=s.generator,
+            local=s.local,
+            base=s.base,
         )
 
     @cached_property
@@ -326,8 +326,16 @@ class Workspace:
 
     # ── a client ────────────────────────────────────────────────────────────────────────────────
 
-    def side(self, name: str, phase: str = "personalize") -> ClientSide:
-        """A client as methods see it; `phase` is what its progress is reported under."""
+    def side(
+        self, name: str, phase: str = "personalize", method: Method | None = None
+    ) -> ClientSide:
+        """Return a client as methods see it.
+
+        Args:
+            name: The client.
+            phase: What its progress is reported under.
+            method: Whose own section of the settings it has.
+        """
         self.for_client(name)
         reporter = current()
         return ClientSide(
@@ -340,4 +348,5 @@ class Workspace:
             settings=self.settings.local,
             seed=self.seed_of("personalize", name),
             progress=lambda share: reporter.part(phase, share, name),
+            own=self.settings.section(method.settings) if method and method.settings else None,
         )

@@ -86,11 +86,12 @@ def typed(kind: Any, value: Any, where: str) -> Any:
             return value
         known = [str(arg) for arg in args]
         raise _wrong(where, value, f"one of {', '.join(known)}", nearest(str(value), known))
-    if origin is list:
+    if origin in (list, tuple):
         items = parsed(value)
         if not isinstance(items, list | tuple):
             raise _wrong(where, value, "a list, [a, b]")
-        return [typed(args[0], item, f"{where}[{n}]") for n, item in enumerate(items)]
+        made = [typed(args[0], item, f"{where}[{n}]") for n, item in enumerate(items)]
+        return made if origin is list else tuple(made)
     if origin is dict:
         items = parsed(value)
         if not isinstance(items, Mapping):
