@@ -200,3 +200,11 @@ def test_a_class_that_the_model_lacks_comes_with_both_lists(finished, world: Wor
     message = r"'fungus'.* The classes are animal, plant, stone; the file has animal, fungus, plan"
     with pytest.raises(UserError, match=message):
         fedp2eft.evaluate(finished.folder / "base", path)
+
+
+def test_a_column_of_the_other_task_is_refused(finished, world: World):
+    psg, base = fedp2eft.PSG.from_pretrained(finished.folder / "psg"), finished.folder / "base"
+    with pytest.raises(UserError, match="classification, which has no use for target_column"):
+        fedp2eft.personalize(psg, base, world.rows, 2, target_column="text")
+    with pytest.raises(UserError, match="name label_column or target_column"):
+        fedp2eft.evaluate(base, world.rows, label_column="topic", target_column="text")

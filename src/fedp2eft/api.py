@@ -149,6 +149,13 @@ def personalize(
     local = replace(c.local, **{key: value for key, value in given.items() if value is not None})
     # The rows, then the model: a mistake in a file shows before anything is loaded.
     columns = tuple(text_columns or c.text_columns)
+    spare, name = (
+        (target_column, "target_column")
+        if c.task == "classification"
+        else (label_column, "label_column")
+    )
+    if spare is not None:
+        raise UserError(f"The PSG is of the task {c.task}, which has no use for {name}: remove it.")
     answers = _Answers(c.task, label_column or c.label_column, target_column or c.target_column)
     rows = _rows(data, columns, answers, c.labels)
     held = rows if test_data is None else _rows(test_data, columns, answers, c.labels, score=True)
@@ -214,6 +221,8 @@ def evaluate(
     source = resolve_model(str(model))
     config = load_config(source)
     kind: TaskName = "causal_lm" if target_column else "classification"
+    if target_column and label_column != "label":
+        raise UserError("Rows have a class or a response: name label_column or target_column.")
     if generate and not target_column:
         raise UserError("Only a causal LM generates: name the column of responses, target_column.")
     if generate:
