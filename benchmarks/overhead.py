@@ -30,7 +30,7 @@ from fedp2eft.settings.reading import read_yaml, settings_from
 from fedp2eft.tasks.classification import Classification
 
 MODEL = ("descend", "stage2", "client_features", "logits")
-FILES = ("load_base", "load_tokenizer", "load_federation", "hash_weights", "save_model", "encode")
+FILES = ("load_base", "load_tokenizer", "load_clients", "hash_weights", "save_model", "encode")
 
 
 class Clock:
@@ -74,7 +74,7 @@ def main() -> None:
     for owner, name in (
         (client, "descend"), (client, "stage2"), (features, "client_features"),
         (Classification, "logits"), (loading, "load_base"), (loading, "load_tokenizer"),
-        (loading, "save_model"), (registry, "load_federation"), (sources, "hash_weights"),
+        (loading, "save_model"), (registry, "load_clients"), (sources, "hash_weights"),
         (Classification, "encode"),
     ):  # fmt: skip
         watch.watch(owner, name)

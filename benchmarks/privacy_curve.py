@@ -90,7 +90,7 @@ class Moved:
 
     def __init__(self, settings: Settings, plain: Path) -> None:
         workspace = Workspace(settings, plain)
-        unseen = [client.name for client in workspace.federation.pool("unseen")]
+        unseen = [client.name for client in workspace.data.pool("unseen")]
         self._xi = [workspace.features(name) for name in unseen]
         self._plain = self._lambdas(PSG.from_pretrained(plain / "psg"))
         self.untrained = self._apart(self._lambdas(PSG(workspace.psg_config)))

@@ -30,14 +30,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
 
-    federation = load_debian(languages=["de"], clients_per_language=1, max_train=64)
-    (client,) = federation.pool("unseen")
-    texts = federation.rows(client.train)["text"]
-    labels = torch.from_numpy(federation.label_ids(client.train))
+    data = load_debian(languages=["de"], clients_per_language=1, max_train=64)
+    (client,) = data.pool("unseen")
+    texts = data.rows(client.train)["text"]
+    labels = torch.from_numpy(data.label_ids(client.train))
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForSequenceClassification.from_pretrained(
-        options.model, num_labels=len(federation.labels)
+        options.model, num_labels=len(data.labels)
     )
     longest = min(64, model.config.max_position_embeddings)
     rows = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")

@@ -21,14 +21,14 @@ from fedp2eft.settings.reading import settings_from
 
 def example_rows(path: Path) -> Path:
     """A CSV file of six clients."""
-    federation = load_debian(languages=["de", "fr"], clients_per_language=2, max_train=48)
-    unseen = {client.language: client for client in federation.pool("unseen")}
+    data = load_debian(languages=["de", "fr"], clients_per_language=2, max_train=48)
+    unseen = {client.language: client for client in data.pool("unseen")}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["client", "language", "pool", "text", "label"])
-        for client in (*federation.pool("seen"), *unseen.values()):
-            rows = federation.rows(client.train)
+        for client in (*data.pool("seen"), *unseen.values()):
+            rows = data.rows(client.train)
             for text, label in zip(rows["text"], rows["label"], strict=True):
                 table.writerow([client.name, client.language, client.pool, text, label])
     return path

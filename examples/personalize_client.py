@@ -20,12 +20,12 @@ from fedp2eft.data.debian import load_debian
 
 def spanish_files(folder: Path) -> list[Path]:
     """The package descriptions of one Spanish client, as files of its own: to train, to test."""
-    federation = load_debian(languages=["es"], clients_per_language=1, max_train=48, max_test=40)
-    (client,) = federation.pool("unseen")
+    data = load_debian(languages=["es"], clients_per_language=1, max_train=48, max_test=40)
+    (client,) = data.pool("unseen")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, numbers in (("train", client.train), ("test", client.test)):
-        found = federation.rows(numbers)
+        found = data.rows(numbers)
         files.append(folder / f"es-{name}.jsonl")
         with files[-1].open("w", encoding="utf-8") as file:
             for text, label in zip(found["text"], found["label"], strict=True):

@@ -27,14 +27,14 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
 
-    federation = load_debian(languages=["de"], clients_per_language=1, max_train=64)
-    (client,) = federation.pool("unseen")
+    data = load_debian(languages=["de"], clients_per_language=1, max_train=64)
+    (client,) = data.pool("unseen")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForSequenceClassification.from_pretrained(options.model)
     longest = min(64, model.config.max_position_embeddings)
 
     def rows(numbers) -> list[dict]:
-        texts, labels = federation.rows(numbers)["text"], federation.label_ids(numbers)
+        texts, labels = data.rows(numbers)["text"], data.label_ids(numbers)
         return [
             {**tokenizer(text, truncation=True, max_length=longest), "labels": int(label)}
             for text, label in zip(texts, labels, strict=True)

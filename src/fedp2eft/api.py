@@ -14,7 +14,7 @@ from fedp2eft.adapters import convert
 from fedp2eft.adapters.convert import check_same_base, with_adapter
 from fedp2eft.adapters.export import PEFT_TASKS, adapter_facts, auto_mapping, save_adapter
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.data.federation import Federation
+from fedp2eft.data.clients import ClientData
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
@@ -293,7 +293,7 @@ def _rows(
     answers: _Answers,
     labels: tuple[str, ...],
     score: bool = False,
-) -> Federation:
+) -> ClientData:
     """One client, whose rows train unless the file says otherwise; with `score` they are tested."""
     classes = answers.task == "classification"
     return client_from_file(
@@ -333,10 +333,6 @@ def _load(
     return base, make_task(kind, tokenizer, max_length, where, base.config), tokenizer
 
 
-def _texts(
-    federation: Federation, rows: NDArray[np.int64]
-) -> tuple[list[Sequence[Any]], Sequence[Any]]:
+def _texts(data: ClientData, rows: NDArray[np.int64]) -> tuple[list[Sequence[Any]], Sequence[Any]]:
     """The text columns of rows, and their answers."""
-    return federation.texts_and_answers(
-        rows, "classification" if federation.labels else "causal_lm"
-    )
+    return data.texts_and_answers(rows, "classification" if data.labels else "causal_lm")

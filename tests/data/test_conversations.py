@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fedp2eft.data.describe import describe
-from fedp2eft.data.files import client_from_file, federation_from_files
-from fedp2eft.data.registry import load_federation
+from fedp2eft.data.files import client_from_file, clients_from_files
+from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings
 from fedp2eft.tasks.causal_lm import CausalLM
@@ -48,7 +48,7 @@ def test_a_conversation_is_prompt_and_response_in_one_column(tmp_path: Path):
 
 def test_it_is_reached_by_settings(tmp_path: Path):
     path = write(tmp_path / "chat.jsonl", *[TALK] * 5)
-    federation = load_federation(DataSettings("files", path=str(path), **CHAT))
+    federation = load_clients(DataSettings("files", path=str(path), **CHAT))
     assert (len(federation.clients[0].train), len(federation.clients[0].test)) == (4, 1)
 
 
@@ -70,13 +70,13 @@ NO_TALK = "line 2 holds no conversation that ends with the assistant's turn"
 )
 def test_what_is_no_conversation_is_one_line(tmp_path: Path, talks: list[Any], message: str):
     with pytest.raises(UserError, match=re.escape(message)):
-        federation_from_files(write(tmp_path / "chat.jsonl", *talks), **CHAT)
+        clients_from_files(write(tmp_path / "chat.jsonl", *talks), **CHAT)
 
 
 def test_a_column_of_conversations_stands_alone(tmp_path: Path):
     columns = CHAT | {"text_columns": ["messages", "note"]}
     with pytest.raises(UserError, match="name no other text column"):
-        federation_from_files(write(tmp_path / "chat.jsonl", TALK), **columns)
+        clients_from_files(write(tmp_path / "chat.jsonl", TALK), **columns)
 
 
 def test_prompt_and_response_columns(tmp_path: Path):
@@ -92,7 +92,7 @@ def test_prompt_and_response_columns(tmp_path: Path):
 
 
 def test_debian_descriptions_have_a_summary_to_answer_with():
-    federation = load_federation(DataSettings(languages=["fr"], max_train=3, max_test=2))
+    federation = load_clients(DataSettings(languages=["fr"], max_train=3, max_test=2))
     client = federation.clients[0]
     rows = federation.rows(client.train)
     assert federation.answers(client.train, "causal_lm") == rows["summary"]

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from fedp2eft.data.known import KNOWN
-from fedp2eft.data.registry import load_federation
+from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings
 
@@ -56,7 +56,7 @@ def write(path: Path, rows: list[Row], quoting: Any = csv.QUOTE_MINIMAL) -> None
 
 def load(dataset: str, folder: Path, **options: Any) -> Any:
     options = {"clients_per_language": 2} | options
-    return load_federation(DataSettings(dataset, path=str(folder), **options))
+    return load_clients(DataSettings(dataset, path=str(folder), **options))
 
 
 def texts(federation: Any, pool: str) -> set[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedp2eft.data.fed_aya import LANGUAGES, UNSEEN_CLIENTS, load_fed_aya
-from fedp2eft.data.registry import load_federation
+from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings
 
@@ -80,7 +80,7 @@ def test_seed_decides_the_test_rows_and_a_language_changes_no_other(tmp_path: Pa
     french = load_fed_aya(path, ["fr"])
     assert Counter(c.language for c in french.clients) == {"fr": len(french.clients)}
     settings = DataSettings("fed-aya", languages=["fr"], path=str(path))
-    assert [c.name for c in load_federation(settings).clients] == [c.name for c in french.clients]
+    assert [c.name for c in load_clients(settings).clients] == [c.name for c in french.clients]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_another_schema_is_one_line(tmp_path: Path, change: Any, message: str):
 
 def test_a_file_that_is_none(tmp_path: Path):
     with pytest.raises(UserError, match=r"Set data\.path to Fed-Aya's JSON file"):
-        load_federation(DataSettings("fed-aya"))
+        load_clients(DataSettings("fed-aya"))
     with pytest.raises(UserError, match="cannot be read"):
         load_fed_aya(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"a": [')
@@ -119,4 +119,4 @@ def test_a_file_that_is_none(tmp_path: Path):
     with pytest.raises(UserError, match=r"'fra' is not in fed-aya. Did you mean 'fr'\?"):
         load_fed_aya(write(tmp_path), ["fra"])
     with pytest.raises(UserError, match=r"ignores data\.clients_per_language"):
-        load_federation(DataSettings("fed-aya", path="x", clients_per_language=3))
+        load_clients(DataSettings("fed-aya", path="x", clients_per_language=3))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedp2eft.data.describe import repeats
-from fedp2eft.data.files import client_from_file, federation_from_files
+from fedp2eft.data.files import client_from_file, clients_from_files
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import ClientFile
 
@@ -161,12 +161,12 @@ def test_one_file_a_client(file):
         "zoe": ClientFile(str(a), language="fr"),
         "ann": ClientFile(str(b), language="de", pool="unseen", test_path=str(a)),
     }
-    federation = federation_from_files(files)
+    federation = clients_from_files(files)
     ann, zoe = federation.clients
     assert (ann.name, ann.language, ann.pool) == ("ann", "de", "unseen")
     assert (len(ann.train), len(ann.test), len(zoe.train)) == (20, 40, 32)
     assert federation.pool("seen") == (zoe,)
-    alone = federation_from_files({"zoe": files["zoe"]})
+    alone = clients_from_files({"zoe": files["zoe"]})
     assert alone.clients[0].test.tolist() == zoe.test.tolist()
 
 
@@ -175,21 +175,21 @@ def test_one_file_for_all_clients(file):
         {**row, "client": 21 + n % 2, "language": ["fr", "de"][n % 2], "pool": "seen"}
         for n, row in enumerate(ROWS)
     ]
-    federation = federation_from_files(file("aya.jsonl", rows))
+    federation = clients_from_files(file("aya.jsonl", rows))
     assert federation.name == "aya"
     assert [(c.name, c.language) for c in federation.clients] == [("21", "fr"), ("22", "de")]
     assert all(row % 2 == 0 for row in federation.clients[0].train)
     rows[3]["language"] = "fr"
     path = file("b.jsonl", rows)
-    refused(lambda: federation_from_files(path), "Client 22 has two values of language: de, fr")
+    refused(lambda: clients_from_files(path), "Client 22 has two values of language: de, fr")
     path = file("c.jsonl", [{**row, "client": "a/b"} for row in rows[:1]])
-    refused(lambda: federation_from_files(path), "'a/b' cannot be a client's name")
+    refused(lambda: clients_from_files(path), "'a/b' cannot be a client's name")
     path = file("d.jsonl", [{**row, "pool": "sean"} for row in rows if row["client"] == 21])
-    refused(lambda: federation_from_files(path), "Client 21: pool 'sean' is not one of")
+    refused(lambda: clients_from_files(path), "Client 21: pool 'sean' is not one of")
 
 
 def test_no_files():
-    refused(lambda: federation_from_files({}), "Name at least one client's file")
+    refused(lambda: clients_from_files({}), "Name at least one client's file")
 
 
 def test_messages_of_the_table_come_through(tmp_path):
@@ -211,36 +211,34 @@ def test_a_column_named_for_a_purpose_has_no_other(file):
         for n in range(12)
     ]
     path = file("langid.jsonl", rows)
-    refused(lambda: federation_from_files(path, label_column="language"), "split 'a' is neither")
+    refused(lambda: clients_from_files(path, label_column="language"), "split 'a' is neither")
     rows = [{"text": row["text"], "language": row["language"]} for row in rows]
-    federation = federation_from_files(file("langid.jsonl", rows), label_column="language")
+    federation = clients_from_files(file("langid.jsonl", rows), label_column="language")
     assert federation.labels == ("de", "fr")
     assert [client.language for client in federation.clients] == ["und"]
     for name in ("client", "pool", "split"):
         named = [{"text": row["text"], name: row["language"]} for row in rows]
-        federation = federation_from_files(file(f"{name}.jsonl", named), label_column=name)
+        federation = clients_from_files(file(f"{name}.jsonl", named), label_column=name)
         assert (federation.labels, len(federation.clients)) == (("de", "fr"), 1)
     named = [{"client": row["text"], "label": "x"} for row in rows]
-    federation = federation_from_files(file("text.jsonl", named), text_columns=["client"])
+    federation = clients_from_files(file("text.jsonl", named), text_columns=["client"])
     assert federation.rows([3])["client"] == ["t 3"]
 
 
 def test_a_clients_own_file_may_say_who_it_is(file):
     own = [{**row, "client": "kim", "language": "fr", "pool": "seen"} for row in ROWS]
     path = str(file("a.jsonl", own))
-    (client,) = federation_from_files({"ann": ClientFile(path)}).clients
+    (client,) = clients_from_files({"ann": ClientFile(path)}).clients
     assert (client.name, client.language, client.pool) == ("ann", "fr", "seen")
     for wrong in ({"language": "de"}, {"pool": "unseen"}):
         files = {"ann": ClientFile(path, **wrong)}
-        refused(
-            lambda files=files: federation_from_files(files), "make them agree", "of client ann"
-        )
+        refused(lambda files=files: clients_from_files(files), "make them agree", "of client ann")
     own[5]["client"] = "lee"
     path = str(file("b.jsonl", own))
     message = "b.jsonl holds the rows of 2 clients (column client: kim, lee)"
-    refused(lambda: federation_from_files({"ann": ClientFile(path)}), message)
+    refused(lambda: clients_from_files({"ann": ClientFile(path)}), message)
     refused(lambda: client_from_file(path), message)
-    assert len(federation_from_files(path).clients) == 2
+    assert len(clients_from_files(path).clients) == 2
 
 
 def test_rows_to_score(file):
@@ -275,4 +273,4 @@ def test_how_files_are_written_is_told(file, tmp_path):
     table = tmp_path / "b.tsv"
     table.write_text("text\tlabel\nx\ta\n")
     files = {"ann": ClientFile(str(file("a.jsonl", ROWS))), "bob": ClientFile(str(table))}
-    assert federation_from_files(files).notes == ("b.tsv: tab-separated",)
+    assert clients_from_files(files).notes == ("b.tsv: tab-separated",)

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedp2eft.data.files import client_from_file, federation_from_files
+from fedp2eft.data.files import client_from_file, clients_from_files
 from fedp2eft.data.labels import check_names, class_name, found_names
-from fedp2eft.data.nodes import federation_of_node
+from fedp2eft.data.nodes import clients_of_node
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import ClientFile, DataSettings
 
@@ -44,8 +44,8 @@ def test_numbers_are_names_where_the_names_are_numbers(tmp_path: Path) -> None:
         "bergen": ClientFile(str(write(tmp_path / "bergen.jsonl", [1, 2, 3, 4]))),
     }
     message = r"oslo.jsonl, line 1: column 'label' holds the unknown class '0'.*are whole numbers"
-    refused(message, federation_from_files, files, labels=STARS)
-    alone = federation_from_files({"bergen": files["bergen"]}, labels=STARS, test_fraction=0)
+    refused(message, clients_from_files, files, labels=STARS)
+    alone = clients_from_files({"bergen": files["bergen"]}, labels=STARS, test_fraction=0)
     assert alone.rows(range(4))["label"] == ["1", "2", "3", "4"]
 
 
@@ -74,9 +74,9 @@ def test_a_node_and_a_file_read_alike(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [1, 2, 3, 0])
     settings = DataSettings("nodes", labels=list(STARS))
     node = {"client": "bergen", "path": str(path)}
-    refused(r"line 4: .*unknown class '0'", federation_of_node, node, settings)
+    refused(r"line 4: .*unknown class '0'", clients_of_node, node, settings)
     write(path, [1, 2, 3, 3])
-    federation = federation_of_node(node, settings)
+    federation = clients_of_node(node, settings)
     assert federation.rows(range(4))["label"] == ["1", "2", "3", "3"]
 
 
@@ -104,12 +104,12 @@ def test_language_codes_that_read_the_same_are_named(tmp_path: Path, other: str)
         name: ClientFile(str(write(tmp_path / f"{name}.jsonl", ["a", "b"])), language=language)
         for name, language in (("x", "tr"), ("y", other))
     }
-    refused("Language .* read the same", federation_from_files, files)
+    refused("Language .* read the same", clients_from_files, files)
 
 
 def test_languages_hold_no_control_characters(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["a", "b"], language="de\x1b[31m")
-    refused(r"Language 'de\\x1b\[31m' holds a control character", federation_from_files, path)
+    refused(r"Language 'de\\x1b\[31m' holds a control character", clients_from_files, path)
 
 
 def test_turkish_letters_in_language_codes() -> None:
@@ -121,7 +121,7 @@ def test_turkish_letters_in_language_codes() -> None:
 def test_words_that_others_take_for_nothing_are_words(tmp_path: Path, word: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"text,label,language\n{word},{word},{word}\nb,b,{word}\n")
-    federation = federation_from_files(path, test_fraction=0)
+    federation = clients_from_files(path, test_fraction=0)
     assert federation.rows([0])["text"] == [word]
     assert federation.rows([0])["label"] == [word]
     assert federation.clients[0].language == word

@@ -15,7 +15,7 @@ import pytest
 
 from build_libreoffice_help import Page, build, main, pages_of, read_page
 from fedp2eft.data.libreoffice import LANGUAGES, load_libreoffice, read_sample
-from fedp2eft.data.registry import load_federation
+from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings
 
@@ -181,7 +181,7 @@ def test_no_page_of_the_sample_crosses_train_and_test_or_the_pools():
 
 def test_the_sample_is_a_federation_of_prompts_and_responses():
     settings = DataSettings("libreoffice-help", new_languages=["ja"], clients_per_language=2)
-    federation = load_federation(settings)
+    federation = load_clients(settings)
     assert (federation.text_columns, federation.target_column) == (("title",), "text")
     assert len(federation.clients) == 13 * 2 * 2 + 2
     assert {c.language for c in federation.pool("new-language")} == {"ja"}

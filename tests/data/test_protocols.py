@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedp2eft.data import registry
-from fedp2eft.data.federation import Federation
+from fedp2eft.data.clients import ClientData
 from fedp2eft.data.known import XNLI
 from fedp2eft.data.partition import partition_pools
-from fedp2eft.data.registry import load_federation
+from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings
 
@@ -87,16 +87,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory):
         datasets.enable_progress_bars()
 
 
-def xnli(**changes: Any) -> Federation:
+def xnli(**changes: Any) -> ClientData:
     options: dict[str, Any] = {"languages": ["de", "fr"], "clients_per_language": 5}
-    return load_federation(DataSettings("xnli", **(options | changes)))
+    return load_clients(DataSettings("xnli", **(options | changes)))
 
 
-def texts(federation: Federation, rows: Any) -> list[str]:
+def texts(federation: ClientData, rows: Any) -> list[str]:
     return federation.rows(rows)[federation.text_columns[0]]
 
 
-def check(federation: Federation) -> None:
+def check(federation: ClientData) -> None:
     """No row twice, no train row in a test, each client its own language, pools disjoint."""
     used = np.concatenate([part for c in federation.clients for part in (c.train, c.test)])
     assert len(np.unique(used)) == len(used)
@@ -143,11 +143,11 @@ def test_xnli_reference_repeats_the_seen_partition(hub: None):
 def test_only_xnli_has_a_reference_partition():
     for name in ("masakhanews", "debian-descriptions", "files", "hub"):
         with pytest.raises(UserError, match=r"ignores data\.partition"):
-            load_federation(DataSettings(name, partition="reference"))
+            load_clients(DataSettings(name, partition="reference"))
 
 
 def test_masakhanews(hub: None):
-    federation = load_federation(DataSettings("masakhanews", languages=["hau", "lin"]))
+    federation = load_clients(DataSettings("masakhanews", languages=["hau", "lin"]))
     check(federation)
     assert federation.labels == tuple(TOPICS.names)
     for language, (train, validation, test) in SIZES.items():
@@ -275,7 +275,7 @@ def test_impossible_reference_partitions_are_refused(pools: Any, message: str):
 
 
 def test_new_language_clients_of_the_shipped_data_have_equal_sizes():
-    federation = load_federation(
+    federation = load_clients(
         DataSettings(languages=["de", "ru"], new_languages=["ko", "uk", "zh_CN"])
     )
     new = federation.pool("new-language")

@@ -8,7 +8,7 @@ import pytest
 
 import fedp2eft
 from fedp2eft.bases import BASES
-from fedp2eft.data.registry import find, load_federation
+from fedp2eft.data.registry import find, load_clients
 from fedp2eft.methods import METHODS, method_named
 from fedp2eft.results.plan import plan, settings_of
 from fedp2eft.settings.reading import read_settings
@@ -30,7 +30,7 @@ def test_the_file_loads_and_its_clients_exist(path: Path) -> None:
     assert max(settings.evaluation.ranks) <= settings.adapter.r_max
     if settings.data.dataset in ("xnli", "masakhanews", "fed-aya"):
         return  # their rows are on the hub, or in a file that the user fetches
-    federation = load_federation(settings.data)
+    federation = load_clients(settings.data)
     for pool in settings.evaluation.pools:
         assert federation.pool(pool)
     assert all(len(client.train) and len(client.test) for client in federation.clients)

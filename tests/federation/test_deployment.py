@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_simulation import PYPROJECT, cells
 
 from fedp2eft.data.debian import load_debian
-from fedp2eft.data.registry import load_federation
+from fedp2eft.data.registry import load_clients
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.server.faults import Faults
 from fedp2eft.settings.experiment import Settings
@@ -131,7 +131,7 @@ def world_settings(world: World, folder: Path) -> Settings:
 def test_the_examples_experiment_is_one_of_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
     s = read_settings(EXAMPLE / "experiment.yaml")
-    assert load_federation(s.data).labels == load_debian().labels
+    assert load_clients(s.data).labels == load_debian().labels
     clients = runpy.run_path(str(EXAMPLE / "run.py"))["CLIENTS"]
     assert len(clients) == s.federation.min_clients
     seen = [pool for _, pool in clients.values()].count("seen")

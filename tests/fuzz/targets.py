@@ -24,7 +24,7 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import save_file
 
 from fedp2eft.adapters.export import adapter_facts, load_adapter
-from fedp2eft.data.files import federation_from_files
+from fedp2eft.data.files import clients_from_files
 from fedp2eft.errors import UserError
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.server.admission import offer_of
@@ -158,14 +158,14 @@ def psg_weights(data: bytes) -> None:
 
 def table(ending: str) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
-        federation_from_files(file(f"rows.{ending}", data))
+        clients_from_files(file(f"rows.{ending}", data))
 
     return read
 
 
 def packed_rows(data: bytes) -> None:
     """What a gzipped file unpacks to."""
-    federation_from_files(file("packed.jsonl.gz", gzip.compress(data, compresslevel=0)))
+    clients_from_files(file("packed.jsonl.gz", gzip.compress(data, compresslevel=0)))
 
 
 def settings(data: bytes) -> None:

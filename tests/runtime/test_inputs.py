@@ -173,7 +173,7 @@ def test_a_digest_is_of_the_rows_and_not_of_where_they_lie(world: World, tmp_pat
     other = write_jsonl(tmp_path / "elsewhere.jsonl", all_rows())
     digests = []
     for settings in (world.settings(), world.settings(data__path=str(other))):
-        data = Workspace(settings).federation
+        data = Workspace(settings).data
         digests.append([rows_digest(data, client) for client in data.clients])
     assert digests[0] == digests[1]
     assert len(set(digests[0])) == len(digests[0])

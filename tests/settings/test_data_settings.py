@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from fedp2eft.data.describe import describe, save_partition
-from fedp2eft.data.registry import DATASETS, load_federation
+from fedp2eft.data.registry import DATASETS, load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import ClientFile, DataSettings
 
 
 def test_default_settings_load_all_languages():
-    federation = load_federation(DataSettings())
+    federation = load_clients(DataSettings())
     assert len(federation.clients) == 16 * 2 * 5
 
 
@@ -30,26 +30,26 @@ def test_settings_reach_the_loader():
         alpha=0.1,
         seed=5,
     )
-    federation = load_federation(settings)
+    federation = load_clients(settings)
     assert len(federation.clients) == 9
     assert {(len(c.train), len(c.test)) for c in federation.clients} == {(30, 7)}
     settings.seed = 6
-    other = load_federation(settings)
+    other = load_clients(settings)
     assert not np.array_equal(federation.clients[0].train, other.clients[0].train)
 
 
 def test_files_by_settings(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + "".join(f"text {n},{n % 2}\n" for n in range(10)))
-    one = load_federation(DataSettings(dataset="files", path=str(path), labels=["no", "yes"]))
+    one = load_clients(DataSettings(dataset="files", path=str(path), labels=["no", "yes"]))
     assert [(c.name, c.pool) for c in one.clients] == [("a", "unseen")]
     assert one.labels == ("no", "yes")
     files = {"ann": ClientFile(str(path))}
-    two = load_federation(DataSettings(dataset="files", files=files, test_fraction=0.5))
+    two = load_clients(DataSettings(dataset="files", files=files, test_fraction=0.5))
     assert len(two.clients[0].test) == 5
     for wrong in ({}, {"path": str(path), "files": files}):
         with pytest.raises(UserError, match=r"Set either data\.path"):
-            load_federation(DataSettings(dataset="files", **wrong))
+            load_clients(DataSettings(dataset="files", **wrong))
 
 
 def test_hub_by_settings(monkeypatch):
@@ -74,7 +74,7 @@ def test_hub_by_settings(monkeypatch):
         revision="main",
         pool_train=10,
     )
-    federation = load_federation(settings)
+    federation = load_clients(settings)
     assert asked == [
         ("a/news", "fr", "train+validation", "main"),
         ("a/news", "fr", "test", "main"),
@@ -82,7 +82,7 @@ def test_hub_by_settings(monkeypatch):
     assert federation.labels == ("t0", "t1")
     assert {(len(c.train), len(c.test)) for c in federation.clients} == {(5, 10)}
     with pytest.raises(UserError, match="'fr' is not in masakhanews"):
-        load_federation(DataSettings(dataset="masakhanews", languages=["fr"]))
+        load_clients(DataSettings(dataset="masakhanews", languages=["fr"]))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_hub_by_settings(monkeypatch):
 )
 def test_mistakes_are_named(settings, message):
     with pytest.raises(UserError, match=message):
-        load_federation(DataSettings(**settings))
+        load_clients(DataSettings(**settings))
 
 
 def test_entries_are_whole():
@@ -126,7 +126,7 @@ def test_settings_are_light():
 
 
 def test_describe():
-    federation = load_federation(
+    federation = load_clients(
         DataSettings(languages=["fr", "de"], new_languages=["ko"], clients_per_language=2)
     )
     rows = describe(federation)
@@ -150,7 +150,7 @@ def test_describe():
 
 
 def test_partition_is_saved_readably(tmp_path):
-    federation = load_federation(DataSettings(languages=["fr"], clients_per_language=2))
+    federation = load_clients(DataSettings(languages=["fr"], clients_per_language=2))
     path = tmp_path / "out" / "partition.json"
     save_partition(federation, path)
     save_partition(federation, path)

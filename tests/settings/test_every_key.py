@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from fedp2eft.data.federation import Federation
-from fedp2eft.data.files import WHO, client_from_file, federation_from_files
+from fedp2eft.data.clients import ClientData
+from fedp2eft.data.files import WHO, client_from_file, clients_from_files
 from fedp2eft.data.known import KNOWN
 from fedp2eft.data.nodes import KNOWN as NODE_KEYS
-from fedp2eft.data.nodes import federation_of_node
-from fedp2eft.data.registry import DATASETS, load_federation
+from fedp2eft.data.nodes import clients_of_node
+from fedp2eft.data.registry import DATASETS, load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import ClientFile, DataSettings
 
@@ -146,14 +146,14 @@ def loaded(folder: Path, dataset: str, **changes: Any) -> Any:
         settings.path = str(folder / settings.path)
     settings.files = {n: replace(f, path=str(folder / f.path)) for n, f in settings.files.items()}
     if dataset == "nodes":
-        load_federation(settings)
+        load_clients(settings)
         node = {"client": "ann", "path": str(folder / "rows-of-one.jsonl")}
         write(Path(node["path"]), rows("one", 20))
-        return seen(federation_of_node(node, settings))
-    return seen(load_federation(settings))
+        return seen(clients_of_node(node, settings))
+    return seen(load_clients(settings))
 
 
-def seen(federation: Federation) -> Any:
+def seen(federation: ClientData) -> Any:
     clients = [
         (c.name, c.language, c.pool, [list(federation.rows(r).items()) for r in (c.train, c.test)])
         for c in federation.clients
@@ -190,12 +190,12 @@ def test_every_column_changes_what_is_loaded_or_is_refused(
     def load(made: list[dict[str, str]]) -> Any:
         path = write(tmp_path / "rows.jsonl", made)
         if way == "all":
-            return seen(federation_from_files(path))
+            return seen(clients_from_files(path))
         if way == "own":
-            return seen(federation_from_files({"ann": ClientFile(str(path))}))
+            return seen(clients_from_files({"ann": ClientFile(str(path))}))
         if way == "node":
             settings = DataSettings("nodes", labels=["a", "b", "c"])
-            return seen(federation_of_node({"client": "ann", "path": str(path)}, settings))
+            return seen(clients_of_node({"client": "ann", "path": str(path)}, settings))
         return seen(client_from_file(path, test_fraction=0, only_test=way == "evaluate"))
 
     made = rows("r", 24)
@@ -212,13 +212,13 @@ def test_every_column_changes_what_is_loaded_or_is_refused(
 def test_every_fact_of_a_client_file_and_a_node_changes_what_is_loaded(tmp_path: Path) -> None:
     one, two = (str(write(tmp_path / f"{n}.jsonl", rows(n, 20))) for n in "pq")
     other = {"path": two, "language": "fr", "pool": "unseen", "test_path": two}
-    before = seen(federation_from_files({"ann": ClientFile(one)}))
+    before = seen(clients_from_files({"ann": ClientFile(one)}))
     for item in fields(ClientFile):
         file = replace(ClientFile(one), **{item.name: other[item.name]})
-        assert seen(federation_from_files({"ann": file})) != before, item.name
+        assert seen(clients_from_files({"ann": file})) != before, item.name
     node = {"client": "ann", "path": one}
     settings = DataSettings("nodes", labels=["a", "b", "c"], target_column="title")
-    before = seen(federation_of_node(node, settings))
+    before = seen(clients_of_node(node, settings))
     columns = {
         "client": "bo",
         "text-columns": "topic",
@@ -229,9 +229,9 @@ def test_every_fact_of_a_client_file_and_a_node_changes_what_is_loaded(tmp_path:
         value = other.get(key.replace("-", "_"), columns.get(key))
         made = [{**row, "tag": row["label"]} for row in rows("p", 20)]
         write(Path(one), made)
-        assert seen(federation_of_node({**node, key: str(value)}, settings)) != before, key
+        assert seen(clients_of_node({**node, key: str(value)}, settings)) != before, key
 
 
 def test_classes_without_a_column_of_them_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.labels names classes and data\.label_column is nu"):
-        load_federation(DataSettings("nodes", labels=["a"], label_column=None))
+        load_clients(DataSettings("nodes", labels=["a"], label_column=None))

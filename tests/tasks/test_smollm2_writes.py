@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedp2eft.data.registry import load_federation
+from fedp2eft.data.registry import load_clients
 from fedp2eft.models.loading import load_base, load_tokenizer, longest_input
 from fedp2eft.models.sources import ModelSource
 from fedp2eft.settings.data import DataSettings
@@ -15,7 +15,7 @@ from fedp2eft.tasks.text_scores import text_scores
 
 def test_it_answers_its_prompts_and_ends_its_turn(smollm2: ModelSource) -> None:
     model, tokenizer = load_base(smollm2, "causal_lm", max_length=64), load_tokenizer(smollm2)
-    federation = load_federation(
+    federation = load_clients(
         DataSettings(
             dataset="libreoffice-help", languages=["en_US", "ja"], clients_per_language=1,
             max_train=1, max_test=1,

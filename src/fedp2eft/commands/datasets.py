@@ -36,18 +36,18 @@ def describe(data: DataSettings) -> None:
     from fedp2eft.commands.terminal import cell
     from fedp2eft.data.describe import describe as rows_of
     from fedp2eft.data.describe import repeats
-    from fedp2eft.data.registry import load_federation
+    from fedp2eft.data.registry import load_clients
     from fedp2eft.errors import require
 
-    federation = load_federation(data)
-    rows = rows_of(federation)
+    loaded = load_clients(data)
+    rows = rows_of(loaded)
     require(bool(rows), "The rows of data.dataset nodes are on the SuperNodes: ask their owners.")
     table = Table(*[str(name).replace("_", " ") for name in rows[0]])
     for row in rows:
         table.add_row(*[cell(_shown(value)) for value in row.values()])
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
-    for line in (*federation.notes, *repeats(federation)):
+    for line in (*loaded.notes, *repeats(loaded)):
         console.print(cell(line))
 
 
@@ -61,11 +61,11 @@ def partition(data: DataSettings, out: str) -> None:
     from pathlib import Path
 
     from fedp2eft.data.describe import save_partition
-    from fedp2eft.data.registry import load_federation
+    from fedp2eft.data.registry import load_clients
 
-    federation = load_federation(data)
-    save_partition(federation, Path(out).expanduser())
-    print(f"{len(federation.clients)} clients: {out}")
+    loaded = load_clients(data)
+    save_partition(loaded, Path(out).expanduser())
+    print(f"{len(loaded.clients)} clients: {out}")
 
 
 def _shown(value: object) -> str:

@@ -9,8 +9,8 @@ from functools import cache
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
-from fedp2eft.data.federation import SEEN, UNSEEN, Federation
-from fedp2eft.data.pools import federation_of_pools
+from fedp2eft.data.clients import SEEN, UNSEEN, ClientData
+from fedp2eft.data.pools import clients_of_pools
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,8 +43,8 @@ def load_debian(
     seed: int = 0,
     unique: bool = False,
     pools: Sequence[str] = (SEEN, UNSEEN),
-) -> Federation:
-    """Debian's package descriptions as a federation: text -> archive section (10 classes).
+) -> ClientData:
+    """Load Debian's package descriptions: text -> archive section (10 classes).
 
     The file's own `pool` and `split` are used: both follow the source package, so nothing of a
     package crosses train/test or seen/unseen in any language. Each language's pool is split over
@@ -64,13 +64,13 @@ def load_debian(
         pools: which pools of `languages` become clients.
 
     Returns:
-        A federation with `text_columns` ("text",), `label_column` "label" and `target_column`
+        Client data with `text_columns` ("text",), `label_column` "label" and `target_column`
         "summary" (for the generation task).
 
     Raises:
         UserError: an unknown language or pool, a language in both lists, or too many clients.
     """
-    return federation_of_pools(
+    return clients_of_pools(
         NAME,
         read_descriptions(),
         LANGUAGES,

@@ -1,4 +1,4 @@
-"""A federation in numbers, and its partition as a readable file."""
+"""Rows and labels per client, and the partition as a readable file."""
 
 import json
 from collections import Counter
@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from fedp2eft.data.federation import Federation
+from fedp2eft.data.clients import ClientData
 from fedp2eft.files import write_text
 
 
-def describe(federation: Federation) -> list[dict[str, Any]]:
+def describe(data: ClientData) -> list[dict[str, Any]]:
     """One row per (language, pool), sorted by both.
 
     Each has `language`, `pool`, `clients`, `train` and `test` (rows of all its clients), `labels`
     (class name -> rows, train and test together; empty without classes) and `characters` (mean
     length of a row's text columns together, in characters).
     """
-    columns = [federation.table[name][:] for name in federation.text_columns]
+    columns = [data.table[name][:] for name in data.text_columns]
     lengths = np.sum([[_characters(text) for text in column] for column in columns], axis=0)
-    names = federation.table[federation.label_column][:] if federation.label_column else None
+    names = data.table[data.label_column][:] if data.label_column else None
     rows = []
-    for language, pool in sorted({(c.language, c.pool) for c in federation.clients}):
-        mine = [c for c in federation.clients if (c.language, c.pool) == (language, pool)]
+    for language, pool in sorted({(c.language, c.pool) for c in data.clients}):
+        mine = [c for c in data.clients if (c.language, c.pool) == (language, pool)]
         used = np.concatenate([part for c in mine for part in (c.train, c.test)])
         count = Counter(names[row] for row in used) if names is not None else Counter()
         rows.append(
@@ -33,26 +33,26 @@ def describe(federation: Federation) -> list[dict[str, Any]]:
                 "clients": len(mine),
                 "train": sum(len(client.train) for client in mine),
                 "test": sum(len(client.test) for client in mine),
-                "labels": {label: count[label] for label in federation.labels},
+                "labels": {label: count[label] for label in data.labels},
                 "characters": round(float(lengths[used].mean()), 1),
             }
         )
     return rows
 
 
-def repeats(federation: Federation) -> list[str]:
+def repeats(data: ClientData) -> list[str]:
     """Return lines about texts that are there more than once; none where there are none.
 
     A test row with a copy among train rows does not tell what a model has learned: of the same
     client it was seen in personalization, of another client in the federation's training.
     """
-    columns = [federation.table[name][:] for name in federation.text_columns]
+    columns = [data.table[name][:] for name in data.text_columns]
     texts = [repr(parts) for parts in zip(*columns, strict=True)]
     trained: dict[str, set[str]] = {}
-    for client in federation.clients:
+    for client in data.clients:
         for row in client.train:
             trained.setdefault(texts[row], set()).add(client.name)
-    tests = [(c.name, texts[row]) for c in federation.clients for row in c.test]
+    tests = [(c.name, texts[row]) for c in data.clients for row in c.test]
     own = sum(name in trained.get(text, ()) for name, text in tests)
     others = sum(bool(trained.get(text, set()) - {name}) for name, text in tests)
     lines = []
@@ -62,10 +62,10 @@ def repeats(federation: Federation) -> list[str]:
             f"among the train rows of their client, {others} ({others / len(tests):.0%}) among "
             "those of other clients. data.unique: true keeps the first row of each text."
         )
-    if federation.label_column:
+    if data.label_column:
         labels: dict[str, set[str]] = {}
-        names = federation.table[federation.label_column][:]
-        for client in federation.clients:
+        names = data.table[data.label_column][:]
+        for client in data.clients:
             for row in (*client.train, *client.test):
                 labels.setdefault(texts[row], set()).add(names[row])
         if several := sum(len(found) > 1 for found in labels.values()):
@@ -78,10 +78,10 @@ def _characters(text: Any) -> int:
     return len(text) if isinstance(text, str) else sum(len(turn["content"]) for turn in text)
 
 
-def save_partition(federation: Federation, path: str | Path) -> None:
+def save_partition(data: ClientData, path: str | Path) -> None:
     """Write which rows are whose as JSON, one client a line: name -> language, pool, train, test.
 
-    The row indices are those of `federation.table`, from 0. The file is written whole or not at
+    The row indices are those of `data.table`, from 0. The file is written whole or not at
     all.
 
     Raises:
@@ -98,13 +98,13 @@ def save_partition(federation: Federation, path: str | Path) -> None:
             },
             ensure_ascii=False,
         )
-        for client in federation.clients
+        for client in data.clients
     ]
     head = json.dumps(
         {
-            "dataset": federation.name,
-            "rows": len(federation.table),
-            "labels": list(federation.labels),
+            "dataset": data.name,
+            "rows": len(data.table),
+            "labels": list(data.labels),
         },
         ensure_ascii=False,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedp2eft.data.federation import SEEN, UNSEEN, Client, Federation
+from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData
 from fedp2eft.data.partition import local_validation_split, rng_for
 from fedp2eft.data.table import first_line
 from fedp2eft.errors import UserError, nearest
@@ -35,8 +35,8 @@ def load_fed_aya(
     *,
     seed: int = 0,
     unique: bool = False,
-) -> Federation:
-    """Fed-Aya as a federation: a client is an annotator, 20 % of its rows are its test rows.
+) -> ClientData:
+    """Load Fed-Aya: each client is an annotator, 20 % of its rows are test rows.
 
     Rows in other languages than the paper's eight are left out. A client's language is that of most
     of its rows; its scores count for that language.
@@ -48,7 +48,7 @@ def load_fed_aya(
         unique: of a client's rows with the same instruction, keep the first.
 
     Returns:
-        A federation with `text_columns` ("instruction",) and `target_column` "response"; clients
+        Client data with `text_columns` ("instruction",) and `target_column` "response"; clients
         are named like `fr-seen-07`, the number being the annotator's place in the file.
 
     Raises:
@@ -93,7 +93,7 @@ def load_fed_aya(
             Client(f"{language}-{pool}-{place:02d}", language, pool, numbers[train], numbers[test])
         )
     table = Dataset(pa.table({key: pa.array(values, pa.string()) for key, values in data.items()}))
-    return Federation(NAME, table, ("instruction",), None, (), tuple(clients), "response")
+    return ClientData(NAME, table, ("instruction",), None, (), tuple(clients), "response")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A user's own files as a federation: one file a client, or one file with a column `client`."""
+"""Clients from a user's own files: one file per client, or one file with a column `client`."""
 
 import logging
 import re
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData, Rows
 from fedp2eft.data.delimited import clean
-from fedp2eft.data.federation import SEEN, UNSEEN, Client, Federation, Rows
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.partition import distinct, local_validation_split, rng_for
 from fedp2eft.data.table import Columns, Table, check_text, read_columns
@@ -79,8 +79,8 @@ def client_from_file(
     name: str | None = None,
     language: str = "und",
     only_test: bool = False,
-) -> Federation:
-    """One file as a federation of one client, which has joined after training (pool `unseen`).
+) -> ClientData:
+    """Load one file as one client, which joined after training (pool `unseen`).
 
     Test rows are, in this order: those that a column `split` calls "test"; those of `test_path`;
     `test_fraction` of the rows, drawn label by label. The file may have columns `client`,
@@ -115,10 +115,10 @@ def client_from_file(
     use = _Use(
         text_columns, label_column, target_column, labels, test_fraction, seed, unique
     )  # fmt: skip
-    return _federation(who, parts, use, trains=not only_test)
+    return _client_data(who, parts, use, trains=not only_test)
 
 
-def federation_from_files(
+def clients_from_files(
     source: str | Path | Mapping[str, ClientFile],
     *,
     text_columns: Sequence[str] = ("text",),
@@ -128,7 +128,7 @@ def federation_from_files(
     test_fraction: float = 0.2,
     seed: int = 0,
     unique: bool = False,
-) -> Federation:
+) -> ClientData:
     """Clients from one file each, or all from one file that has a column `client`.
 
     The one file may also have the columns `language` (else "und") and `pool` (else "seen"), the
@@ -163,10 +163,12 @@ def federation_from_files(
     if not parts:
         raise UserError("Name at least one client's file.")
     use = _Use(text_columns, label_column, target_column, labels, test_fraction, seed, unique)
-    return _federation(name, parts, use)
+    return _client_data(name, parts, use)
 
 
-def _federation(name: str, parts: Sequence[_Part], use: _Use, *, trains: bool = True) -> Federation:
+def _client_data(
+    name: str, parts: Sequence[_Part], use: _Use, *, trains: bool = True
+) -> ClientData:
     import pyarrow as pa
     from datasets import Dataset
 
@@ -200,7 +202,7 @@ def _federation(name: str, parts: Sequence[_Part], use: _Use, *, trains: bool = 
         f"{', '.join(dict.fromkeys(t.path.name for t in tables if t.form == form))}: {form}"
         for form in forms
     )
-    return Federation(
+    return ClientData(
         name, table, tuple(use.text_columns), label, classes, clients, use.target_column, notes
     )
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedp2eft.data.clients import NEW_LANGUAGE, SEEN, UNSEEN, ClientData, Rows
 from fedp2eft.data.copies import LocalCopy
-from fedp2eft.data.federation import NEW_LANGUAGE, SEEN, UNSEEN, Federation, Rows
 from fedp2eft.data.known import CONVERTED, HubSource
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.languages import choose_languages
@@ -145,8 +145,8 @@ def load_hub(
     seed: int = 0,
     unique: bool = False,
     kind: PartitionKind = "per-pool",
-) -> Federation:
-    """A data set of the hub as a federation, after the paper (arXiv 2502.04387, data protocol).
+) -> ClientData:
+    """Load a data set from the hub, partitioned as in the paper (arXiv 2502.04387, data protocol).
 
     Each language's train and test rows are halved into a seen and an unseen pool, cut to
     `pool_train` and `pool_test` rows, and split over its clients by label. The halves are drawn
@@ -154,7 +154,7 @@ def load_hub(
     seen and unseen, in any language.
 
     Args:
-        name: the federation's name.
+        name: the data set's name.
         source: where and what.
         languages: see `load_debian`; None: all but those without a train split, too.
         new_languages: see `load_debian`.
@@ -239,7 +239,7 @@ def load_hub(
         max_test=max_test,
         kind=kind,
     )
-    return Federation(
+    return ClientData(
         name,
         table,
         source.text_columns,

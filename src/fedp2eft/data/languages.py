@@ -1,4 +1,4 @@
-"""Which languages a federation speaks, checked against those that a data set has."""
+"""Check the languages of an experiment against those of its data set."""
 
 from collections.abc import Sequence
 

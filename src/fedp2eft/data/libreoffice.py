@@ -12,8 +12,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedp2eft.data.federation import SEEN, UNSEEN, Federation
-from fedp2eft.data.pools import federation_of_pools
+from fedp2eft.data.clients import SEEN, UNSEEN, ClientData
+from fedp2eft.data.pools import clients_of_pools
 from fedp2eft.data.table import read_table
 from fedp2eft.errors import UserError
 
@@ -48,8 +48,8 @@ def load_libreoffice(
     seed: int = 0,
     unique: bool = False,
     pools: Sequence[str] = (SEEN, UNSEEN),
-) -> Federation:
-    """LibreOffice's help as a federation; the label that clients differ by is LibreOffice's part.
+) -> ClientData:
+    """Load LibreOffice's help; the label that clients differ by is the part of LibreOffice.
 
     The file's own `pool` and `split` are used: both follow the page, so nothing of a page crosses
     train/test or seen/unseen in any language.
@@ -67,10 +67,10 @@ def load_libreoffice(
         pools: which pools of `languages` become clients.
 
     Returns:
-        A federation with `text_columns` ("title",) and `target_column` "text".
+        Client data with `text_columns` ("title",) and `target_column` "text".
 
     Raises:
-        UserError: as `federation_of_pools`; a file that `build_libreoffice_help.py` did not write.
+        UserError: as `clients_of_pools`; a file that `build_libreoffice_help.py` did not write.
     """
     if path is None:
         table = read_sample()
@@ -82,7 +82,7 @@ def load_libreoffice(
                     f"{path}: {column} {min(wrong)!r} is not one of {list(values)}. Make the file "
                     "with scripts/build_libreoffice_help.py of the repository."
                 )
-    return federation_of_pools(
+    return clients_of_pools(
         NAME,
         table,
         tuple(sorted(set(table["language"][:]))),

@@ -6,8 +6,8 @@ flower-supernode … --node-config "client='fr-00' path='/data/fr.jsonl' languag
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from fedp2eft.data.federation import SEEN, Federation, check_client_name
-from fedp2eft.data.files import federation_from_files
+from fedp2eft.data.clients import SEEN, ClientData, check_client_name
+from fedp2eft.data.files import clients_from_files
 from fedp2eft.data.partition import hold_out
 from fedp2eft.errors import TellableError, UserError, nearest
 from fedp2eft.settings.data import ClientFile, DataSettings
@@ -22,7 +22,7 @@ KNOWN = (
 Value = bool | float | int | str
 
 
-def federation_without_clients(settings: DataSettings) -> Federation:
+def data_without_clients(settings: DataSettings) -> ClientData:
     """What the server knows of the data: columns and classes.
 
     Raises:
@@ -39,7 +39,7 @@ def federation_without_clients(settings: DataSettings) -> Federation:
     columns = [*settings.text_columns, settings.label_column, settings.target_column]
     names = list(dict.fromkeys(name for name in columns if name))
     table = Dataset(pa.table({name: pa.array([], pa.string()) for name in names}))
-    return Federation(
+    return ClientData(
         NODES,
         table,
         tuple(settings.text_columns),
@@ -50,7 +50,7 @@ def federation_without_clients(settings: DataSettings) -> Federation:
     )
 
 
-def federation_of_node(config: Mapping[str, Value], settings: DataSettings) -> Federation:
+def clients_of_node(config: Mapping[str, Value], settings: DataSettings) -> ClientData:
     """A SuperNode's own client.
 
     Args:
@@ -86,10 +86,10 @@ def federation_of_node(config: Mapping[str, Value], settings: DataSettings) -> F
             if own[key] is None:
                 raise TellableError(f"The node config names a {key}; the experiment has none.")
             own[key] = text[key]
-    agreed = federation_without_clients(settings)
+    agreed = data_without_clients(settings)
     given = {f.name: text[f.name.replace("_", "-")] for f in fields(ClientFile)
              if f.name.replace("_", "-") in text}  # fmt: skip
-    federation = federation_from_files(
+    data = clients_from_files(
         {name: ClientFile(**{"pool": SEEN, **given})},
         text_columns=columns,
         label_column=own["label-column"],
@@ -99,5 +99,5 @@ def federation_of_node(config: Mapping[str, Value], settings: DataSettings) -> F
         seed=settings.seed,
         unique=settings.unique,
     )
-    federation = replace(federation, name=NODES)
-    return hold_out(federation, settings) if settings.holdout else federation
+    data = replace(data, name=NODES)
+    return hold_out(data, settings) if settings.holdout else data

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedp2eft.data.allocation import allocate
-from fedp2eft.data.federation import SEEN, Client, Federation, Rows
+from fedp2eft.data.clients import SEEN, Client, ClientData, Rows
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings, PartitionKind
 
@@ -246,12 +246,12 @@ def _check_positive(name: str, value: float) -> None:
         raise UserError(f"{name} must be above 0: {value}.")
 
 
-def hold_out(federation: Federation, settings: DataSettings) -> Federation:
+def hold_out(data: ClientData, settings: DataSettings) -> ClientData:
     """The same clients, scored on held-out train rows; none of their test rows is in it."""
     clients = []
-    for client in federation.clients:
-        labels = federation.label_ids(client.train) if federation.labels else client.train * 0
+    for client in data.clients:
+        labels = data.label_ids(client.train) if data.labels else client.train * 0
         rng = rng_for(settings.seed, "holdout", client.name)
         kept, held = local_validation_split(labels, settings.holdout, rng)
         clients.append(replace(client, train=client.train[kept], test=client.train[held]))
-    return replace(federation, clients=tuple(clients))
+    return replace(data, clients=tuple(clients))

@@ -1,4 +1,4 @@
-"""A table that knows its own pools and splits, as a federation."""
+"""Clients of a table that has its own pools and splits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedp2eft.data.federation import NEW_LANGUAGE, POOLS, SEEN, UNSEEN, Federation, Rows
+from fedp2eft.data.clients import NEW_LANGUAGE, POOLS, SEEN, UNSEEN, ClientData, Rows
 from fedp2eft.data.languages import choose_languages
 from fedp2eft.data.partition import distinct, partition_pools
 from fedp2eft.errors import UserError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def federation_of_pools(
+def clients_of_pools(
     name: str,
     table: Dataset,
     known: Sequence[str],
@@ -33,7 +33,7 @@ def federation_of_pools(
     seed: int,
     unique: bool = False,
     pools: Sequence[str] = (SEEN, UNSEEN),
-) -> Federation:
+) -> ClientData:
     """Each language's pool split over its clients by label; a row's number is its place in `table`.
 
     Args:
@@ -43,9 +43,9 @@ def federation_of_pools(
         languages: languages of the seen and unseen clients; None: all but `new_languages`.
         new_languages: languages that no seen client speaks. The rows of their unseen pool become
             clients of the pool `new-language`; their seen rows stay unused.
-        text_columns: see `Federation`.
-        labels: see `Federation`.
-        target_column: see `Federation`.
+        text_columns: see `ClientData`.
+        labels: see `ClientData`.
+        target_column: see `ClientData`.
         clients_per_language: clients per language and pool.
         alpha: concentration of the Dirichlet distribution.
         max_train: at most this many train rows a client.
@@ -81,4 +81,4 @@ def federation_of_pools(
         max_train=max_train,
         max_test=max_test,
     )
-    return Federation(name, table, text_columns, "label", labels, clients, target_column)
+    return ClientData(name, table, text_columns, "label", labels, clients, target_column)

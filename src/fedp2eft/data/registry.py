@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fedp2eft.data import debian, fed_aya, libreoffice
-from fedp2eft.data.federation import Federation
-from fedp2eft.data.files import federation_from_files
+from fedp2eft.data.clients import ClientData
+from fedp2eft.data.files import clients_from_files
 from fedp2eft.data.hub import load_hub
 from fedp2eft.data.known import KNOWN, HubSource
-from fedp2eft.data.nodes import NODES, federation_without_clients
+from fedp2eft.data.nodes import NODES, data_without_clients
 from fedp2eft.data.partition import hold_out
 from fedp2eft.errors import UserError, nearest
 from fedp2eft.settings.data import DataSettings
@@ -25,14 +25,14 @@ class DatasetEntry:
         description: one line.
         languages: those it has; empty where that depends on the files.
         licence: one line.
-        loader: settings -> federation.
+        loader: settings -> data.
         unused: settings that mean nothing to it and must stay at their default.
     """
 
     description: str
     languages: tuple[str, ...]
     licence: str
-    loader: Callable[[DataSettings], Federation]
+    loader: Callable[[DataSettings], ClientData]
     unused: tuple[str, ...]
 
 
@@ -49,27 +49,27 @@ def _partition(settings: DataSettings) -> dict[str, Any]:
     }
 
 
-def _load_debian(settings: DataSettings) -> Federation:
+def _load_debian(settings: DataSettings) -> ClientData:
     return debian.load_debian(**_partition(settings))
 
 
-def _load_libreoffice(settings: DataSettings) -> Federation:
+def _load_libreoffice(settings: DataSettings) -> ClientData:
     return libreoffice.load_libreoffice(settings.path, **_partition(settings))
 
 
-def _load_fed_aya(settings: DataSettings) -> Federation:
+def _load_fed_aya(settings: DataSettings) -> ClientData:
     return fed_aya.load_fed_aya(
         settings.path, settings.languages, seed=settings.seed, unique=settings.unique
     )
 
 
-def _load_preset(name: str, source: HubSource, settings: DataSettings) -> Federation:
+def _load_preset(name: str, source: HubSource, settings: DataSettings) -> ClientData:
     return load_hub(
         name, source, folder=settings.path, kind=settings.partition, **_partition(settings)
     )
 
 
-def _load_hub(settings: DataSettings) -> Federation:
+def _load_hub(settings: DataSettings) -> ClientData:
     if settings.path is None:
         raise UserError(
             "Set data.path to the data set's name on the hub (owner/name), or a folder."
@@ -93,7 +93,7 @@ def _load_hub(settings: DataSettings) -> Federation:
     return load_hub(folder.resolve().name, source, folder=folder, **_partition(settings))
 
 
-def _load_files(settings: DataSettings) -> Federation:
+def _load_files(settings: DataSettings) -> ClientData:
     if (settings.path is None) == (not settings.files):
         raise UserError("Set either data.path (one file) or data.files (client name to its file).")
     columns: dict[str, Any] = {
@@ -105,7 +105,7 @@ def _load_files(settings: DataSettings) -> Federation:
         "seed": settings.seed,
         "unique": settings.unique,
     }
-    return federation_from_files(settings.path or settings.files, **columns)
+    return clients_from_files(settings.path or settings.files, **columns)
 
 
 _HUB_ONLY = ("train_split", "test_split", "pool_train", "pool_test", "revision")
@@ -162,7 +162,7 @@ DATASETS: dict[str, DatasetEntry] = {
         "each SuperNode's own file, named in its node config; nobody holds more than one",
         (),
         "theirs",
-        federation_without_clients,
+        data_without_clients,
         (*_SPLIT, *_HUB_ONLY, "partition", "path", "files"),
     ),
     "hub": DatasetEntry(
@@ -219,11 +219,11 @@ def find(settings: DataSettings) -> DatasetEntry:
     return entry
 
 
-def load_federation(settings: DataSettings) -> Federation:
-    """The federation that the settings describe.
+def load_clients(settings: DataSettings) -> ClientData:
+    """Load the clients and rows that the settings describe.
 
     Raises:
         UserError: an unknown data set, a setting that it has no use for, or as its loader does.
     """
-    federation = find(settings).loader(settings)
-    return hold_out(federation, settings) if settings.holdout else federation
+    data = find(settings).loader(settings)
+    return hold_out(data, settings) if settings.holdout else data

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fedp2eft.data.federation import Client, Federation
+from fedp2eft.data.clients import Client, ClientData
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.files import read_json, write_json
 from fedp2eft.models.sources import model_digest
@@ -31,9 +31,7 @@ def check_inputs(folder: Path, workspace: Workspace) -> None:
     """
     found = {
         "model": model_digest(workspace.source),
-        "clients": {
-            c.name: rows_digest(workspace.federation, c) for c in workspace.federation.clients
-        },
+        "clients": {c.name: rows_digest(workspace.data, c) for c in workspace.data.clients},
     }
     kept = read_json(folder / INPUTS_FILE)
     if kept == found:
@@ -63,14 +61,14 @@ def _changed(kept: dict[str, Any], found: dict[str, Any], model: str) -> str:
     return "The inputs are others"
 
 
-def rows_digest(federation: Federation, client: Client) -> str:
+def rows_digest(data: ClientData, client: Client) -> str:
     """Return 16 hex digits that tell a client's rows, their order and their split from any others.
 
     Only columns that are used count, with the client's language and pool.
     """
-    columns = [*federation.text_columns, federation.label_column, federation.target_column]
+    columns = [*data.text_columns, data.label_column, data.target_column]
     used = list(dict.fromkeys(name for name in columns if name))
-    table = federation.table.select_columns(used)
+    table = data.table.select_columns(used)
     rows = [table[[int(i) for i in indices]] for indices in (client.train, client.test)]
     told = [client.language, client.pool, *([part[name] for name in used] for part in rows)]
     text = json.dumps(told, ensure_ascii=False, default=str)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedp2eft.bases import LocalWork
-from fedp2eft.data.federation import Federation
+from fedp2eft.data.clients import ClientData
 from fedp2eft.generator import PSG
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.runtime.workspace import Workspace
@@ -43,8 +43,8 @@ class OneClient(Workspace):
         self,
         psg: PSG,
         model: str | Path,
-        rows: Federation,
-        held: Federation,
+        rows: ClientData,
+        held: ClientData,
         local: LocalSettings,
         *,
         precision: Literal["auto", "fp32", "bf16"],

@@ -19,10 +19,10 @@ from fedp2eft.bases import BASES, Base, LocalWork, copy_parameters
 from fedp2eft.client.phase import Phase
 from fedp2eft.client.side import ClientSide
 from fedp2eft.client.training import features
-from fedp2eft.data.federation import Client, Federation
+from fedp2eft.data.clients import Client, ClientData
 from fedp2eft.data.nodes import Value as NodeValue
-from fedp2eft.data.nodes import federation_of_node
-from fedp2eft.data.registry import load_federation
+from fedp2eft.data.nodes import clients_of_node
+from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.methods import Method
@@ -98,11 +98,11 @@ class Workspace:
         return PROFILES[self.settings.federation.profile]
 
     @cached_property
-    def federation(self) -> Federation:
+    def data(self) -> ClientData:
         """The clients and their rows."""
         if self.node is not None:
-            return federation_of_node(self.node, self.settings.data)
-        return load_federation(self.settings.data)
+            return clients_of_node(self.node, self.settings.data)
+        return load_clients(self.settings.data)
 
     @cached_property
     def device(self) -> torch.device:
@@ -129,12 +129,12 @@ class Workspace:
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names in the order of their ids; none where nothing is classified."""
-        return self.federation.labels if self.settings.model.task == "classification" else ()
+        return self.data.labels if self.settings.model.task == "classification" else ()
 
     @cached_property
     def clients(self) -> dict[str, Client]:
         """Clients by name."""
-        return {client.name: client for client in self.federation.clients}
+        return {client.name: client for client in self.data.clients}
 
     def client(self, name: str) -> Client:
         """One client; an unknown name is a `UserError`."""
@@ -146,7 +146,7 @@ class Workspace:
         """The text columns of a client's rows ("train" or "test"), and their answers."""
         client = self.client(name)
         indices = client.train if split == "train" else client.test
-        return self.federation.texts_and_answers(indices, self.settings.model.task)
+        return self.data.texts_and_answers(indices, self.settings.model.task)
 
     def encoded(self, name: str, split: str) -> Encoded:
         """A client's rows ("train" or "test") as tokens."""
@@ -292,9 +292,9 @@ class Workspace:
             profile=self.profile.name,
             task=s.model.task,
             labels=self.labels,
-            text_columns=self.federation.text_columns,
-            label_column=self.federation.label_column or "label",
-            target_column=(self.federation.target_column or "") if not self.labels else "",
+            text_columns=self.data.text_columns,
+            label_column=self.data.label_column or "label",
+            target_column=(self.data.target_column or "") if not self.labels else "",
             adapter=s.adapter,
             generator=s.generator,
             local=s.local,

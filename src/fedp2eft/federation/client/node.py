@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from flwr.app import Message
 
-from fedp2eft.data.federation import check_client_name
+from fedp2eft.data.clients import check_client_name
 from fedp2eft.data.nodes import Value
 from fedp2eft.errors import TellableError
 from fedp2eft.federation.server.run_folder import free_settings

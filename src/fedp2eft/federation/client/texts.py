@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fedp2eft.data.federation import check_client_name
+from fedp2eft.data.clients import check_client_name
 from fedp2eft.files import write_json
 from fedp2eft.progress import current
 from fedp2eft.runtime.workspace import Workspace
@@ -63,7 +63,7 @@ def _questions(workspace: Workspace, name: str) -> list[Question]:
     """The prompts of a client's test rows, those aside that fill the longest input alone."""
     task = workspace.task
     assert isinstance(task, CausalLM)  # the settings refuse another
-    rows = workspace.federation.texts_and_answers(
+    rows = workspace.data.texts_and_answers(
         workspace.client(name).test, workspace.settings.model.task
     )
     return list(task.questions(Prompts(workspace.tokenizer), *rows))

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedp2eft.data.federation import SEEN
+from fedp2eft.data.clients import SEEN
 from fedp2eft.errors import UserError
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.exchange import Member, exchange

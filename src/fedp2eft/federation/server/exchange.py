@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedp2eft.data.federation import POOLS, check_client_name
+from fedp2eft.data.clients import POOLS, check_client_name
 from fedp2eft.errors import UserError, shortened
 from fedp2eft.federation.hooks import UNAVAILABLE
 from fedp2eft.federation.server.admission import Failures, plain

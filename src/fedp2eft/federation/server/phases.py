@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedp2eft.client.phase import Phase
-from fedp2eft.data.federation import SEEN
+from fedp2eft.data.clients import SEEN
 from fedp2eft.data.nodes import NODES
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.aggregation import Aggregator, Averaging

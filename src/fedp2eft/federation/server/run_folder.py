@@ -31,7 +31,7 @@ from typing import Any
 from filelock import BaseFileLock
 from torch import Tensor
 
-from fedp2eft.data.federation import check_client_name
+from fedp2eft.data.clients import check_client_name
 from fedp2eft.errors import UserError
 from fedp2eft.federation.server.checkpoints import (
     Progress,

@@ -1,4 +1,4 @@
-"""A federation's data: one Arrow table for all, and which of its rows are whose."""
+"""The clients' data: one Arrow table for all, and which rows belong to which client."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Rows = NDArray[np.int64]
-"""Row indices into a federation's table, shape (rows,)."""
+"""Row indices into `ClientData.table`, shape (rows,)."""
 
 SEEN, UNSEEN, NEW_LANGUAGE = "seen", "unseen", "new-language"
 POOLS = (SEEN, UNSEEN, NEW_LANGUAGE)
@@ -33,15 +33,15 @@ def check_client_name(name: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Client:
-    """One client: a name, and which rows of the federation's table are its own.
+    """One client: a name, and its row indices into the common table.
 
     Attributes:
         name: for example `fr-seen-00`. It becomes a folder name, so a-z, A-Z, digits, dash and
             underscore only, at most 100.
         language: the language its text is in; metrics are pooled by it.
         pool: one of `POOLS`.
-        train: row indices into `Federation.table`, ascending.
-        test: row indices into `Federation.table`, ascending, none of them in `train`.
+        train: row indices into `ClientData.table`, ascending.
+        test: row indices into `ClientData.table`, ascending, none of them in `train`.
 
     Raises:
         UserError: the name has other characters, or the pool is not one of `POOLS`.
@@ -60,7 +60,7 @@ class Client:
 
 
 @dataclass(frozen=True, eq=False)
-class Federation:
+class ClientData:
     """All clients over one table, which is held once however many clients there are.
 
     Attributes:
@@ -98,7 +98,7 @@ class Federation:
         """Class ids of those rows, shape (len(indices),): positions in `labels`.
 
         Raises:
-            UserError: the federation has no classes.
+            UserError: the data set has no classes.
         """
         if self.label_column is None:
             raise UserError(f"Data set {self.name!r} has no label column: choose another task.")
@@ -110,7 +110,7 @@ class Federation:
         """What a model of that task shall answer to those rows: class ids, or texts.
 
         Raises:
-            UserError: the federation has no classes, or no column of answers.
+            UserError: the data set has no classes, or no column of answers.
         """
         if task == "classification":
             return self.label_ids(indices)  # type: ignore[return-value]
@@ -130,7 +130,7 @@ class Federation:
         return [rows[column] for column in self.text_columns], self.answers(indices, task)
 
     def pool(self, name: str) -> tuple[Client, ...]:
-        """The clients of one pool, sorted by name; empty where the federation has none.
+        """The clients of one pool, sorted by name; empty if there are none.
 
         Raises:
             UserError: `name` is not one of `POOLS`.
