@@ -65,7 +65,7 @@ class OneClient(Workspace):
             )
         )
         self.psg = psg
-        self.federation = rows
+        self.data = rows
         self._held = held
         revision = hash_weights(Path(self.source.path))
         c.check_fits(replace(c, base_revision=revision))  # before the model is loaded
