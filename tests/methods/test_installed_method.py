@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from fedp2eft.client.phase import lazy
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS, Method, method, register
+from fedp2eft.methods.fedl2p.phase import PHASE as FEDL2P
 from tiny_run import World
 
 ROOT = Path(__file__).parents[2]
@@ -105,4 +107,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
         register("lora", Method(lazy("no:thing")))
     with pytest.raises(UserError, match="a section 'local' already"):
         register("mine", Method(lazy("no:thing"), settings=dict, section="local"))
+    for name in ("psg", "fedl2p", "../away"):
+        with pytest.raises(UserError, match="cannot have a phase"):
+            register("mine", Method(lazy("no:thing"), phase=replace(FEDL2P, name=name, title="x")))
     assert "mine" not in METHODS

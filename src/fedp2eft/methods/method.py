@@ -7,6 +7,7 @@ imported here: the command line builds its help from the sections that methods b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from fedp2eft.client.side import ClientSide, Outcome
 
 GROUP = "fedp2eft.methods"
+TAKEN = {
+    "adapters", "base", "cells", "checkpoints", "clients", "compare", "deliver", "generations",
+    "personalize", "psg", "shared", "surveys", "tensorboard",
+}  # fmt: skip
+"""Names that no method's phase may have: a run folder, or a progress bar, has them already."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,21 @@ class Methods(MutableMapping[str, Method]):
         return self.load()[name]
 
     def __setitem__(self, name: str, method: Method) -> None:
+        if method.phase:
+            self._check(name, method.phase)
         if method.settings:
             add_section(method.section or name.replace("-", "_"), method.settings)
         self._known[name] = method
+
+    def _check(self, name: str, phase: Phase) -> None:
+        """Raise `UserError` unless files, seeds and messages can have the phase's name."""
+        others = (other.phase for key, other in self._known.items() if key != name)
+        taken = any(other and other.name == phase.name and other != phase for other in others)
+        if taken or phase.name in TAKEN or not re.fullmatch(r"[A-Za-z0-9-]+", phase.name):
+            raise UserError(
+                f"Method {name} cannot have a phase {phase.name!r}: choose a name of letters, "
+                "digits and dashes that nothing else has."
+            )
 
     def __delitem__(self, name: str) -> None:
         del self._known[name]

@@ -278,7 +278,7 @@ class Private:
         return float(getattr(self.strategy, "clipping_norm", self.settings.clip_norm))
 
     def memory(self) -> dict[str, Tensor]:
-        """What must be known to go on after this round, by name."""
+        """What must be known to resume after this round, by name."""
         kept = {TAKEN + name: torch.tensor(times) for name, times in sorted(self._taken.items())}
         norm = torch.tensor(self._clip_norm, dtype=torch.float64)
         return {**kept, NORM: norm, ROUNDS: torch.tensor(self._rounds)}
