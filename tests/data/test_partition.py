@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fedp2eft.data.allocation import allocate
 from fedp2eft.data.partition import (
+    Partition,
     dirichlet_partition,
     local_validation_split,
     partition_pools,
@@ -169,7 +170,9 @@ def test_impossible_splits_are_refused(arguments, limits, message):
 def test_a_refused_pool_is_named():
     rows = np.arange(3)
     with pytest.raises(UserError, match=r"fr, seen pool: 3 train rows"):
-        partition_pools({("fr", "seen"): (rows, rows)}, np.zeros(3), clients=4, alpha=0.5, seed=0)
+        partition_pools(
+            {("fr", "seen"): (rows, rows)}, np.zeros(3), Partition(clients_per_language=4)
+        )
 
 
 @split

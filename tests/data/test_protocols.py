@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedp2eft.data import registry
 from fedp2eft.data.clients import ClientData
 from fedp2eft.data.known import XNLI
-from fedp2eft.data.partition import partition_pools
+from fedp2eft.data.partition import Partition, partition_pools
 from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings
@@ -193,9 +193,8 @@ def test_invariants(
             labels.append(np.roll(common, 0 if pool == "seen" else 1))
             at += train + test
     names = np.concatenate(labels)
-    split: Callable[[], Any] = partial(
-        partition_pools, pools, names, clients=clients, alpha=alpha, seed=seed, kind=kind
-    )
+    how = Partition(clients_per_language=clients, alpha=alpha, seed=seed, kind=kind)
+    split: Callable[[], Any] = partial(partition_pools, pools, names, how)
     made = split()
     assert len(made) == len(pools) * clients
     assert {(len(c.train), len(c.test)) for c in made} == {(train // clients, test // clients)}
@@ -230,7 +229,9 @@ def test_train_and_test_have_the_same_labels(
     }
     limits = {"max_train": 40, "max_test": 20}
     for client in partition_pools(
-        pools, labels, clients=clients, alpha=alpha, seed=seed, kind=kind, **limits
+        pools,
+        labels,
+        Partition(clients_per_language=clients, alpha=alpha, seed=seed, kind=kind, **limits),
     ):
         share = np.bincount(labels[client.train], minlength=kinds) / 40
         test_share = np.bincount(labels[client.test], minlength=kinds) / 20
@@ -248,7 +249,7 @@ def test_reference_leaves_unseen_clients_nearly_alike():
     }
 
     def skew(kind: Any, pool: str) -> float:
-        made = partition_pools(pools, labels, clients=20, alpha=0.5, seed=0, kind=kind)
+        made = partition_pools(pools, labels, Partition(clients_per_language=20, kind=kind))
         mine = [client for client in made if client.pool == pool]
         return float(np.mean([np.bincount(labels[c.train]).max() / len(c.train) for c in mine]))
 
@@ -271,7 +272,7 @@ def test_reference_leaves_unseen_clients_nearly_alike():
 def test_impossible_reference_partitions_are_refused(pools: Any, message: str):
     rows = {pool: (np.arange(n), 10 + np.arange(m)) for pool, (n, m) in pools.items()}
     with pytest.raises(UserError, match=message):
-        partition_pools(rows, np.zeros(20), clients=3, alpha=0.5, seed=0, kind="reference")
+        partition_pools(rows, np.zeros(20), Partition(clients_per_language=3, kind="reference"))
 
 
 def test_new_language_clients_of_the_shipped_data_have_equal_sizes():

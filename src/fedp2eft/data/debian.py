@@ -7,9 +7,10 @@ Written and translated by volunteers of Debian and the Debian Description Transl
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fedp2eft.data.clients import SEEN, UNSEEN, ClientData
+from fedp2eft.data.clients import ClientData
+from fedp2eft.data.partition import Partition
 from fedp2eft.data.pools import clients_of_pools
 
 if TYPE_CHECKING:
@@ -35,14 +36,7 @@ def read_descriptions() -> "Dataset":
 def load_debian(
     languages: Sequence[str] | None = None,
     new_languages: Sequence[str] = (),
-    *,
-    clients_per_language: int = 5,
-    alpha: float = 0.5,
-    max_train: int | None = None,
-    max_test: int | None = None,
-    seed: int = 0,
-    unique: bool = False,
-    pools: Sequence[str] = (SEEN, UNSEEN),
+    **split: Any,
 ) -> ClientData:
     """Load Debian's package descriptions: text -> archive section (10 classes).
 
@@ -55,13 +49,7 @@ def load_debian(
         languages: languages of the seen and unseen clients; None: all but `new_languages`.
         new_languages: languages that no seen client speaks. The rows of their unseen pool become
             clients of the pool `new-language`; their seen rows stay unused.
-        clients_per_language: clients per language and pool.
-        alpha: concentration of the Dirichlet distribution.
-        max_train: at most this many train rows a client.
-        max_test: at most this many test rows a client.
-        seed: decides the split, together with language and pool alone.
-        unique: of a pool's rows with the same text, keep the first, train rows before test rows.
-        pools: which pools of `languages` become clients.
+        split: further fields of `Partition`: clients_per_language, max_train, seed, …
 
     Returns:
         Client data with `text_columns` ("text",), `label_column` "label" and `target_column`
@@ -74,16 +62,8 @@ def load_debian(
         NAME,
         read_descriptions(),
         LANGUAGES,
-        languages,
-        new_languages,
+        Partition(languages, new_languages, **split),
         text_columns=("text",),
         labels=LABELS,
         target_column="summary",
-        clients_per_language=clients_per_language,
-        alpha=alpha,
-        max_train=max_train,
-        max_test=max_test,
-        seed=seed,
-        unique=unique,
-        pools=pools,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,10 +11,9 @@ from fedp2eft.data.copies import LocalCopy
 from fedp2eft.data.known import CONVERTED, HubSource
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.languages import choose_languages
-from fedp2eft.data.partition import partition_pools, rng_for
+from fedp2eft.data.partition import Partition, partition_pools, rng_for
 from fedp2eft.data.table import Columns, first_line
 from fedp2eft.errors import UserError, nearest
-from fedp2eft.settings.data import PartitionKind
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -138,13 +137,7 @@ def load_hub(
     new_languages: Sequence[str] = (),
     *,
     folder: str | Path | None = None,
-    clients_per_language: int = 20,
-    alpha: float = 0.5,
-    max_train: int | None = None,
-    max_test: int | None = None,
-    seed: int = 0,
-    unique: bool = False,
-    kind: PartitionKind = "per-pool",
+    **split: Any,
 ) -> ClientData:
     """Load a data set from the hub, partitioned as in the paper (arXiv 2502.04387, data protocol).
 
@@ -159,13 +152,7 @@ def load_hub(
         languages: see `load_debian`; None: all but those without a train split, too.
         new_languages: see `load_debian`.
         folder: a local copy to read in place of the hub; see `LocalCopy`.
-        clients_per_language: clients per language and pool.
-        alpha: concentration of the Dirichlet distribution.
-        max_train: at most this many train rows a client.
-        max_test: at most this many test rows a client.
-        seed: decides the halves and the split.
-        unique: of a language's rows with the same text, keep the first, train before test rows.
-        kind: see `partition_pools`.
+        split: further fields of `Partition`; its seed decides the halves, too.
 
     Raises:
         UserError: as `load_hub_dataset`, `LocalCopy.read` and `partition_pools`; languages with
@@ -175,6 +162,7 @@ def load_hub(
     import datasets
     import pyarrow as pa
 
+    partition = Partition(languages, new_languages, **split)
     copy = None if folder is None else LocalCopy(Path(folder).expanduser(), source.quoted)
     known = source.languages if copy is None else copy.languages()
     if not languages:
@@ -189,13 +177,13 @@ def load_hub(
     for language in (*spoken, *new):
         halves, texts = [], set[str]()
         for part, limit in (("train", source.pool_train), ("test", source.pool_test)):
-            split = source.test_split
+            where = source.test_split
             if part == "train":
-                split = _train_split(name, source, copy, language, language in new)
+                where = _train_split(name, source, copy, language, language in new)
             rows: _Split = (
-                _CopySplit(copy, source, language, split)
+                _CopySplit(copy, source, language, where)
                 if copy
-                else _HubSplit(source, language, split)
+                else _HubSplit(source, language, where)
             )
             classes = classes or rows.names
             if rows.names and set(rows.names) != set(classes):
@@ -204,10 +192,10 @@ def load_hub(
                 )
             if source.parallel:
                 _check_parallel(name, language, rows, *first.setdefault(part, (language, rows)))
-            for note in _notes(source, copy, part, split, rows):
+            for note in _notes(source, copy, part, where, rows):
                 notes.setdefault(note, []).append(language)
-            order = rng_for(seed, "pools", part).permutation(len(rows))
-            if unique:
+            order = rng_for(partition.seed, "pools", part).permutation(len(rows))
+            if partition.unique:
                 order = _unrepeated(rows, order, source.text_columns, texts)
             middle = len(order) // 2
             halves.append(
@@ -229,16 +217,7 @@ def load_hub(
         labels = np.asarray(data[source.label_column])
         classes = classes or found_names(data[source.label_column])
         check_names(classes)
-    clients = partition_pools(
-        pools,
-        labels,
-        clients=clients_per_language,
-        alpha=alpha,
-        seed=seed,
-        max_train=max_train,
-        max_test=max_test,
-        kind=kind,
-    )
+    clients = partition_pools(pools, labels, partition)
     return ClientData(
         name,
         table,

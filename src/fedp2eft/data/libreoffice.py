@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedp2eft.data.clients import SEEN, UNSEEN, ClientData
+from fedp2eft.data.partition import Partition
 from fedp2eft.data.pools import clients_of_pools
 from fedp2eft.data.table import read_table
 from fedp2eft.errors import UserError
@@ -40,14 +41,7 @@ def load_libreoffice(
     path: str | Path | None = None,
     languages: Sequence[str] | None = None,
     new_languages: Sequence[str] = (),
-    *,
-    clients_per_language: int = 5,
-    alpha: float = 0.5,
-    max_train: int | None = None,
-    max_test: int | None = None,
-    seed: int = 0,
-    unique: bool = False,
-    pools: Sequence[str] = (SEEN, UNSEEN),
+    **split: Any,
 ) -> ClientData:
     """Load LibreOffice's help; the label that clients differ by is the part of LibreOffice.
 
@@ -58,13 +52,7 @@ def load_libreoffice(
         path: a file that `build_libreoffice_help.py` wrote; None: the sample.
         languages: languages of the seen and unseen clients; None: all but `new_languages`.
         new_languages: languages that no seen client speaks.
-        clients_per_language: clients per language and pool.
-        alpha: concentration of the Dirichlet distribution.
-        max_train: at most this many train rows a client.
-        max_test: at most this many test rows a client.
-        seed: decides the split, together with language and pool alone.
-        unique: of a pool's rows with the same text, keep the first, train rows before test rows.
-        pools: which pools of `languages` become clients.
+        split: further fields of `Partition`: clients_per_language, max_train, seed, …
 
     Returns:
         Client data with `text_columns` ("title",) and `target_column` "text".
@@ -86,16 +74,8 @@ def load_libreoffice(
         NAME,
         table,
         tuple(sorted(set(table["language"][:]))),
-        languages,
-        new_languages,
+        Partition(languages, new_languages, **split),
         text_columns=("title",),
         labels=tuple(sorted(set(table["label"][:]))),
         target_column="text",
-        clients_per_language=clients_per_language,
-        alpha=alpha,
-        max_train=max_train,
-        max_test=max_test,
-        seed=seed,
-        unique=unique,
-        pools=pools,
     )

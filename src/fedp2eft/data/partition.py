@@ -6,16 +6,46 @@ clients of equal size, label proportions drawn from a Dirichlet distribution wit
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedp2eft.data.allocation import allocate
-from fedp2eft.data.clients import SEEN, Client, ClientData, Rows
+from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData, Rows
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings, PartitionKind
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How a data set's pools are split over clients.
+
+    Args:
+        languages: languages of the seen and unseen clients; None: all but `new_languages`.
+        new_languages: languages that no seen client speaks. The rows of their unseen pool become
+            clients of the pool `new-language`; their seen rows stay unused.
+        clients_per_language: clients per language and pool.
+        alpha: concentration of the Dirichlet distribution: small is skewed, large is alike.
+        max_train: at most this many train rows per client.
+        max_test: at most this many test rows per client.
+        seed: decides the split, together with language and pool alone.
+        unique: of rows with the same text, keep the first, train rows before test rows.
+        pools: which pools of `languages` become clients.
+        kind: one split for each pool, or one for all; see `partition_pools`.
+    """
+
+    languages: Sequence[str] | None = None
+    new_languages: Sequence[str] = ()
+    clients_per_language: int = 5
+    alpha: float = 0.5
+    max_train: int | None = None
+    max_test: int | None = None
+    seed: int = 0
+    unique: bool = False
+    pools: Sequence[str] = (SEEN, UNSEEN)
+    kind: PartitionKind = "per-pool"
 
 
 def rng_for(seed: int, *key: str) -> np.random.Generator:
@@ -77,15 +107,7 @@ def dirichlet_partition(
 
 
 def partition_pools(
-    pools: Mapping[tuple[str, str], tuple[Rows, Rows]],
-    labels: NDArray[Any],
-    *,
-    clients: int,
-    alpha: float,
-    seed: int,
-    max_train: int | None = None,
-    max_test: int | None = None,
-    kind: PartitionKind = "per-pool",
+    pools: Mapping[tuple[str, str], tuple[Rows, Rows]], labels: NDArray[Any], partition: Partition
 ) -> tuple[Client, ...]:
     """Split several pools over their clients.
 
@@ -99,17 +121,14 @@ def partition_pools(
     Args:
         pools: (language, pool) -> (train rows, test rows) of the table.
         labels: label of every row of the table, shape (rows of the table,).
-        clients: clients per pool, named `<language>-<pool>-<number>`.
-        alpha: see `dirichlet_partition`.
-        seed: with the language and the pool's name it seeds the pool's generator.
-        max_train: see `dirichlet_partition`.
-        max_test: see `dirichlet_partition`.
-        kind: one split for each pool, or one for all.
+        partition: how; clients are named `<language>-<pool>-<number>`.
 
     Raises:
         UserError: as `dirichlet_partition`, naming the language and the pool; for "reference" no
             seen pool, or pools of different sizes.
     """
+
+    clients, kind = partition.clients_per_language, partition.kind
 
     def split(language: str, pool: str, *key: str) -> list[tuple[Rows, Rows]]:
         train, test = pools[language, pool]
@@ -118,10 +137,10 @@ def partition_pools(
                 labels[train],
                 labels[test],
                 clients,
-                alpha,
-                rng_for(seed, *key),
-                max_train=max_train,
-                max_test=max_test,
+                partition.alpha,
+                rng_for(partition.seed, *key),
+                max_train=partition.max_train,
+                max_test=partition.max_test,
             )
         except UserError as error:
             raise UserError(f"{language}, {pool} pool: {error}") from None
