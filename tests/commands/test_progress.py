@@ -45,7 +45,10 @@ def test_lines_say_the_time_left_every_half_minute(capsys):
         act(*words)
         return capsys.readouterr().out.strip()
 
-    assert said(0, lines.remind) == ""  # nothing has begun
+    now[0] = -30.0
+    lines.note("")
+    assert said(-1, lines.remind) == ""
+    assert said(0, lines.remind) == "preparing the model and the data"
     assert said(1, lines.start, "base", 10, 4) == "base model: 4 of 10 done"
     lines.part("base", 0.4, "de-seen-00")
     assert said(20, lines.remind) == ""

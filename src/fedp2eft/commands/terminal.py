@@ -114,10 +114,14 @@ class LineReporter(LogReporter):
 
     def remind(self) -> None:
         """After 30 s without a line, say that the run is at work."""
-        if self._phase and self._clock() - self._spoke >= self.SILENCE:
-            done, total = self._at[self._phase]
-            name = _title(self._phase)
-            self._say(f"{name} {done}/{total} at work: {self._client}".rstrip(": "), estimate=True)
+        if self._clock() - self._spoke < self.SILENCE:
+            return
+        if not self._phase:
+            self._say("preparing the model and the data")
+            return
+        done, total = self._at[self._phase]
+        name = _title(self._phase)
+        self._say(f"{name} {done}/{total} at work: {self._client}".rstrip(": "), estimate=True)
 
     def _say(self, line: str, estimate: bool = False) -> None:
         self._spoke = self._clock()
