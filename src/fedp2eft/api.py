@@ -43,7 +43,7 @@ from fedp2eft.tasks.generation import generate as generate_texts
 from fedp2eft.tasks.prompts import Prompts
 from fedp2eft.tasks.text_scores import check_scorers, text_scores
 
-Rows = str | Path
+DataFile = str | Path
 """A JSON lines, CSV or Parquet file."""
 
 
@@ -92,11 +92,11 @@ class Adapter:
 def personalize(
     psg: PSG,
     model: str | Path,
-    data: Rows,
+    data: DataFile,
     rank: int,
     *,
     method: str = "fedp2eft",
-    test_data: Rows | None = None,
+    test_data: DataFile | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
     target_column: str | None = None,
@@ -193,7 +193,7 @@ def personalize(
 
 def evaluate(
     model: str | Path,
-    data: Rows,
+    data: DataFile,
     adapter: str | Path | None = None,
     *,
     text_columns: Sequence[str] | None = None,
@@ -288,7 +288,7 @@ class _Answers:
 
 
 def _rows(
-    data: Rows,
+    data: DataFile,
     columns: tuple[str, ...],
     answers: _Answers,
     labels: tuple[str, ...],

@@ -19,7 +19,7 @@ from fedp2eft.experiment.train import train
 from fedp2eft.methods import METHODS, ClientSide, Method, Outcome, Survey
 from fedp2eft.methods.base import base
 from fedp2eft.methods.fedp2eft import fedp2eft
-from fedp2eft.results.plan import Training, claim, plan, settings_of
+from fedp2eft.results.plan import SharedTraining, claim, plan, settings_of
 from tiny_run import World
 
 SMALL: dict[str, Any] = {
@@ -88,14 +88,14 @@ def test_the_plan_is_the_product(world: World):
 
 
 def test_a_seed_draws_everything_anew(world: World):
-    settings = settings_of(world.settings(), Training("standard-fl", 77))
+    settings = settings_of(world.settings(), SharedTraining("standard-fl", 77))
     assert settings.seed == 77
     for section in ("adapter", "data", "generator", "model"):
         assert getattr(settings, section).seed == 77
 
 
 def test_cells_equal_a_run_of_the_same_settings(world: World, whole: Path, tmp_path: Path):
-    settings = settings_of(world.settings(**SMALL), Training("standard-fl", 4))
+    settings = settings_of(world.settings(**SMALL), SharedTraining("standard-fl", 4))
     train(settings, tmp_path / "run")
     found = cells(whole)
     compared = 0
@@ -189,7 +189,7 @@ def test_variants_share_the_base(world: World, tmp_path: Path, monkeypatch: pyte
     config = json.loads(
         (folder / "runs/standard-fl-s3-adapter.layerwise-True/psg/config.json").read_text()
     )
-    assert config["layerwise"] is True
+    assert config["adapter"]["layerwise"] is True
     for run in runs:
         [found] = json.loads((folder / "runs" / run / "structure.json").read_text())
         assert sum(found["kinds"]["2"].values()) == pytest.approx(1)

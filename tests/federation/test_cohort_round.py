@@ -19,7 +19,7 @@ from fedp2eft.client.training import not_finite
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.client import lookahead as cohort
-from fedp2eft.federation.local import Cohort, LocalGrid
+from fedp2eft.federation.local import LocalGrid, ManyAtOnce
 from fedp2eft.progress import LogReporter
 from fedp2eft.runtime import phases
 from fedp2eft.settings.experiment import FederationSettings
@@ -173,7 +173,7 @@ def test_the_grid_shows_its_app_the_messages_that_wait() -> None:
         shown.append((list(ran), [c.node_config["client"] for c in contexts]))
 
     nodes = [{"client": name} for name in "abcdefg"]
-    grid = LocalGrid(app, [dict(node) for node in nodes], {}, Cohort("train.psg", 3, compute))
+    grid = LocalGrid(app, [dict(node) for node in nodes], {}, ManyAtOnce("train.psg", 3, compute))
     ids = list(grid.get_node_ids())
     messages = [Message(RecordDict(), node, "train.psg") for node in ids]
     messages.insert(1, Message(RecordDict(), ids[0], "query.describe"))

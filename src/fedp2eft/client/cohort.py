@@ -29,7 +29,7 @@ from fedp2eft.settings.profiles import Profile
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.task import Task
 
-Rows = NDArray  # type: ignore[type-arg]
+Indices = NDArray  # type: ignore[type-arg]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CohortClient:
 
     data: Encoded
     xi: Tensor
-    order: Sequence[Rows]
+    order: Sequence[Indices]
 
 
 def why_alone(bt: BTLora, settings: LocalSettings) -> str | None:
@@ -159,11 +159,11 @@ def cohort_stage1(
     device = lora.lam.device
     examples = torch.tensor([float(len(client.data)) for client in clients], device=device)
 
-    def loss_of(rows: Sequence[Rows]) -> Tensor:
+    def loss_of(rows: Sequence[Indices]) -> Tensor:
         losses = _losses(lora, bt, task, [client.data for client in clients[: len(rows)]], rows)
         return nn.functional.pad(losses, (0, len(clients) - len(rows)))
 
-    def sizes(group: Sequence[Sequence[Rows]]) -> Tensor:
+    def sizes(group: Sequence[Sequence[Indices]]) -> Tensor:
         counts = [sum(len(rows) > c for rows in group) for c in range(len(clients))]
         return torch.tensor(counts, device=device).clamp(min=1)
 
@@ -191,7 +191,7 @@ def _losses(
     bt: BTLora,
     task: Task,
     data: Sequence[Encoded],
-    rows: Sequence[Rows],
+    rows: Sequence[Indices],
 ) -> Tensor:
     """Task loss of each client's rows, from one pass over the rows of all of them."""
     cpu = replace(task, device="cpu")
@@ -217,7 +217,7 @@ def _losses(
         known = logits[c]
         # rows × classes, or rows × tokens × vocabulary
         size = part["input_ids"].shape[: known.dim() - 1]
-        found.append(task.loss(_Told(_like(known, size)), mine))
+        found.append(task.loss(_KnownLogits(_like(known, size)), mine))
     return torch.stack(found)
 
 
@@ -239,7 +239,7 @@ def _like(values: Tensor, shape: Sequence[int]) -> Tensor:
     return values
 
 
-class _Told(nn.Module):
+class _KnownLogits(nn.Module):
     """A model whose logits are known already: the task's own loss reads a client's share."""
 
     def __init__(self, logits: Tensor) -> None:

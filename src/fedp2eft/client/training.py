@@ -29,8 +29,8 @@ from fedp2eft.settings.profiles import Profile
 from fedp2eft.tasks.encoded import Encoded, epoch_batches
 from fedp2eft.tasks.task import RowsLoss, Task
 
-Rows = NDArray  # type: ignore[type-arg]
-PartsOf = Callable[[Rows], Sequence[tuple[Rows, float]]]
+Indices = NDArray  # type: ignore[type-arg]
+PartsOf = Callable[[Indices], Sequence[tuple[Indices, float]]]
 Order = Sequence[Sequence[int]] | Sequence[NDArray]  # type: ignore[type-arg]
 OnStep = Callable[[float], None]
 Clip = Callable[[Sequence[nn.Parameter], float], Any]
@@ -247,7 +247,7 @@ def _training(model: nn.Module, dropout: bool, seed: int) -> Iterator[None]:
         yield
 
 
-class Trained(Protocol):
+class Trainable(Protocol):
     """The adapter that stage 1 trains, of one client (`BTLora`) or of several (`StackedLora`)."""
 
     lam: nn.Parameter
@@ -261,7 +261,7 @@ class Trained(Protocol):
 
 
 def minimise(
-    adapter: Trained,
+    adapter: Trainable,
     model: nn.Module,
     loss_of: Callable[[Any], Tensor],
     order: Sequence[Any],
@@ -334,7 +334,7 @@ def stage1(
     bt: BTLora,
     task: Task,
     data: Encoded,
-    order: Iterable[Rows],
+    order: Iterable[Indices],
     settings: LocalSettings,
     profile: Profile,
     *,

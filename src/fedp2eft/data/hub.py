@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedp2eft.data.clients import NEW_LANGUAGE, SEEN, UNSEEN, ClientData, Rows
+from fedp2eft.data.clients import NEW_LANGUAGE, SEEN, UNSEEN, ClientData, Indices
 from fedp2eft.data.copies import LocalCopy
 from fedp2eft.data.known import CONVERTED, HubSource
 from fedp2eft.data.labels import check_names, class_name, found_names
@@ -82,7 +82,7 @@ class _HubSplit:
     def __len__(self) -> int:
         return len(self._table)
 
-    def take(self, rows: Rows) -> Columns:
+    def take(self, rows: Indices) -> Columns:
         """Return those rows; class ids as names, None where a row holds nothing."""
         chosen: Columns = dict(self._table[rows.tolist()])
         if self.names and self._label:
@@ -114,7 +114,7 @@ class _CopySplit:
     def __len__(self) -> int:
         return len(self._split)
 
-    def take(self, rows: Rows) -> Columns:
+    def take(self, rows: Indices) -> Columns:
         """Return those rows; None where a row holds nothing."""
         return {name: [values[row] for row in rows] for name, values in self._split.columns.items()}
 
@@ -170,7 +170,7 @@ def load_hub(
         languages = [each for each in languages if each not in new_languages]
     spoken, new = choose_languages(name, known, languages, new_languages)
     data: Columns = {}
-    pools: dict[tuple[str, str], tuple[Rows, Rows]] = {}
+    pools: dict[tuple[str, str], tuple[Indices, Indices]] = {}
     classes = source.labels
     first: dict[str, tuple[str, _Split]] = {}
     notes: dict[str, list[str]] = {}
@@ -293,7 +293,7 @@ def _check_parallel(
         )
 
 
-def _unrepeated(rows: _Split, order: Rows, columns: Sequence[str], texts: set[str]) -> Rows:
+def _unrepeated(rows: _Split, order: Indices, columns: Sequence[str], texts: set[str]) -> Indices:
     """Leave out the rows whose text is in `texts`, or in an earlier row; add the others' to it."""
     chosen = rows.take(np.arange(len(rows)))
     kept = []
@@ -306,8 +306,8 @@ def _unrepeated(rows: _Split, order: Rows, columns: Sequence[str], texts: set[st
 
 
 def _append(
-    data: Columns, split: _Split, rows: Rows, source: HubSource, classes: Sequence[str]
-) -> Rows:
+    data: Columns, split: _Split, rows: Indices, source: HubSource, classes: Sequence[str]
+) -> Indices:
     """Copy rows of one split to the end of `data`, classes as names; their row indices there."""
     for column, values in split.take(rows).items():
         for row, value in zip(rows, values, strict=True):

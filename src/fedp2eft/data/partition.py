@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedp2eft.data.allocation import allocate
-from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData, Rows
+from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData, Indices
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings, PartitionKind
 
@@ -63,7 +63,7 @@ def dirichlet_partition(
     *,
     max_train: int | None = None,
     max_test: int | None = None,
-) -> list[tuple[Rows, Rows]]:
+) -> list[tuple[Indices, Indices]]:
     """Split a pool over clients of equal size whose label proportions differ.
 
     Every client gets floor(N / clients) train rows and floor(M / clients) test rows, and no row
@@ -107,7 +107,9 @@ def dirichlet_partition(
 
 
 def partition_pools(
-    pools: Mapping[tuple[str, str], tuple[Rows, Rows]], labels: NDArray[Any], partition: Partition
+    pools: Mapping[tuple[str, str], tuple[Indices, Indices]],
+    labels: NDArray[Any],
+    partition: Partition,
 ) -> tuple[Client, ...]:
     """Split several pools over their clients.
 
@@ -130,7 +132,7 @@ def partition_pools(
 
     clients, kind = partition.clients_per_language, partition.kind
 
-    def split(language: str, pool: str, *key: str) -> list[tuple[Rows, Rows]]:
+    def split(language: str, pool: str, *key: str) -> list[tuple[Indices, Indices]]:
         train, test = pools[language, pool]
         try:
             return dirichlet_partition(
@@ -157,7 +159,7 @@ def partition_pools(
     return tuple(sorted(made, key=lambda client: client.name))
 
 
-def _common_pool(pools: Mapping[tuple[str, str], tuple[Rows, Rows]]) -> tuple[str, str]:
+def _common_pool(pools: Mapping[tuple[str, str], tuple[Indices, Indices]]) -> tuple[str, str]:
     """The first seen pool, at whose positions all others can be split too."""
     sizes = {pool: (len(train), len(test)) for pool, (train, test) in pools.items()}
     first = next((pool for pool in pools if pool[1] == SEEN), None)
@@ -175,7 +177,7 @@ def _common_pool(pools: Mapping[tuple[str, str], tuple[Rows, Rows]]) -> tuple[st
 
 def local_validation_split(
     labels: Sequence[Any] | NDArray[Any], fraction: float, rng: np.random.Generator
-) -> tuple[Rows, Rows]:
+) -> tuple[Indices, Indices]:
     """Hold out some of one client's rows, label by label, for choosing settings without its test.
 
     round(fraction * rows) rows are held out, at least one and never all, with the labels'
@@ -205,7 +207,7 @@ def local_validation_split(
     return np.setdiff1d(np.arange(rows, dtype=np.int64), held), held
 
 
-def distinct(texts: Sequence[Sequence[Any]], *parts: Rows) -> list[Rows]:
+def distinct(texts: Sequence[Sequence[Any]], *parts: Indices) -> list[Indices]:
     """Return the parts without those rows whose text an earlier row has, in them or before.
 
     Args:
@@ -213,7 +215,7 @@ def distinct(texts: Sequence[Sequence[Any]], *parts: Rows) -> list[Rows]:
         parts: row indices, those to keep a text first.
     """
     seen: set[str] = set()
-    kept: list[Rows] = []
+    kept: list[Indices] = []
     for part in parts:
         mine = []
         for row in part.tolist():
@@ -225,16 +227,16 @@ def distinct(texts: Sequence[Sequence[Any]], *parts: Rows) -> list[Rows]:
     return kept
 
 
-def _stock(codes: NDArray[np.int64], labels: int, rng: np.random.Generator) -> list[Rows]:
+def _stock(codes: NDArray[np.int64], labels: int, rng: np.random.Generator) -> list[Indices]:
     """The rows of each label, in a drawn order."""
     return [rng.permutation(np.flatnonzero(codes == label)) for label in range(labels)]
 
 
-def _sizes(stock: Sequence[Rows]) -> NDArray[np.int64]:
+def _sizes(stock: Sequence[Indices]) -> NDArray[np.int64]:
     return np.array([len(rows) for rows in stock], dtype=np.int64)
 
 
-def _deal(stock: Sequence[Rows], counts: NDArray[np.int64]) -> list[Rows]:
+def _deal(stock: Sequence[Indices], counts: NDArray[np.int64]) -> list[Indices]:
     """Each client's rows, ascending, for counts of shape (clients, labels)."""
     ends = counts.cumsum(axis=0)
     return [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedp2eft.data.clients import NEW_LANGUAGE, POOLS, SEEN, UNSEEN, ClientData, Rows
+from fedp2eft.data.clients import NEW_LANGUAGE, POOLS, SEEN, UNSEEN, ClientData, Indices
 from fedp2eft.data.languages import choose_languages
 from fedp2eft.data.partition import Partition, distinct, partition_pools
 from fedp2eft.errors import UserError
@@ -47,7 +47,7 @@ def clients_of_pools(
     texts = [table[column][:] for column in text_columns] if unique else []
     language, pool, split = (np.asarray(table[c][:]) for c in ("language", "pool", "split"))
 
-    def rows(name: str, source: str) -> tuple[Rows, Rows]:
+    def rows(name: str, source: str) -> tuple[Indices, Indices]:
         mine = (language == name) & (pool == source)
         train, test = (np.flatnonzero(mine & (split == part)) for part in ("train", "test"))
         if unique:

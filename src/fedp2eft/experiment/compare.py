@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.engine import LocalEngine, local_engine
+from fedp2eft.experiment.environment import environment
 from fedp2eft.experiment.lambdas import keep_lambdas
-from fedp2eft.experiment.origin import facts
-from fedp2eft.federation.server.evaluation import Shared, Told, personalize, prepare
+from fedp2eft.federation.server.evaluation import Instruction, Shared, personalize, prepare
 from fedp2eft.federation.server.exchange import Member, roster
 from fedp2eft.federation.server.phases import train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
@@ -30,7 +30,7 @@ from fedp2eft.files import write_json, write_text, write_whole
 from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter, current
 from fedp2eft.results.cells import traffic
-from fedp2eft.results.plan import Cell, Training, claim, plan, settings_of
+from fedp2eft.results.plan import Cell, SharedTraining, claim, plan, settings_of
 from fedp2eft.runtime.inputs import check_inputs
 from fedp2eft.runtime.phases import shared_phases
 from fedp2eft.settings.experiment import Settings
@@ -75,7 +75,7 @@ def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = 
     for training in {cell.training for cell in cells}:
         settings_of(settings, training)  # an unknown base is said before anything is computed
     _open(folder, settings)
-    groups: dict[Training, list[Cell]] = defaultdict(list)
+    groups: dict[SharedTraining, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.training].append(cell)
     reporter.start("compare", len(cells), len(cells) - len(_left(folder, cells)))
@@ -110,7 +110,11 @@ def _left(folder: Path, cells: list[Cell]) -> list[Cell]:
 
 
 def _work(
-    folder: Path, settings: Settings, training: Training, cells: list[Cell], reporter: Reporter
+    folder: Path,
+    settings: Settings,
+    training: SharedTraining,
+    cells: list[Cell],
+    reporter: Reporter,
 ) -> bool:
     """Do what nobody else holds of one training and its cells; False where there is nothing."""
     worked = False
@@ -140,7 +144,7 @@ class _Site:
         stack: ExitStack,
         folder: Path,
         comparison: Settings,
-        training: Training,
+        training: SharedTraining,
         reporter: Reporter,
     ) -> None:
         self.folder, self.comparison, self.training = folder, comparison, training
@@ -209,13 +213,13 @@ class _Site:
         tensors = {key: value.contiguous() for key, value in parameters.items()}
         write_whole(self._numbers(name), partial(save_file, tensors))
 
-    def told(self, cell: Cell) -> Told:
+    def told(self, cell: Cell) -> Instruction:
         """What clients are told; surveys are taken once for all pools and kept."""
         path = self.run / "surveys" / f"{cell.method}-r{cell.rank}.safetensors"
         if path.exists():
             kind = METHODS[cell.method].shared
             parameters = to_arrays(self.shared[kind]) if kind else ArrayRecord()
-            return Told(cell.method, cell.rank, parameters, to_arrays(load_file(path)))
+            return Instruction(cell.method, cell.rank, parameters, to_arrays(load_file(path)))
         timeout = self.settings.federation.timeout
         told = prepare(self.engine.grid, self.shared, cell.method, cell.rank, self.members, timeout)
         if told.prepared:
@@ -249,7 +253,7 @@ class _Site:
             "seconds": round(time.perf_counter() - start, 3),
             "bytes_up": up,
             "bytes_down": down,
-            **facts(self.engine.workspace.device),
+            **environment(self.engine.workspace.device),
         }
 
 

@@ -15,7 +15,7 @@ from fedp2eft.federation.client.state import release_state, shared_state
 from fedp2eft.federation.client_app import app as client_app
 from fedp2eft.federation.client_app import serve_phases, train_psg_ahead
 from fedp2eft.federation.hooks import SERVER_NODE_ID
-from fedp2eft.federation.local import Cohort, LocalGrid
+from fedp2eft.federation.local import LocalGrid, ManyAtOnce
 from fedp2eft.progress import Reporter, report_to
 from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.runtime.workspace import Workspace
@@ -71,7 +71,7 @@ def local_engine(
                 client_app,
                 [{"client": name} for name in sorted(workspace.clients)],
                 config,
-                Cohort(
+                ManyAtOnce(
                     PSG_PHASE.kind,
                     settings.federation.cohort_size,
                     train_psg_ahead,

@@ -2,7 +2,7 @@
 
 The same ServerApp and ClientApp that Flower runs on many machines run here one message at a time,
 with one base model in memory for all clients. A message runs when its reply is pulled, so a caller
-sees every reply as soon as it exists. With a `Cohort` the app is shown the messages that wait
+sees every reply as soon as it exists. With a `ManyAtOnce` the app is shown the messages that wait
 behind it first, and may train their clients in one batch.
 """
 
@@ -32,7 +32,7 @@ def is_local() -> bool:
 
 
 @dataclass(frozen=True)
-class Cohort:
+class ManyAtOnce:
     """Lets a ClientApp work for several clients at once, before their messages run.
 
     Args:
@@ -61,7 +61,7 @@ class LocalGrid(Grid):
         app: ClientApp,
         nodes: list[UserConfig],
         run_config: UserConfig,
-        cohort: Cohort | None = None,
+        cohort: ManyAtOnce | None = None,
     ) -> None:
         self._app = app
         self._cohort = cohort

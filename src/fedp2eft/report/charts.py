@@ -14,7 +14,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from fedp2eft.methods import phases
-from fedp2eft.report.source import Report, Training
+from fedp2eft.report.source import Report, TrainingLog
 from fedp2eft.report.structure import Grid, Matrix
 from fedp2eft.results.cells import scored, values
 from fedp2eft.results.figures import COLOURS, LINES, draw_accuracy, draw_languages, shade
@@ -219,7 +219,7 @@ def line_charts(charts: Mapping[str, Series], across: str = "round") -> Figure:
     return figure
 
 
-def training_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, Figure]]:
+def training_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, str, Figure]]:
     """(Name, title, figure) of what metrics.jsonl tells over rounds, where it tells it."""
     wanted = (
         ("base-loss", "Base model: training loss", "loss", "base", "loss"),
@@ -241,7 +241,7 @@ def training_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, F
     yield from _terms_chart(trainings)  # taller than the others, which stand in rows
 
 
-def _terms_chart(trainings: Sequence[Training]) -> Iterator[tuple[str, str, Figure]]:
+def _terms_chart(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, str, Figure]]:
     """The terms of stage 1's last loss, each on a scale of its own: they differ by magnitudes.
 
     Runs of earlier versions did not keep them.
@@ -254,7 +254,7 @@ def _terms_chart(trainings: Sequence[Training]) -> Iterator[tuple[str, str, Figu
         yield "stage1-terms", "Stage 1: parts of the loss at its last steps", line_charts(found)
 
 
-def structure_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, Figure]]:
+def structure_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, str, Figure]]:
     """(Name, title, figure) of what structure.json tells over rounds."""
     wanted = (
         ("level", "Mean λ̂", "λ̂"),
@@ -277,7 +277,7 @@ def structure_charts(trainings: Sequence[Training]) -> Iterator[tuple[str, str, 
         yield "overlap", title, line_chart(overlap, "%")
 
 
-def _series(trainings: Sequence[Training], entries: Any, key: str) -> Series:
+def _series(trainings: Sequence[TrainingLog], entries: Any, key: str) -> Series:
     found: Series = {}
     for training in trainings:
         points = [

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from fedp2eft.federation.server.faults import MEANING
 from fedp2eft.report import charts
 from fedp2eft.report.facts import costs, facts, fault_counts, left_out
-from fedp2eft.report.source import Report, Training
+from fedp2eft.report.source import Report, TrainingLog
 from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.report.svg import inline
 from fedp2eft.results.figures import MARKS, STYLE, look_of, shade
@@ -41,7 +41,7 @@ class Panel:
 
 
 @dataclass
-class Scores:
+class ScoreSection:
     """All that is about one base and pool."""
 
     base: str
@@ -116,7 +116,7 @@ def _methods(report: Report) -> list[dict[str, Any]]:
     return made
 
 
-def _scores(report: Report) -> Iterator[Scores]:
+def _scores(report: Report) -> Iterator[ScoreSection]:
     c = report.comparison
     for base in c.bases:
         for pool in c.pools:
@@ -125,7 +125,7 @@ def _scores(report: Report) -> Iterator[Scores]:
                 continue
             figure = charts.accuracy_panel(report, base, pool)
             title = f"{pool} clients" + (f", base {base}" if len(c.bases) > 1 else "")
-            made = Scores(
+            made = ScoreSection(
                 base, pool, long_table(c, base, pool), language_table(c, base, pool),
                 _panel(figure, title),
             )  # fmt: skip
@@ -149,7 +149,7 @@ def _panels(made: Iterator[tuple[str, str, Figure]]) -> list[Panel]:
     return [_panel(figure, title) for _, title, figure in made]
 
 
-def _asked(report: Report) -> Iterator[Training]:
+def _asked(report: Report) -> Iterator[TrainingLog]:
     return (training for training in report.trainings if training.lambdas)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedp2eft.errors import UserError
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.methods import METHODS
-from fedp2eft.results.cells import Facts, is_client, read_cells, traffic
+from fedp2eft.results.cells import CellRecord, is_client, read_cells, traffic
 from fedp2eft.results.summary import Comparison, summarize
 from fedp2eft.settings.experiment import CompareSettings, Settings
 from fedp2eft.settings.reading import settings_of_folder
@@ -26,7 +26,7 @@ PLANNED = {"base": "base.rounds", "psg": "federation.rounds"}
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingLog:
     """The rounds of one run folder.
 
     Args:
@@ -63,8 +63,8 @@ class Report:
     single: bool
     settings: Settings
     comparison: Comparison
-    cells: list[Facts]
-    trainings: list[Training]
+    cells: list[CellRecord]
+    trainings: list[TrainingLog]
     generations: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     faults: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -110,9 +110,9 @@ def _is_comparison(folder: Path) -> bool:
     return any((folder / part).is_dir() for part in parts) or any(folder.glob("cells/*/s*/*/"))
 
 
-def _cells_of_run(folder: Path, settings: Settings, notes: list[str]) -> Iterator[Facts]:
+def _cells_of_run(folder: Path, settings: Settings, notes: list[str]) -> Iterator[CellRecord]:
     """A run's cells, one file per client, as those of a comparison."""
-    groups: dict[tuple[str, int, str], list[Facts]] = defaultdict(list)
+    groups: dict[tuple[str, int, str], list[CellRecord]] = defaultdict(list)
     for path in sorted(folder.glob("cells/*/*.json")):
         method, _, rank = path.parent.name.rpartition("-r")
         cell = read_json(path)
@@ -144,7 +144,7 @@ def _cells_of_run(folder: Path, settings: Settings, notes: list[str]) -> Iterato
         }
 
 
-def _cells_of_comparison(folder: Path, notes: list[str]) -> list[Facts]:
+def _cells_of_comparison(folder: Path, notes: list[str]) -> list[CellRecord]:
     cells = read_cells(folder)
     files = sum(1 for _ in folder.glob("cells/**/*.json"))
     if files > len(cells):
@@ -152,7 +152,7 @@ def _cells_of_comparison(folder: Path, notes: list[str]) -> list[Facts]:
     return cells
 
 
-def _trainings(folder: Path, notes: list[str], ask: bool) -> list[Training]:
+def _trainings(folder: Path, notes: list[str], ask: bool) -> list[TrainingLog]:
     found = [
         _training(path.parent, path.parent.name, notes, ask)
         for part in ("bases", "runs")
@@ -161,11 +161,11 @@ def _trainings(folder: Path, notes: list[str], ask: bool) -> list[Training]:
     known = {training.name for training in found if training.structure}
     for path in sorted(folder.glob("structure/*.json")):  # as published, without the run folders
         if path.stem not in known:
-            found.append(Training(path.stem, {}, _structure(path), None))
+            found.append(TrainingLog(path.stem, {}, _structure(path), None))
     return found
 
 
-def _training(run: Path, name: str, notes: list[str], ask: bool) -> Training:
+def _training(run: Path, name: str, notes: list[str], ask: bool) -> TrainingLog:
     rounds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     seconds = {
         (line.get("phase"), line.get("round")): line.get("seconds")
@@ -187,7 +187,7 @@ def _training(run: Path, name: str, notes: list[str], ask: bool) -> Training:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         _log.debug("λ of %s", run, exc_info=True)
         notes.append(f"{where}: its PSG could not be asked for λ again ({reason}).")
-    return Training(name, dict(rounds), _structure(run / "structure.json"), lambdas)
+    return TrainingLog(name, dict(rounds), _structure(run / "structure.json"), lambdas)
 
 
 def _structure(path: Path) -> list[dict[str, Any]]:

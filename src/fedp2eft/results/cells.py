@@ -10,7 +10,7 @@ from typing import Any
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.results.metrics import metric_of
 
-Facts = Mapping[str, Any]
+CellRecord = Mapping[str, Any]
 """The content of a cell's file, or of one client in it."""
 
 _CELL = {
@@ -38,7 +38,7 @@ _CLIENT = {
 _log = logging.getLogger(__name__)
 
 
-def read_cells(folder: Path) -> list[Facts]:
+def read_cells(folder: Path) -> list[CellRecord]:
     """All cells of a comparison folder; a file that is none is named in a warning and left out."""
     cells = []
     for path in sorted((folder / "cells").glob("**/*.json")):
@@ -50,17 +50,17 @@ def read_cells(folder: Path) -> list[Facts]:
     return cells
 
 
-def scored(facts: Facts) -> Sequence[Facts]:
+def scored(facts: CellRecord) -> Sequence[CellRecord]:
     """The clients that have test rows; the others have no score."""
     return [client for client in facts["clients"] if client[metric_of(client).unit]]
 
 
-def values(facts: Facts | None) -> dict[str, float]:
+def values(facts: CellRecord | None) -> dict[str, float]:
     """The metric by client; empty where there is no cell."""
     return {c["client"]: metric_of(c).value([c]) for c in scored(facts)} if facts else {}
 
 
-def name_of(facts: Facts) -> str:
+def name_of(facts: CellRecord) -> str:
     """The name that `fedp2eft.results.plan.Cell` gives to a cell of this content."""
     return "{base}/s{seed}/{pool}/{method}-r{rank}".format(**facts)
 

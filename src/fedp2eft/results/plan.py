@@ -25,7 +25,7 @@ from fedp2eft.settings.sections import with_sections
 
 
 @dataclass(frozen=True, order=True)
-class Training:
+class SharedTraining:
     """One training that several cells share.
 
     Args:
@@ -60,7 +60,7 @@ class Cell:
         rank: The budget; 0 for a method without one.
     """
 
-    training: Training
+    training: SharedTraining
     pool: str
     method: str
     rank: int
@@ -87,12 +87,12 @@ def plan(settings: Settings) -> list[Cell]:
         UserError: An unknown method or base.
     """
     evaluation = settings.evaluation
-    trainings: dict[Training, list[str]] = {}
+    trainings: dict[SharedTraining, list[str]] = {}
     for base in settings.compare.bases or [settings.base.kind]:
         for seed in settings.compare.seeds:
             for name in evaluation.methods:
                 variant = variant_name(method_named(name).variant)
-                trainings.setdefault(Training(base, seed, variant), []).append(name)
+                trainings.setdefault(SharedTraining(base, seed, variant), []).append(name)
     return [
         Cell(training, pool, method, rank)
         for training, methods in trainings.items()
@@ -111,7 +111,9 @@ def variant_name(variant: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def settings_of(settings: Settings, training: Training, *, base_only: bool = False) -> Settings:
+def settings_of(
+    settings: Settings, training: SharedTraining, *, base_only: bool = False
+) -> Settings:
     """The experiment of one training: its base, its seeds, its variant and the methods it serves.
 
     Args:

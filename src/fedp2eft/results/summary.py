@@ -10,7 +10,7 @@ from statistics import fmean
 import numpy as np
 
 from fedp2eft.methods import METHODS
-from fedp2eft.results.cells import Facts, name_of, scored, values
+from fedp2eft.results.cells import CellRecord, name_of, scored, values
 from fedp2eft.results.metrics import ACCURACY, METRICS, Metric, metric_of
 from fedp2eft.results.plan import Cell, plan
 from fedp2eft.results.rows import Row, row_of
@@ -151,7 +151,7 @@ class Comparison:
         return sorted({language for line in lines for language in line.languages})
 
 
-def summarize(settings: Settings, cells: Iterable[Facts]) -> Comparison:
+def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
     """The lines of a comparison.
 
     Args:
@@ -175,7 +175,7 @@ def summarize(settings: Settings, cells: Iterable[Facts]) -> Comparison:
                 cell = Cell(training, facts["pool"], facts["method"], facts["rank"])
                 planned[cell.name] = cell
     found = {name_of(facts): facts for facts in cells if name_of(facts) in planned}
-    groups: dict[Key, dict[int, Facts]] = defaultdict(dict)
+    groups: dict[Key, dict[int, CellRecord]] = defaultdict(dict)
     for name, cell in planned.items():  # the order of the settings
         if name in found and scored(found[name]):
             key = (cell.training.base, cell.pool, cell.method, cell.rank)
@@ -203,7 +203,7 @@ def summarize(settings: Settings, cells: Iterable[Facts]) -> Comparison:
     )
 
 
-def _line(key: Key, groups: Mapping[Key, Mapping[int, Facts]]) -> Line:
+def _line(key: Key, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Line:
     base, pool, method, rank = key
     mine = groups[key]
     own = groups.get((base, pool, "base", 0), {})
@@ -265,7 +265,7 @@ def _by_name(values: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
 
 
 def _difference(
-    key: Key, mine: Mapping[int, Facts], other: Key, theirs: Mapping[int, Facts]
+    key: Key, mine: Mapping[int, CellRecord], other: Key, theirs: Mapping[int, CellRecord]
 ) -> Difference | None:
     """On the seeds that both have, and the clients that both scored on as many rows in all."""
     seeds = sorted(mine.keys() & theirs.keys())

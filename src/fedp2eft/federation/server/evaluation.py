@@ -41,7 +41,7 @@ Shared = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Told:
+class Instruction:
     """What a client is told before it personalizes with one method and budget.
 
     Args:
@@ -80,7 +80,7 @@ def prepare(
     members: list[Member],
     timeout: float,
     failures: Failures | None = None,
-) -> Told:
+) -> Instruction:
     """Gather what the clients must be told; asks the seen clients where the method has surveys.
 
     Args:
@@ -99,7 +99,7 @@ def prepare(
         raise UserError(f"Method {method} needs seen clients, and there are none: leave it out.")
     prepared: dict[str, Tensor] = {}
     for number, survey in enumerate(kind.surveys):
-        told = Told(method, rank, parameters, to_arrays(prepared), number)
+        told = Instruction(method, rank, parameters, to_arrays(prepared), number)
         messages = [told.message(node, SURVEY) for node in seen]
         what = f"survey of {method}"
         replies = {
@@ -112,7 +112,7 @@ def prepare(
         if failures:
             failures.check(len(answers), len(messages), what)
         prepared |= survey.combine(answers)
-    return Told(method, rank, parameters, to_arrays(prepared))
+    return Instruction(method, rank, parameters, to_arrays(prepared))
 
 
 def alike_answers(
@@ -147,7 +147,7 @@ def _kind(record: ArrayRecord) -> tuple[object, ...]:
 
 def personalize(
     grid: Grid,
-    told: Told,
+    told: Instruction,
     members: list[Member],
     timeout: float,
     failures: Failures | None = None,

@@ -31,7 +31,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def facts(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """`versions` by package, `machine`, and `peak_memory` in bytes."""
     return {
         "peak_memory": peak_memory(),
