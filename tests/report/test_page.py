@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from pages import Seen, add_line, copied, write_comparison, write_texts
@@ -16,6 +17,7 @@ from fedp2eft.files import read_json, read_lines, write_json
 from fedp2eft.report import page as page_module
 from fedp2eft.report.charts import training_charts
 from fedp2eft.report.page import page
+from fedp2eft.report.small import Chart
 from fedp2eft.report.source import read_report
 from fedp2eft.report.write import write_report
 from fedp2eft.results.tables import write_tables
@@ -291,3 +293,20 @@ def test_show_prints_the_essentials(finished, capsys):
     line = next(line for line in told.splitlines() if "│ lora" in line)
     assert f"{100 * row['mean']:.1f}" in line
     assert "Cost of training" in told
+
+
+def test_the_small_charts_show_the_numbers(tmp_path: Path) -> None:
+    """Bars and dots lie where their numbers are; names are text, whatever signs they have."""
+    chart = Chart("<a>", (142.0, 100.0), (0.0, 10.0), (0.0, 50.0), ["<b>"], ("x", "y"))
+    assert (chart.across(0), chart.across(10)) == (42.0, 138.0)
+    assert chart.up(50) == 6.0
+    chart.bar(0, 5, 25, "#123456")
+    chart.bar(5, 5, float("nan"), "#123456")
+    chart.dots([(10, 50)], "#654321")
+    svg = ElementTree.fromstring(chart.svg())
+    [bar] = svg.iter("rect")
+    middle = (6.0 + chart.up(0)) / 2
+    assert (float(bar.get("x")), float(bar.get("width"))) == (42.0, 48.0)
+    assert float(bar.get("y")) == pytest.approx(middle, abs=0.06)
+    assert "M138.0 6.0h0" in str(chart.svg())
+    assert {"<b>", "x", "y", "0", "50"} <= {text.text for text in svg.iter("text")}

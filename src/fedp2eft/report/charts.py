@@ -14,14 +14,12 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from fedp2eft.methods import phases
+from fedp2eft.report.small import Points
 from fedp2eft.report.source import Report, TrainingLog
 from fedp2eft.report.structure import Grid, Matrix
 from fedp2eft.results.cells import scored, values
-from fedp2eft.results.figures import COLOURS, LINES, draw_accuracy, draw_languages, shade
+from fedp2eft.results.figures import COLOURS, LINES, draw_accuracy, panels, shade
 from fedp2eft.results.layout import unit
-
-Points = dict[int, list[tuple[float, float]]]
-"""(Base's metric, method's metric) of clients, by rank."""
 
 
 def panel(width: float = 3.4, height: float = 2.5) -> tuple[Figure, Axes]:
@@ -35,15 +33,6 @@ def accuracy_panel(report: Report, base: str, pool: str) -> Figure:
     figure, ax = panel(3.8, 3.2)
     draw_accuracy(ax, report.comparison, base, pool)
     ax.set_ylabel(f"mean of languages ({unit(report.comparison.metric)})")
-    return figure
-
-
-def language_panel(report: Report, base: str, pool: str, method: str) -> Figure:
-    """The metric by language, the base model as a line."""
-    count = len(report.comparison.languages(base, pool))
-    figure, ax = panel(max(2.6, 1.2 + 0.26 * count), 1.9)
-    draw_languages(ax, report.comparison, base, pool, method)
-    ax.set_ylabel(unit(report.comparison.metric))
     return figure
 
 
@@ -67,29 +56,6 @@ def client_points(report: Report, base: str, pool: str) -> dict[str, Points]:
     }
 
 
-def client_panel(report: Report, points: Points) -> Figure:
-    """A dot per client: across, the base model's score; up, the personalized one's."""
-    figure, ax = panel(2.6, 2.4)
-    draw_clients(ax, report, points)
-    return figure
-
-
-def draw_clients(ax: Axes, report: Report, points: Points) -> None:
-    """`client_panel` in axes of another figure."""
-    ranks, metric = report.comparison.ranks, unit(report.comparison.metric)
-    for rank, pairs in sorted(points.items(), reverse=True):
-        if rank in ranks or rank == 0:
-            ax.add_patch(_dots(pairs, shade(ranks, rank)))
-    every = [value for pairs in points.values() for pair in pairs for value in pair]
-    low, high = (min(every), max(every)) if every else (0.0, 1.0)
-    edge = 0.05 * (high - low) or 1.0
-    ax.set_xlim(low - edge, high + edge)
-    ax.set_ylim(low - edge, high + edge)
-    ax.axline((low, low), slope=1, color="black", lw=0.8, ls="--")
-    ax.set_xlabel(f"base model ({metric})")
-    ax.set_ylabel(f"personalized ({metric})")
-
-
 def _dots(points: Sequence[tuple[float, float]], colour: Any) -> PathPatch:
     """Dots as one path, a tenth of the size that as many marks take in an SVG."""
     vertices = [place for x, y in points for place in ((x, y), (x + 1e-3, y))]
@@ -101,17 +67,22 @@ def _dots(points: Sequence[tuple[float, float]], colour: Any) -> PathPatch:
 
 
 def clients_figure(report: Report, base: str, pool: str) -> Figure:
-    """`client_panel` of every method."""
-    points = client_points(report, base, pool)
-    wide = min(4, len(points))
-    tall = -(-len(points) // wide)
-    figure = Figure(figsize=(2.5 * wide + 0.2, 2.4 * tall + 0.4), layout="constrained")
-    axes = list(figure.subplots(tall, wide, squeeze=False).ravel())
-    for ax, (method, found) in zip(axes, points.items(), strict=False):
-        draw_clients(ax, report, found)
+    """A dot per client, before and after personalization; a panel per method, all of one scale."""
+    points, ranks = client_points(report, base, pool), report.comparison.ranks
+    every = [v for found in points.values() for pairs in found.values() for p in pairs for v in p]
+    low, high = min(every), max(every)
+    edge = 0.05 * (high - low) or 1.0
+    figure, axes = panels(len(points), 2.5, 2.4, wide=min(4, len(points)), share_x=True)
+    axes[0].set(xlim=(low - edge, high + edge), ylim=(low - edge, high + edge))
+    for ax, (method, found) in zip(axes, points.items(), strict=True):
+        for rank, pairs in sorted(found.items(), reverse=True):
+            if rank in ranks or rank == 0:
+                ax.add_patch(_dots(pairs, shade(ranks, rank)))
+        ax.axline((low, low), slope=1, color="black", lw=0.8, ls="--")
         ax.set_title(method, fontsize=9)
-    for ax in axes[len(points) :]:
-        ax.set_visible(False)
+    metric = unit(report.comparison.metric)
+    figure.supxlabel(f"base model ({metric})", fontsize=9)
+    figure.supylabel(f"personalized ({metric})", fontsize=9)
     figure.suptitle(
         f"Base {base}, pool {pool}: a dot per client, before and after; dark: high rank"
     )

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from fedp2eft.federation.server.faults import MEANING
 from fedp2eft.report import charts
 from fedp2eft.report.facts import costs, facts, fault_counts, left_out
+from fedp2eft.report.small import client_chart, language_chart
 from fedp2eft.report.source import Report, TrainingLog
 from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.report.svg import inline
@@ -133,16 +134,15 @@ def _scores(report: Report) -> Iterator[ScoreSection]:
             for number, method in enumerate(c.methods):
                 if method == "base" or method not in here:
                     continue
-                figure = charts.language_panel(report, base, pool, method)
-                made.bars.append(_panel(figure, method, number))
+                made.bars.append(Panel(language_chart(report, base, pool, method), method, number))
                 if method in points:
-                    figure = charts.client_panel(report, points[method])
-                    made.dots.append(_panel(figure, method, number))
+                    dots = client_chart(report, method, points[method])
+                    made.dots.append(Panel(dots, method, number))
             yield made
 
 
-def _panel(figure: Figure, title: str, method: int | None = None) -> Panel:
-    return Panel(inline(figure, title), title, method)
+def _panel(figure: Figure, title: str) -> Panel:
+    return Panel(inline(figure, title), title)
 
 
 def _panels(made: Iterator[tuple[str, str, Figure]]) -> list[Panel]:

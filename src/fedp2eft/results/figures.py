@@ -64,7 +64,7 @@ def accuracy_figure(comparison: Comparison, base: str) -> Figure:
     The methods stand side by side within the band of their rank. A method without a budget is a
     dashed line. The axis shows the means; an interval may go beyond it.
     """
-    figure, axes = _panels(
+    figure, axes = panels(
         len(comparison.pools), 1.2 + 1.1 * len(comparison.ranks), 3.6, share_y=False, beside=2.2
     )
     for ax, pool in zip(axes, comparison.pools, strict=True):
@@ -123,7 +123,7 @@ def difference_figure(comparison: Comparison, base: str) -> Figure:
     """Difference to LoRA of every method and rank, a panel per pool; bars: bootstrap intervals."""
     methods = [method for method in comparison.methods if method != "lora"]
     height = 1.2 + 0.16 * len(methods) * (len(comparison.ranks) + 1)
-    figure, axes = _panels(len(comparison.pools), 2.6, height, beside=1.6)
+    figure, axes = panels(len(comparison.pools), 2.6, height, beside=1.6)
     middle = (len(comparison.ranks) - 1) / 2
     step, scale = 0.7 / max(1, len(comparison.ranks)), _scale(comparison)
     points = "points" if comparison.metric.higher else unit(comparison.metric)
@@ -168,12 +168,10 @@ def language_figure(comparison: Comparison, base: str, pool: str) -> Figure:
     languages = comparison.languages(base, pool)
     methods = [method for method in comparison.methods if method != "base"]
     width, wide = 1.5 + 0.3 * len(languages), 2 if len(methods) > 1 else 1
-    figure, axes = _panels(len(methods), width, 1.6, wide=wide)
-    for ax, method in zip(axes, methods, strict=False):
+    figure, axes = panels(len(methods), width, 1.6, wide=wide, share_x=True)
+    for ax, method in zip(axes, methods, strict=True):
         draw_languages(ax, comparison, base, pool, method)
         ax.set_title(method, fontsize=9)
-    for ax in axes[len(methods) :]:
-        ax.set_visible(False)
     for rank in comparison.ranks:
         axes[0].bar([0], [0], color=shade(comparison.ranks, rank), label=f"r = {rank}")
     axes[0].plot([], [], color="black", lw=1.4, label="base model")
@@ -187,32 +185,44 @@ def language_figure(comparison: Comparison, base: str, pool: str) -> Figure:
 def draw_languages(ax: Axes, comparison: Comparison, base: str, pool: str, method: str) -> None:
     """One method's panel of `language_figure`."""
     languages = comparison.languages(base, pool)
-    places, scale = np.arange(len(languages)), _scale(comparison)
-    found = {rank: comparison.line(base, pool, method, rank) for rank in comparison.ranks}
-    lines = {rank: line for rank, line in found.items() if line}
-    if any(line.rank == 0 for line in lines.values()):
-        lines = {0: next(iter(lines.values()))}
-    width = 0.8 / max(1, len(lines))
-    for number, (rank, line) in enumerate(lines.items()):
-        ax.bar(
-            places - 0.4 + (number + 0.5) * width,
-            [scale * _value(line, name) for name in languages],
-            width,
-            color=shade(comparison.ranks, rank),
-        )
-    if known := comparison.line(base, pool, "base", comparison.ranks[0]):
-        level = [scale * _value(known, name) for name in languages]
+    places = np.arange(len(languages))
+    drawn, level = language_bars(comparison, base, pool, method)
+    width = 0.8 / max(1, len(drawn))
+    for number, (rank, values) in enumerate(drawn.items()):
+        left = places - 0.4 + (number + 0.5) * width
+        ax.bar(left, values, width, color=shade(comparison.ranks, rank))
+    if level:
         ax.hlines(level, places - 0.45, places + 0.45, color="black", lw=1.4)
     ax.set_xticks(places, languages, rotation=90 if len(languages) > 8 else 0)
     ax.grid(False, axis="x")
 
 
-def _panels(
+def language_bars(
+    comparison: Comparison, base: str, pool: str, method: str
+) -> tuple[dict[int, list[float]], list[float]]:
+    """Return a method's metric by rank and language, and the base model's by language.
+
+    A method without a budget has one row, of rank 0; NaN is where a language has no number.
+    """
+    languages, scale = comparison.languages(base, pool), _scale(comparison)
+    found = {rank: comparison.line(base, pool, method, rank) for rank in comparison.ranks}
+    lines = {rank: line for rank, line in found.items() if line}
+    if any(line.rank == 0 for line in lines.values()):
+        lines = {0: next(iter(lines.values()))}
+    rows = {
+        rank: [scale * _value(line, name) for name in languages] for rank, line in lines.items()
+    }
+    known = comparison.line(base, pool, "base", comparison.ranks[0])
+    return rows, [scale * _value(known, name) for name in languages] if known else []
+
+
+def panels(
     count: int,
     width: float,
     height: float,
     *,
     wide: int | None = None,
+    share_x: bool = False,
     share_y: bool = True,
     beside: float = 0.4,
 ) -> tuple[Figure, list[Axes]]:
@@ -221,8 +231,12 @@ def _panels(
     tall = -(-count // wide)
     size = (wide * width + beside, tall * height + 0.8)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(tall, wide, squeeze=False, sharey=share_y)
-    return figure, list(grid.ravel())
+    grid = figure.subplots(tall, wide, squeeze=False, sharex=share_x, sharey=share_y).ravel()
+    for ax in grid[count:]:
+        ax.set_visible(False)
+    for ax in grid[max(0, count - wide) : count]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
+    return figure, list(grid[:count])
 
 
 def look_of(number: int, method: str) -> dict[str, Any]:
