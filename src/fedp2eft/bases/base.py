@@ -72,7 +72,7 @@ class LocalWork:
             seed=self.seed, on_step=self.on_step, parts_of=parts_of,
         )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
-        return sum(losses) / max(1, len(losses))
+        return float(sum(losses) / max(1, len(losses)))
 
 
 class Base:

@@ -352,8 +352,9 @@ def stage1(
         bt, bt.model, task_loss, order, len(data), {steps_of(order, settings)}, settings, profile,
         seed=seed, on_step=on_step, parts_of=parts_of,
     )  # fmt: skip
-    for _lam, *terms in remembered.values() if on_terms else ():
-        on_terms(LossTerms(*(term.item() for term in terms)))
+    if on_terms:
+        for _lam, *terms in remembered.values():
+            on_terms(LossTerms(*(term.item() for term in terms)))
     return losses
 
 
