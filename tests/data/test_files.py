@@ -258,7 +258,9 @@ def test_unique_draws_by_text(file):
     path = file("a.jsonl", rows)
     federation = client_from_file(path)
     said = repeats(federation)
-    assert said[0].startswith("Repeated texts: of 8 test rows 8 (100%) have a copy among the train")
+    assert said[0].startswith(
+        "Repeated texts: of 8 test rows 8 (100.0%) have a copy among the train"
+    )
     assert said[1] == "5 texts have more than one label."
     federation = client_from_file(path, unique=True)
     (client,) = federation.clients

@@ -58,8 +58,8 @@ def repeats(data: ClientData) -> list[str]:
     lines = []
     if own or others:
         lines.append(
-            f"Repeated texts: of {len(tests)} test rows {own} ({own / len(tests):.0%}) have a copy "
-            f"among the train rows of their client, {others} ({others / len(tests):.0%}) among "
+            f"Repeated texts: of {len(tests)} test rows {own} ({own / len(tests):.1%}) have a copy "
+            f"among the train rows of their client, {others} ({others / len(tests):.1%}) among "
             "those of other clients. data.unique: true keeps the first row of each text."
         )
     if data.label_column:
