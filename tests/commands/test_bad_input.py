@@ -275,14 +275,16 @@ def test_a_psg_of_another_model(personalize, world: World, tmp_path: Path):
         ({"profile": "papper"}, "profile is 'papper'"),
         ({"feature_kind": "colour"}, "another feature kind"),
         ({"labels": ["animal", "plant"]}, "stone"),
-        ({"max_length": 4000}, "reads at most"),
+        ({"local": {"max_length": 4000}}, "reads at most"),
     ],
 )
 def test_a_psg_with_another_config(personalize, finished, tmp_path, changes, says):
     psg = tmp_path / "psg"
     shutil.copytree(finished.folder / "psg", psg)
     config = json.loads((psg / "config.json").read_text())
-    (psg / "config.json").write_text(json.dumps(config | changes))
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (psg / "config.json").write_text(json.dumps(config))
     rows = [*ROWS, {"text": "fels", "label": "stone"}]
     data = write_jsonl(tmp_path / "all.jsonl", rows)
     assert says in personalize(psg=psg, data=data)
