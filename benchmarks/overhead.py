@@ -4,7 +4,7 @@
 
 One round of the base, so many of the PSG, and every client's personalization, by the real `train`.
 Counts the time inside the training loop, ξ, stage 2 and scoring (model), inside loading, saving,
-hashing and tokenising (start-up and files), and what is left: messages, aggregation, the run folder
+hashing and tokenizing (start-up and files), and what is left: messages, aggregation, the run folder
 and the wrapping of adapters. With one thread seconds are those of the processor.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/personalize.py [--rows 64] [--rank 8] [--runs 5]
 
-The model is loaded already. Everything else counts: reading and tokenising the file, ξ, λ, choosing
+The model is loaded already. Everything else counts: reading and tokenizing the file, ξ, λ, choosing
 ranks, building the trimmed adapter, and writing the folder.
 """
 

@@ -252,7 +252,7 @@ def in_process(*arguments: object, **extra: str) -> subprocess.CompletedProcess[
 
 def plain_python(code: str, *arguments: object) -> str:
     """What a Python process that never imports fedp2eft prints."""
-    # bitsandbytes is a quarter of a start, and nothing is quantised
+    # bitsandbytes is a quarter of a start, and nothing is quantized
     guard = "import sys\nsys.modules['fedp2eft'] = sys.modules['bitsandbytes'] = None\n"
     done = subprocess.run(
         [sys.executable, "-c", guard + code, *[str(a) for a in arguments]],

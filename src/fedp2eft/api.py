@@ -133,6 +133,7 @@ def personalize(
     Raises:
         UserError: Bad rows, a budget outside 1..r_max, or a model that the PSG was not made for.
     """
+    # Only methods that one client can run alone.
     c, made = psg.config, method_named(method)
     check_rank(rank, c.adapter.r_max)
     if made.shared not in (None, "psg") or made.surveys:
@@ -170,6 +171,7 @@ def personalize(
         raise UserError(
             f"Method {method} makes no adapter: score the model with fedp2eft evaluate."
         )
+    # The adapter, with what its card and config tell.
     scores = outcome.scores if len(workspace.encoded(client, "test")) else None
     source = workspace.source
     return Adapter(

@@ -4,7 +4,7 @@ from unicodedata import category
 
 
 class UserError(Exception):
-    """Something that the user can mend: a file, a setting, a peer's reply.
+    """Something that the user can fix: a file, a setting, a peer's reply.
 
     The message is a single line that says what is wrong and what to do. The command line prints it
     without a traceback and exits with status 2; a library user catches it like any exception. It
@@ -20,7 +20,7 @@ class TellableError(UserError):
 
 
 class DivergedError(UserError):
-    """Training left the finite numbers; a smaller learning rate may keep it there."""
+    """Training diverged to NaN or infinity; a smaller learning rate may help."""
 
 
 class InterruptedRunError(UserError):

@@ -206,7 +206,7 @@ def test_a_checkpoint_keeps_the_anchor(tmp_path: Path) -> None:
 
 
 def test_rounded_parameters_are_put_back(tmp_path: Path) -> None:
-    """TRL rounds what it trains of a quantised model to bf16."""
+    """TRL rounds what it trains of a quantized model to bf16."""
 
     class Rounding(Trainer):
         def __init__(self, model, *args, **kwargs) -> None:

@@ -169,7 +169,7 @@ def commands() -> dict[str, EntryPoint]:
 
 
 def main() -> None:
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # nothing is quantised
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # nothing is quantized
     for command in commands().values():
         command.load()
     for name in IMPORTED:

@@ -197,7 +197,7 @@ def test_the_mean_remembers_nothing_and_checkpoints_hold_numbers_only(tmp_path: 
 
 def test_server_optimisers_leave_the_base_alone() -> None:
     for kind, name in (("fedadam", "SeededFedAvg"), ("fedmedian", "SeededFedMedian")):
-        made = strategy(AggregationSettings(kind), members(), 3, 0, TRAIN_PSG, optimise=False)  # type: ignore[arg-type]
+        made = strategy(AggregationSettings(kind), members(), 3, 0, TRAIN_PSG, optimize=False)  # type: ignore[arg-type]
         assert type(made).__name__ == name
 
 

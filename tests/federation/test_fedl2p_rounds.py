@@ -1,4 +1,4 @@
-"""FedL2P's federation: what travels, what is kept, early stopping, stopped and gone on with."""
+"""FedL2P's federation: what travels, what is kept, early stopping, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_meta_net_that_does_not_fit_is_refused(
             client_side(workspace, message, "de-seen-00")
 
 
-# ── stopped and gone on with ────────────────────────────────────────────────────────────────────
+# ── stopped and resumed ────────────────────────────────────────────────────────────────────
 
 
 def run_in_pieces(chosen: Settings, folder: Path) -> int:

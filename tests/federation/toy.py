@@ -112,7 +112,7 @@ def train(
     reporter: Notes | None = None,
     **changes: Any,
 ) -> dict[str, torch.Tensor]:
-    """φ after the rounds; a folder that is there is gone on with."""
+    """φ after the rounds; a folder that is there is resumed."""
     s = settings(
         federation__rounds=rounds, federation__clients_per_round=clients_per_round, **changes
     )

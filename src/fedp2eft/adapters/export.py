@@ -74,6 +74,7 @@ def save_adapter(
     """
     if not weights.is_finite():
         raise UserError(f"Adapter for {folder} holds NaN or infinity: not saved.")
+    # Fold λ and the scale into B, so that the folder needs a scale of 1 and no λ.
     folded = weights.folded()
     kept = [layer for layer in folded.layers if layer.rank or layout == "portable"]
     R = folded.max_rank
@@ -88,6 +89,7 @@ def save_adapter(
     # PEFT takes the first pattern that ends a name; "^" tells `dense` from `output.dense`.
     ranks = {"^" + re.escape(layer.name): layer.rank for layer in kept if layer.rank != R}
     compact = layout == "compact"
+    # alpha = r makes PEFT's own scale 1.
     config = LoraConfig(
         r=R,
         lora_alpha=R,
@@ -104,6 +106,7 @@ def save_adapter(
     config.base_model_name_or_path = base
     config.revision = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
     told = {"layout": layout, "base_revision": revision, "ranks": weights.ranks, **(facts or {})}
+    # Write atomically, and only what reads back as the adapter that was trained.
     target = Path(folder).expanduser()
     check_replaceable(target)
 

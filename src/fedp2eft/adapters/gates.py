@@ -3,7 +3,7 @@
     W' = W + s · B · diag(λ) · A          A: r × d_in,  B: d_out × r,  λ ∈ R^r
 
 B·diag(λ)·A is B·A with row i of A scaled by λ_i. A parametrization of PEFT's own A is therefore all
-it takes: nn.Linear, Conv1D, Embedding and quantised layers read their A through it in PEFT's own
+it takes: nn.Linear, Conv1D, Embedding and quantized layers read their A through it in PEFT's own
 forward pass (paper section 3). `fedp2eft.adapters.low_rank` computes that of an nn.Linear faster.
 """
 

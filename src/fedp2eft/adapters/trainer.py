@@ -104,7 +104,7 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
             # Heads that take **kwargs and ignore `num_items_in_batch` have their losses added up,
             # not averaged, over accumulated mini-batches (transformers' issue 47688).
             self.model_accepts_loss_kwargs = False
-        # TRL rounds the adapter of a quantised base to bf16, where a step of λ would be lost.
+        # TRL rounds the adapter of a quantized base to bf16, where a step of λ would be lost.
         for parameter, value in zip(self._trained(), before, strict=True):
             parameter.data = value.to(parameter.device)
 

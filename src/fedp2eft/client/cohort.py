@@ -1,7 +1,7 @@
 """`train_round` of `fedp2eft.client.training` for several clients in one batch, C at once.
 
 All clients share one frozen base, so their stage 1 can share its forward and backward passes. Each
-client keeps its own A, B, λ, optimiser state, clip, N and losses: numbers are those of one client
+client keeps its own A, B, λ, optimizer state, clip, N and losses: numbers are those of one client
 at a time up to rounding.
 """
 

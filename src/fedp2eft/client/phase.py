@@ -109,7 +109,7 @@ class Phase:
             gets the workspace, the folder, the parameters, and facts for a card.
         wire: Setting of what the parameters travel in; fp32 if absent.
         private: Whether the settings' privacy covers the phase; no run with privacy has another.
-        optimise: Whether the server optimisers of `aggregation` apply, or the mean instead.
+        optimize: Whether the server optimizers of `aggregation` apply, or the mean instead.
         patience: Setting of the number of rounds without a new lowest `VALIDATION_LOSS` after which
             the phase ends.
     """
@@ -126,7 +126,7 @@ class Phase:
     )
     wire: str | None = None
     private: bool = False
-    optimise: bool = False
+    optimize: bool = False
     patience: str | None = None
 
     @property

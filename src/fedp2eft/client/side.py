@@ -68,7 +68,7 @@ class ClientSide:
         return list(local_order(len(self.train), epochs, size, self.seed))
 
     def each_of(self, batches: int) -> OnStep:
-        """A callback that tells `progress` of each optimiser step over so many mini-batches."""
+        """A callback that tells `progress` of each optimizer step over so many mini-batches."""
         done, steps = 0, math.ceil(batches / self.settings.accumulate)
 
         def on_step(_loss: float) -> None:

@@ -42,7 +42,7 @@ MOST_TOKENS = 4096
 
 @dataclass(frozen=True)
 class LossTerms:
-    """L of one optimiser step as the sum of its terms, each with its weight.
+    """L of one optimizer step as the sum of its terms, each with its weight.
 
     Args:
         task: α_task · task loss.
@@ -63,7 +63,7 @@ class Round:
         phi: φ after stage 2.
         examples: N, training rows.
         psg_loss: Mean over the steps of stage 2 of Σ|λ̂ − λ^s|.
-        stage1_losses: L at every optimiser step of stage 1.
+        stage1_losses: L at every optimizer step of stage 1.
         lam: λ^s, L × r_max.
         stage1_terms: What the last of `stage1_losses` is the sum of; zeros where there is none.
     """
@@ -83,7 +83,7 @@ class Fitted:
     Args:
         weights: The kept ranks of A and B with their λ.
         lam: λ with zeros where a rank was dropped, L × r_max.
-        losses: Task loss at every optimiser step.
+        losses: Task loss at every optimizer step.
     """
 
     weights: AdapterWeights

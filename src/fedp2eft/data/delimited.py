@@ -69,6 +69,7 @@ def read_delimited(
         UserError: two columns of one name, a row of another length, a quote that is not closed.
     """
     csv.field_size_limit(2**31 - 1)  # the module's own limit is 131,072 characters a field
+    # Spreadsheets may put a line "sep=;" first; old Macs end lines with a carriage return.
     told = re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE)
     first = 1 + (told is not None)
     if told:
@@ -79,6 +80,7 @@ def read_delimited(
     at = next((number for number, line in enumerate(lines) if line.strip()), None)
     if at is None:
         raise UserError(f"{path} has no rows: add at least one.")
+    # Choose the delimiter by the header, and quoting by the rows.
     delimiter = told.group(1) if told else _delimiter(lines[at], needed, usual)
     loose = f"{delimiter} " in lines[at]
     if delimiter != "\t":
@@ -96,6 +98,7 @@ def read_delimited(
     for name in kept.values():
         if named.count(name) > 1:
             raise UserError(f"{path}: two columns have the same name: {name}.")
+    # Rows may be longer than the header by empty fields only.
     width = max((number for number, name in enumerate(header, 1) if name), default=0)
     what = DELIMITERS.get(delimiter, f"separated by {delimiter!r}")
     places = {name: header.index(own) for name, own in kept.items()}

@@ -162,6 +162,7 @@ def load_hub(
     import datasets
     import pyarrow as pa
 
+    # Which languages there are, on the hub or in the copy, and what each is for.
     partition = Partition(languages, new_languages, **split)
     copy = None if folder is None else LocalCopy(Path(folder).expanduser(), source.quoted)
     known = source.languages if copy is None else copy.languages()
@@ -174,6 +175,7 @@ def load_hub(
     classes = source.labels
     first: dict[str, tuple[str, _Split]] = {}
     notes: dict[str, list[str]] = {}
+    # Halve each split of a language; the same order for all keeps parallel sentences in one pool.
     for language in (*spoken, *new):
         halves, texts = [], set[str]()
         for part, limit in (("train", source.pool_train), ("test", source.pool_test)):
@@ -204,12 +206,14 @@ def load_hub(
                     for half in (order[:middle], order[middle:])
                 ]
             )
+        # No client trains in a new language, so its seen half stays unused.
         (seen, unseen), (seen_test, unseen_test) = halves
         if language in new:
             pools[language, NEW_LANGUAGE] = (unseen, unseen_test)
         else:
             pools[language, SEEN] = (seen, seen_test)
             pools[language, UNSEEN] = (unseen, unseen_test)
+    # One table for all; labels decide how a pool is split over its clients.
     table = datasets.Dataset(pa.table(data))
     if source.label_column is None:
         labels = np.zeros(len(table), dtype=np.int64)

@@ -80,5 +80,5 @@ def local_engine(
             context = Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), config)
             yield LocalEngine(grid, workspace, context)
         finally:
-            # A run that goes on after a stop must begin from the folder, not from this memory.
+            # A resumed run must start from the folder, not from this memory.
             release_state()

@@ -17,13 +17,13 @@ from fedp2eft.settings.experiment import Settings
 def train(settings: Settings, run: str | Path, reporter: Reporter | None = None) -> Results:
     """Train base and PSG, personalize and score every client, all in this process.
 
-    A run folder that was stopped at any moment is gone on with; the result is the same, bit for
+    An interrupted run folder is resumed; the result is the same, bit for
     bit, as that of an uninterrupted run on the same machine with the same number of threads.
 
     Args:
         settings: The experiment.
         run: The run folder.
-        reporter: Hears of progress; log lines where none is given.
+        reporter: Receives progress. Default: log lines.
 
     Returns:
         The tables, also in results.json of the run folder.

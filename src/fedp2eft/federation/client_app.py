@@ -191,16 +191,19 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     s = workspace.settings
     method, rank = what_is_asked(message, workspace)
     start = time.perf_counter()
+    # The method itself: fit and score, timed.
     client = client_side(workspace, message, name)
     client = replace(client, answer=answering(workspace, name, method, rank))
     outcome = METHODS[method].fit(client, rank)
     scores = outcome.scores.metrics()
+    # Scores and costs leave the client; text, λ and adapter do not.
     metrics: dict[str, MetricRecordValues] = {
         EXAMPLES: scores.pop("examples"),
         **scores,
         "parameters": outcome.weights.parameters() if outcome.weights else 0,
         "seconds": round(time.perf_counter() - start, 3),
     }
+    # The adapter stays on this machine.
     keep = s.evaluation
     if outcome.weights and method == "fedp2eft" and keep.save_adapters and workspace.run:
         save_adapter(

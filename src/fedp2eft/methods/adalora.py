@@ -3,7 +3,7 @@
     W' = W + s · P diag(E) Q        P: d_out × r0,  E ∈ R^r0,  Q: r0 × d_in
 
 Every layer starts with r0 = max(⌊1.5·r⌋, r + 1) ranks (2 at r = 1: PEFT cannot drop none). Of the T
-optimiser steps the first ⌊0.1·T⌋ drop nothing; then, at every step up to T − ⌊0.3·T⌋, ranks of the
+optimizer steps the first ⌊0.1·T⌋ drop nothing; then, at every step up to T − ⌊0.3·T⌋, ranks of the
 least importance (gradient × weight, smoothed) get E = 0, down to r·L over the whole model; the rest
 trains what is kept. PEFT ranks at one step what it measured before, so T must be 2 or more.
 
@@ -42,7 +42,7 @@ class Schedule:
     Args:
         init_r: Ranks of a layer at the start, r0.
         target_r: Mean ranks of a layer at the end, r.
-        steps: Optimiser steps, T.
+        steps: Optimizer steps, T.
         tinit: Steps before the first rank is dropped.
         tfinal: Steps after the last one is.
     """

@@ -1,4 +1,4 @@
-"""A page that is rewritten while a run goes on."""
+"""A report that is rewritten during a run."""
 
 from __future__ import annotations
 

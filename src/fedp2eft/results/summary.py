@@ -160,6 +160,7 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
             not installed (any more) keeps the cells that it has.
     """
     cells, evaluation = list(cells), settings.evaluation
+    # The cells that the settings ask for.
     installed = [name for name in evaluation.methods if name in METHODS]
     planned = {
         cell.name: cell
@@ -168,18 +169,21 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
     trainings = {
         (cell.training.base, cell.training.seed): cell.training for cell in planned.values()
     }
+    # A method that is not installed here has no plan: take its cells as they are.
     for facts in cells:
         if facts["method"] in set(evaluation.methods) - {*installed}:
             training = trainings.get((facts["base"], facts["seed"]))
             if training and facts["pool"] in evaluation.pools:
                 cell = Cell(training, facts["pool"], facts["method"], facts["rank"])
                 planned[cell.name] = cell
+    # Group by line of the table, then by seed.
     found = {name_of(facts): facts for facts in cells if name_of(facts) in planned}
     groups: dict[Key, dict[int, CellRecord]] = defaultdict(dict)
     for name, cell in planned.items():  # the order of the settings
         if name in found and scored(found[name]):
             key = (cell.training.base, cell.pool, cell.method, cell.rank)
             groups[key][cell.training.seed] = found[name]
+    # Lines stand in the order of the settings.
     axes: tuple[list[str], ...] = (
         list(settings.compare.bases or [settings.base.kind]),
         [str(pool) for pool in evaluation.pools],
@@ -207,6 +211,7 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Line:
     base, pool, method, rank = key
     mine = groups[key]
     own = groups.get((base, pool, "base", 0), {})
+    # One row per seed; the line is their mean.
     rows: dict[int, Row] = {
         seed: row_of(method, rank, pool, scored(facts), values(own.get(seed)))
         for seed, facts in mine.items()

@@ -1,6 +1,6 @@
 """What stays on a client from round to round: one safetensors file per client and round.
 
-A round that was stopped half-way is repeated, and the server may go on from an older checkpoint:
+A round that was stopped half-way is repeated, and the server may resume from an older checkpoint:
 every round therefore starts from what the client had before it, and files that the server can
 still come back to are kept.
 """

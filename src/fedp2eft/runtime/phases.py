@@ -117,7 +117,7 @@ PSG_PHASE = Phase(
     write=_write_psg,
     wire="federation.wire",
     private=True,
-    optimise=True,
+    optimize=True,
 )
 
 

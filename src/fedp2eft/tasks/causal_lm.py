@@ -48,7 +48,7 @@ class CausalLM:
     def encode(
         self, tokenizer: Any, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
     ) -> Encoded:
-        """Tokenise prompts and responses.
+        """Tokenize prompts and responses.
 
         Args:
             tokenizer: A Hugging Face tokenizer.

@@ -44,7 +44,7 @@ class Classification:
         texts: Sequence[Sequence[Any]],
         answers: Sequence[int] | NDArray[np.int64],
     ) -> Encoded:
-        """Tokenise rows of one text, of two as a pair, or of more as one text.
+        """Tokenize rows of one text, of two as a pair, or of more as one text.
 
         Args:
             tokenizer: A Hugging Face tokenizer.

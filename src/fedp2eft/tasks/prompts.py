@@ -1,6 +1,6 @@
 """Prompts and responses as tokens: by the tokenizer's own chat template, else by Alpaca's.
 
-Prompt and response are tokenised apart and joined, so that training sees the very tokens that
+Prompt and response are tokenized apart and joined, so that training sees the very tokens that
 generation starts from.
 """
 

@@ -44,7 +44,7 @@ class Failures:
     Args:
         settings: Of peers.
         stop: Whether a failure ends the run.
-        reporter: Hears of every failure where the run goes on.
+        reporter: Receives every failure that does not end the run.
         faults: Keeps what went wrong.
 
     Attributes:

@@ -133,7 +133,7 @@ def strategy(
     clients_per_round: int,
     seed: int,
     message_type: str,
-    optimise: bool = True,
+    optimize: bool = True,
 ) -> Seeded:
     """The strategy of that name.
 
@@ -143,10 +143,10 @@ def strategy(
         clients_per_round: How many to sample.
         seed: The experiment's seed.
         message_type: Of the messages to them.
-        optimise: Whether server optimisers apply; the mean in their place where they do not.
+        optimize: Whether server optimizers apply; the mean in their place where they do not.
     """
     s = settings
-    kind = s.kind if optimise or s.kind not in SERVER_OPTIMISERS else "fedavg"
+    kind = s.kind if optimize or s.kind not in SERVER_OPTIMISERS else "fedavg"
     adaptive = {"eta": s.server_lr or 1e-3, "tau": s.tau}
     moments = adaptive | {"beta_1": s.beta1, "beta_2": s.beta2}
     kinds: dict[str, tuple[type[FedAvg], dict[str, Any]]] = {
@@ -219,7 +219,7 @@ class Averaging:
     def __init__(self, settings: Settings, phase: Phase, members: Iterable[Member]) -> None:
         s = settings
         self.strategy = strategy(
-            s.aggregation, members, s.value(phase.clients), s.seed, phase.kind, phase.optimise
+            s.aggregation, members, s.value(phase.clients), s.seed, phase.kind, phase.optimize
         )
         self._peers = s.peers
 

@@ -16,7 +16,7 @@ MEANING: dict[str, str] = {
     "lost": "its SuperNode was cut off before it replied",
     "ignored": "a second reply to one question, or one to nothing",
     "quarantined": "it failed peers.quarantine times in a row, and was not asked again",
-    "started-again": "the run was gone on with",
+    "started-again": "the run was resumed",
 }
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: everything needed to go on from where it was stopped, and its results.
+"""The folder of a run: its results, and everything needed to resume it.
 
 settings.yaml      the resolved settings
 inputs.json        digests of every client's rows and of the model (`fedp2eft.runtime.inputs`)

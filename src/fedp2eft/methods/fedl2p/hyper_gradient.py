@@ -12,7 +12,7 @@ Read from the left and cut off after K terms, products with H are all that is ne
 
 (Lorraine, Vicol and Duvenaud, AISTATS 2020; FedL2P, section 3). α is FedL2P's "hyper lr"; it must
 be below 2 / λ_max(H) for the series to converge. What η changes need not be L_T: `step` is what η
-does to θ in one step, such as an optimiser's last one at its learning rates. Where that is fixed
+does to θ in one step, such as an optimizer's last one at its learning rates. Where that is fixed
 and L_T quadratic, K terms are exactly the derivative of L_V after K steps that each add it.
 """
 

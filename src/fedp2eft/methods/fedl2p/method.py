@@ -4,7 +4,7 @@ One outer step of a client: uniform LoRA of rank `fedl2p.rank` is fine-tuned on 
 training rows by AdamW at the learning rates that the meta-net gives, one for every matrix; the loss
 on the held-out 20 % is then differentiated with respect to the meta-net's parameters η.
 
-AdamW's last step moved matrix m by −rate_m(η)·u_m, u being its normalised momentum. It is linear in
+AdamW's last step moved matrix m by −rate_m(η)·u_m, u being its normalized momentum. It is linear in
 the rates, so ∂Φ/∂η of the implicit gradient (`hyper_gradient`) is exactly that of AdamW. For ∂Φ/∂θ
 a plain gradient step of size `fedl2p.hyper_lr` stands in: AdamW's own Jacobian divides by √v̂, which
 has no bound where gradients vanish, and a series cut off after three terms would be made of that.
@@ -88,6 +88,7 @@ def train_round(client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed
         DivergedError: A loss or the hyper-gradient is not finite.
     """
     bt, task, local = client.bt, client.task, client.settings
+    # Held-out rows drive the meta-net; too few rows to hold any out: the training rows.
     xi, trial = client.features(), client.trial(settings.validation)
     train, held = trial.train, trial.test if len(trial.test) else trial.train
     lam, keep = (value.to(bt.lam.device) for value in uniform(bt, settings.rank))
@@ -103,6 +104,7 @@ def train_round(client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed
     for number in range(settings.steps):
         part = replace(trial, seed=derive_seed(seed, number)).part(number, settings.steps)
         order = part.order(local)
+        # Inner: train a fresh LoRA at the rates that the meta-net predicts.
         rates = net(xi)
         with bt.trimmed(lam, keep) as adapter:
             weights = adapter.parameters()
@@ -117,6 +119,7 @@ def train_round(client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed
                 seed=part.seed,
                 on_step=part.each_of(len(order)),
             )
+            # Outer: how the held-out loss changes with the weights, and the weights with the rates.
             held_loss, outer = _mean_gradient(client, held, weights)
             held_losses.append(held_loss)
             [rows, *_] = local_order(len(train), 1, local.batch_size, derive_seed(part.seed, "H"))
@@ -130,6 +133,7 @@ def train_round(client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed
                 outer, inner_loss, weights, hyper, lr=settings.hyper_lr, terms=settings.terms,
                 step=moved,
             )  # fmt: skip
+        # One Adam step of the meta-net and its learning rates.
         for parameter, gradient in zip(hyper, gradients, strict=True):
             if not bool(torch.isfinite(gradient).all()):
                 raise DivergedError(

@@ -1,6 +1,6 @@
 """Writes SentencePiece's "precompiled charsmap": a text-rewriting table as a double-array trie.
 
-The blob that the normaliser `tokenizers.normalizers.Precompiled` reads is, little endian,
+The blob that the normalizer `tokenizers.normalizers.Precompiled` reads is, little endian,
 
     u32 size of the trie in bytes | trie: one u32 per unit | replacements, each ended by a NUL byte
 

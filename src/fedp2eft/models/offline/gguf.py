@@ -123,7 +123,7 @@ class GGUFPart:
         # safetensors writes for the owner's eyes only, but a cache may be shared.
         copymode(folder / "config.json", folder / "model.safetensors")
         (folder / "README.md").write_text(
-            f"# {self.hub_name}, dequantised\n\nThe 4- to 8-bit copy of the weights in the Python "
+            f"# {self.hub_name}, dequantized\n\nThe 4- to 8-bit copy of the weights in the Python "
             f"package {self.revision}, expanded to fp32.\nLicence of the original model: "
             f"{self.licence}. https://huggingface.co/{self.hub_name}\n",
             encoding="utf-8",

@@ -2,12 +2,12 @@
 
 The package carries the weights of `intfloat/multilingual-e5-small` (MIT) as 4-bit numbers, with the
 vocabulary, in one file. Here they become an ordinary transformers folder in fp32. The weights are a
-dequantised copy: results with it are close to, and not equal to, those of the original model.
+dequantized copy: results with it are close to, and not equal to, those of the original model.
 
 The file, little endian:
 
     "E5S1" | u32 version | 7 x i32 hidden, layers, heads, ffn, vocabulary, positions, token types
-    f32 layer-norm eps | i32 weights per quantised block
+    f32 layer-norm eps | i32 weights per quantized block
     5 x i32 pieces, bos, eos, pad, unk | u64 length of the pieces' bytes
     (pieces+1) x u32 offsets | pieces x f32 scores | bytes of the pieces
     i32 rules | u32 their length | rules: u32 code point, u8 n, n x u32 replacement
@@ -132,7 +132,7 @@ def convert(folder: Path, source: Path | None = None) -> None:
     # safetensors writes for the owner's eyes only, but a cache may be shared.
     copymode(folder / "config.json", folder / "model.safetensors")
     (folder / "README.md").write_text(
-        f"# {HUB_NAME}, dequantised\n\nThe 4-bit copy of the weights in the Python package "
+        f"# {HUB_NAME}, dequantized\n\nThe 4-bit copy of the weights in the Python package "
         f"{REVISION}, expanded to fp32.\nThe original model is under the MIT licence: "
         f"https://huggingface.co/{HUB_NAME}\n",
         encoding="utf-8",
@@ -197,13 +197,13 @@ def state_dict(file: E5File) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, key, shape in _layout(file):
         kind, raw = file.tensors[name]
-        values = dequantise_q4_0(raw) if kind == _Q4_0 else np.frombuffer(raw, "<f4")
+        values = dequantize_q4_0(raw) if kind == _Q4_0 else np.frombuffer(raw, "<f4")
         # A copy of fp32 views: the file may be closed before the tensors are.
         tensors[key] = torch.from_numpy(values.astype(np.float32, copy=kind == _F32)).view(shape)
     return tensors
 
 
-def dequantise_q4_0(raw: memoryview | bytes) -> Floats:
+def dequantize_q4_0(raw: memoryview | bytes) -> Floats:
     """Expands Q4_0: weight = scale * (nibble - 8).
 
     Args:

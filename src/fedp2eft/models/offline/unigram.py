@@ -24,7 +24,7 @@ _LONGEST_KEY = 5  # bytes
 
 
 def composition_rules(charmap: Mapping[str, str]) -> dict[str, str]:
-    """Letter + combining mark -> one letter, for the pairs that XLM-R's normaliser joins.
+    """Letter + combining mark -> one letter, for the pairs that XLM-R's normalizer joins.
 
     Args:
         charmap: one code point -> its replacement. A letter that it rewrites starts no pair, as the
