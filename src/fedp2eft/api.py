@@ -118,15 +118,15 @@ def personalize(
             "train".
         rank: Rank budget r, from 1 to the PSG's r_max.
         method: One of `METHODS` that needs no federation beside the PSG's, and no survey.
-        test_data: Rows to score the adapter on; where none are given, those of `data` that its
-            column `split` calls "test".
-        text_columns: Columns with the text; the PSG's where none are given.
-        label_column: Column with the class; the PSG's where none is given.
-        target_column: Column with the response, for a causal LM; the PSG's where none is given.
-        lr: Learning rate of A and B; the PSG's where none is given.
-        epochs: Passes over the rows; the PSG's where none are given.
-        batch_size: Rows per mini-batch; the PSG's where none is given.
-        precision: Numbers of the frozen base.
+        test_data: Rows to score the adapter on. Default: the rows of `data` with
+            split "test".
+        text_columns: Columns with the text. Default: the PSG's.
+        label_column: Column with the class. Default: the PSG's.
+        target_column: Column with the response, for a causal LM. Default: the PSG's.
+        lr: Learning rate of A and B. Default: the PSG's.
+        epochs: Passes over the rows. Default: the PSG's.
+        batch_size: Rows per mini-batch. Default: the PSG's.
+        precision: Dtype of the frozen base model.
         device: "auto", "cpu" or "cuda".
         seed: Seed of the mini-batch order.
 
@@ -210,12 +210,11 @@ def evaluate(
 ) -> Scores:
     """Score a base model, with or without a PEFT adapter, on labelled rows.
 
-    Of a file with a column `split` the rows that it calls "test" are scored, else all. Class names
-    are those of the model's config. With a `target_column` the model is a causal LM,
-    scored on the responses in that column. Inputs are cut at `max_length` tokens; where none is
-    given, at the length that the adapter was made with, or else at 128 (a causal LM: 1024) or what
-    the model reads. With `generate` the causal LM answers every prompt, greedily with at most
-    `max_new_tokens` tokens, and the texts are scored too.
+    If the file has a column `split`, score its rows "test", else all rows. Class names are those of
+    the model's config. With a `target_column`, the model is a causal LM, scored on the responses in
+    that column. Inputs are cut at `max_length` tokens; the default is the adapter's, or else 128 (a
+    causal LM: 1024) or what the model reads. With `generate`, the causal LM answers every prompt
+    greedily with at most `max_new_tokens` tokens, and the texts are scored too.
 
     Raises:
         UserError: Bad rows, a label that the model does not know, or an adapter that does not fit.
@@ -268,7 +267,7 @@ def export(
         adapter: A folder that this package wrote.
         out: The new folder.
         layout: "portable", "compact" or "merged" (the full model).
-        model: Base model; the one that the adapter names where none is given.
+        model: Base model. Default: the one that the adapter names.
         precision: Dtype of a merged model; "base" keeps that of the base model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake, or broken input, raises."""
+"""The one exception that a user's mistake or broken input raises."""
 
 from unicodedata import category
 
@@ -24,7 +24,7 @@ class DivergedError(UserError):
 
 
 class InterruptedRunError(UserError):
-    """The user stopped the command; the message says how to go on."""
+    """The user stopped the command; the message says how to resume."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -44,7 +44,7 @@ HIDDEN_BIAS = 1e-4
 
 @dataclass(frozen=True)
 class PSGConfig:
-    """All that a PSG must agree on with the model and the clients it meets.
+    """What a PSG must have in common with the model and the clients it is used for.
 
     Args:
         base_model: Name of the base model it was trained for.
@@ -54,7 +54,7 @@ class PSGConfig:
         feature_kind: "masked" or "padded" (what ξ averages over).
         profile: "paper" or "reference".
         task: "classification" or "causal_lm".
-        labels: Class names in id order; empty where there are none.
+        labels: Class names in id order; empty if there are none.
         text_columns: Columns of a client's table that hold the text.
         label_column: Column that holds the label.
         target_column: Column that holds the response; empty for a classification.
@@ -85,11 +85,11 @@ class PSGConfig:
 
     @property
     def n_features(self) -> int:
-        """Numbers in ξ: 2M, and one more with `log_quantity`."""
+        """Length of ξ: 2M, plus one with `log_quantity`."""
         return 2 * len(self.linear_names) + int(self.generator.log_quantity)
 
     def check_fits(self, other: "PSGConfig") -> None:
-        """Raise `UserError` naming the first thing on which a PSG and a workspace disagree."""
+        """Raise `UserError` that names the first difference between a PSG and a workspace."""
         for name, words in _MUST_AGREE.items():
             mine, theirs = attrgetter(name)(self), attrgetter(name)(other)
             if mine != theirs:
@@ -131,7 +131,7 @@ class PSG(
     tags=["fedp2eft", "federated-learning", "lora", "peft"],
     paper_url="https://arxiv.org/abs/2502.04387",
 ):
-    """The network that predicts a client's λ from its features ξ; only φ ever travels.
+    """The network that predicts a client's λ from its features ξ; clients send only φ.
 
     Args:
         config: Names, sizes and kind; saved as config.json.
@@ -195,7 +195,7 @@ class PSG(
         return clamp_straight_through(found, c.adapter.lambda_min, c.adapter.lambda_max)
 
     def features_of(self, features: Tensor, examples: int) -> Tensor:
-        """ξ as this PSG wants it: with log N behind it where `log_quantity` is set."""
+        """Return ξ as this PSG expects it: with log N appended if `log_quantity` is set."""
         if not self.config.generator.log_quantity:
             return features
         return torch.cat([features, torch.tensor([float(examples)]).log()])
@@ -205,11 +205,11 @@ class PSG(
         return self.card or super().generate_model_card()
 
     def phi(self) -> dict[str, Tensor]:
-        """φ: parameter name → float32 tensor, detached copies."""
+        """Return φ: parameter name → float32 tensor, detached copies."""
         return {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
 
     def set_phi(self, phi: Mapping[str, Tensor], whose: str = "φ") -> None:
-        """Take over φ after checking names, shapes and that every number is finite.
+        """Load φ after checking names, shapes and finite values.
 
         Raises:
             UserError: It does not fit this PSG; the PSG is as it was before.
@@ -298,7 +298,7 @@ def _read_config(path: Path) -> PSGConfig:
 
 
 def _nested(raw: dict[str, Any]) -> dict[str, Any]:
-    """The config with its settings in sections, as versions after 0.1.0 write it."""
+    """Return the config with nested sections, as versions after 0.1.0 write it."""
     if "r_max" not in raw:
         return raw
     made = {

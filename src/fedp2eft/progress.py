@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
-    """Hears of the progress of a run."""
+    """Receives the progress of a run."""
 
     def start(self, phase: str, total: int, done: int) -> None:
         """A phase of `total` units begins; `done` of them were finished before."""

@@ -36,7 +36,7 @@ GAMMA_RATE = 100.0
 
 @dataclass(frozen=True)
 class PriorLoss:
-    """The prior's part of L, of one client or of each of several clients.
+    """The penalties of L, for one client or per client.
 
     Args:
         total: What the task's loss is added to.
@@ -51,7 +51,7 @@ class PriorLoss:
     examples: int | Tensor
 
     def terms(self) -> tuple[Tensor, Tensor]:
-        """Significance and sparsity as they are in L: their sum is `total` up to rounding."""
+        """Significance and sparsity, weighted as in L; they add up to `total` up to rounding."""
         significance, sparsity = (
             alpha * value.sum(dim=(-2, -1)) / self.examples
             for alpha, value in zip(self.alphas, self.ranks, strict=True)
@@ -60,7 +60,7 @@ class PriorLoss:
 
 
 class BTLora:
-    """One frozen base model with r_max gated ranks on every adapted layer.
+    """A frozen base model with r_max gated ranks on every adapted layer.
 
     The base is wrapped once and shared by all clients of a process: `reset` starts a client anew,
     `trimmed` lends a smaller adapter for personalization and takes it away afterwards.
@@ -120,12 +120,12 @@ class BTLora:
 
     @property
     def A(self) -> list[nn.Parameter]:
-        """A of every layer before its gate, r_max × d_in each."""
+        """A of every layer before its gate, each r_max × d_in."""
         return [layer.A for layer in self.layers]
 
     @property
     def B(self) -> list[nn.Parameter]:
-        """B of every layer, d_out × r_max each."""
+        """B of every layer, each d_out × r_max."""
         return [layer.B for layer in self.layers]
 
     @property
@@ -134,7 +134,7 @@ class BTLora:
         return self.A + self.B
 
     def set_common_A(self, weights: dict[str, Tensor]) -> None:
-        """Use the given A (module name → r_max × d_in) in place of the seeded one, and reset."""
+        """Use the given A (module name → r_max × d_in) instead of the seeded one, and reset."""
         missing = [name for name in self.names if name not in weights]
         if missing:
             raise UserError(f"No first A for layer {missing[0]!r}: give one for every layer.")
@@ -146,7 +146,7 @@ class BTLora:
 
     @torch.no_grad()
     def reset(self, lam: Tensor | float = 1e-4) -> None:
-        """Start afresh: the common A, B = 0, and λ as given (a number, L × r_max or L × 1)."""
+        """Reset to the common A, B = 0 and the given λ (a number, L × r_max or L × 1)."""
         for layer, A in zip(self.layers, self._common_A, strict=True):
             layer.A.copy_(A)
             layer.B.zero_()
@@ -156,12 +156,12 @@ class BTLora:
 
     @torch.no_grad()
     def set_lambda(self, lam: Tensor | float) -> None:
-        """Set λ in place, from a number, L × r_max or L × 1 values."""
+        """Set λ in place to a number, or to L × r_max or L × 1 values."""
         self.lam.copy_(torch.as_tensor(lam).expand_as(self.lam))
         self.lam.grad = None
 
     def anchor(self) -> None:
-        """Take the present B as B0: the significance penalty counts changes from here."""
+        """Use the current B as B0: the significance penalty counts changes from here."""
         self._B0 = [B.detach().clone() for B in self.B]
 
     def clamped(self, lam: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class BTLora:
         alpha_s: float = 100.0,
         alpha_p: float = 0.01,
     ) -> Tensor:
-        """The prior's part of L for N = `examples` training rows.
+        """Return the penalties of L for N = `examples` training rows.
 
         A layer-wise λ stands for each of its layer's r_max ranks.
 
@@ -186,7 +186,7 @@ class BTLora:
         return self.prior_loss(examples, alpha_s, alpha_p).total
 
     def prior_loss(self, examples: int, alpha_s: float, alpha_p: float) -> PriorLoss:
-        """`penalty` with its terms."""
+        """Return `penalty` and its terms."""
         change = (
             self.B if self._B0 is None else [B - B0 for B, B0 in zip(self.B, self._B0, strict=True)]
         )
@@ -200,7 +200,7 @@ class BTLora:
 
     @contextmanager
     def trimmed(self, lam: Tensor, keep: Tensor) -> Iterator[TrimmedAdapter]:
-        """Lend a fresh adapter with only the kept ranks, λ frozen; it is gone at the end.
+        """Context of a fresh adapter with only the kept ranks and λ frozen; removed at the end.
 
         Args:
             lam: λ, L × r_max.
@@ -227,7 +227,7 @@ class BTLora:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The base's own function on `model`: this adapter is left out of every layer.
+        """Context in which `model` computes as the base model: every layer skips this adapter.
 
         PEFT's `disable_adapter` does the same and looks through all modules for its layers.
         """
@@ -238,7 +238,7 @@ class BTLora:
 
     @contextmanager
     def bare(self) -> Iterator[nn.Module]:
-        """Lend the base model without this adapter, which is put back untouched at the end.
+        """Context of the base model without this adapter, which is restored at the end.
 
         For adapters of another kind, which PEFT keeps out of a model that has LoRA layers. Layers
         are only swapped in their parents: no weight is copied, and what the borrower put in place
@@ -257,7 +257,7 @@ class BTLora:
             base.peft_config = config
 
     def trim(self, rank: int) -> AdapterWeights:
-        """The trained adapter cut to its r·L largest λ, without further training."""
+        """Return the trained adapter cut to its r·L largest λ, without further training."""
         lam = self.rank_lambda()
         keep = keep_largest(lam, rank)
         layers = [
@@ -268,7 +268,7 @@ class BTLora:
 
 
 class TrimmedAdapter:
-    """The kept ranks of one client, lent by `BTLora.trimmed`.
+    """The kept ranks of one client, inside `BTLora.trimmed`.
 
     Attributes:
         lam: λ with zeros where a rank was dropped, L × r_max.
@@ -287,11 +287,11 @@ class TrimmedAdapter:
                 self.kept[row] = nn.Parameter(A), nn.Parameter(B.new_zeros(len(B), ranks))
 
     def parameters(self) -> list[nn.Parameter]:
-        """The kept rows of A and columns of B: all that personalization trains."""
+        """Return the kept rows of A and columns of B: all that personalization trains."""
         return [weight for pair in self.kept.values() for weight in pair]
 
     def weights(self) -> AdapterWeights:
-        """A copy of the adapter as it is now, with every adapted layer named (rank 0 included)."""
+        """Return a copy of the current adapter, with every adapted layer (also those of rank 0)."""
         layers = []
         for row, full in enumerate(self._owner.layers):
             A, B = self.kept.get(row) or (full.A[:0], full.B[:, :0])
@@ -301,7 +301,7 @@ class TrimmedAdapter:
 
 
 def _layer_weights(layer: AdaptedLayer, A: Tensor, B: Tensor, lam: Tensor) -> LayerWeights:
-    """Copies on the CPU of the kept ranks of one layer."""
+    """Return CPU copies of one layer's kept ranks."""
     A, B, lam = (value.detach().cpu().clone() for value in (A, B, lam))
     return LayerWeights(layer.name, A, B, lam, layer.is_embedding)
 
@@ -309,7 +309,7 @@ def _layer_weights(layer: AdaptedLayer, A: Tensor, B: Tensor, lam: Tensor) -> La
 def penalties(
     columns: Tensor, lam: Tensor, examples: int | Tensor, alpha_s: float, alpha_p: float
 ) -> PriorLoss:
-    """Significance plus sparsity of one client, or of each of several clients.
+    """Return significance plus sparsity, for one client or per client.
 
     Args:
         columns: ‖B_l[:,i] − B0_l[:,i]‖₁, (clients ×) L × r_max.
@@ -327,7 +327,7 @@ def penalties(
 
 
 def common_A(name: str, like: Tensor, seed: int) -> Tensor:
-    """The first A of layer `name`: Kaiming-uniform (a = √5), the same for every client.
+    """Return the initial A of layer `name`: Kaiming-uniform (a = √5), the same for every client.
 
     It depends on the seed and the layer's name alone, so rank i of a layer means the same direction
     in the whole federation; without that λ could not be shared.

@@ -202,7 +202,7 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
 
 
 def adapter_facts(folder: str | Path) -> dict[str, object]:
-    """What fedp2eft.json says of an adapter folder; empty where there is none."""
+    """What fedp2eft.json says of an adapter folder; empty if absent."""
     try:
         facts = json.loads((Path(folder).expanduser() / FACTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -31,7 +31,7 @@ class RankGate(nn.Module):
         lam: The shared λ, a parameter where it is trained.
         row: This layer's row.
         clamp: (low, high) to clamp to, or None to see it as it is.
-        dtype: Numbers of the scaled A; those of A where none are given.
+        dtype: Dtype of the scaled A. Default: A's.
     """
 
     lam: Tensor

@@ -81,8 +81,7 @@ def _characters(text: Any) -> int:
 def save_partition(data: ClientData, path: str | Path) -> None:
     """Write which rows are whose as JSON, one client a line: name -> language, pool, train, test.
 
-    The row indices are those of `data.table`, from 0. The file is written whole or not at
-    all.
+    The row indices are those of `data.table`, from 0. The file is written atomically.
 
     Raises:
         UserError: the file cannot be written.

@@ -61,8 +61,8 @@ def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = 
     Args:
         settings: The experiment; `settings.compare` names bases and seeds, `settings.evaluation`
             methods, ranks and pools.
-        folder: The comparison folder, made where there is none.
-        reporter: Hears of progress; log lines where none is given.
+        folder: The comparison folder, created if absent.
+        reporter: Receives progress. Default: log lines.
 
     Returns:
         The folder, with every cell in it.

@@ -50,7 +50,7 @@ def local_engine(
     Args:
         settings: The experiment.
         run: The run folder.
-        reporter: Hears of progress; the present one where none is given.
+        reporter: Receives progress. Default: the current one.
     """
     run = run.resolve()
     config: dict[str, bool | float | int | str] = {

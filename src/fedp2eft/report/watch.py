@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class WatchReporter:
-    """Hears of progress, tells another reporter, and rewrites report.html now and then.
+    """Receives progress, tells another reporter, and rewrites report.html now and then.
 
     Args:
         inner: Who else is told.

@@ -23,7 +23,7 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> tuple[Pat
 
     Args:
         folder: The run or comparison folder.
-        out: The folder for both; that folder itself where none is given.
+        out: The folder for both. Default: `folder`.
 
     Returns:
         The page, and what it shows.

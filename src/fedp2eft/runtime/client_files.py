@@ -34,7 +34,7 @@ class ClientFiles:
         self._memory: dict[str, dict[int, dict[str, Tensor]]] = {}
 
     def before(self, client: str, round_: int | None = None) -> dict[str, Tensor] | None:
-        """What a client had before a round (the newest where none is given), or None.
+        """What a client had before a round (default: the newest), or None.
 
         Raises:
             UserError: The file is damaged.

@@ -1,6 +1,6 @@
 """Checkpoints: the server's parameters after a finished round.
 
-One safetensors file per round, put in place whole, with a digest of its parameters in the header. A
+One safetensors file per round, written atomically, with a digest of its parameters in the header. A
 damaged newest file is passed over with a warning and the one before it is used. No random state is
 kept: every draw is seeded by phase, round and client (`fedp2eft.seeding`).
 """

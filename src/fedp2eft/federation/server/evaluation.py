@@ -48,7 +48,7 @@ class Instruction:
         method: The method's name.
         rank: The budget; 0 for a method without one.
         shared: Numbers of the method's federation; empty where it has none.
-        prepared: What the surveys gave so far; empty where there is none.
+        prepared: What the surveys gave so far; empty if there were none.
         question: In a survey, which of the method's it is, counted from 0.
     """
 
@@ -90,7 +90,7 @@ def prepare(
         rank: The budget.
         members: All clients of the federation.
         timeout: Seconds without any reply after which no more are waited for.
-        failures: Hears of clients that fail; the first one is an error where none is given.
+        failures: Receives clients that fail. Without it, the first one raises.
     """
     kind = METHODS[method]
     parameters = to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
@@ -159,7 +159,7 @@ def personalize(
         told: Method, budget and what it starts from.
         members: The clients to personalize.
         timeout: Seconds without any reply after which no more are waited for.
-        failures: Hears of clients that fail; the first one is an error where none is given.
+        failures: Receives clients that fail. Without it, the first one raises.
     """
     messages = [told.message(member.node, PERSONALIZE) for member in members]
     by_node = {member.node: member for member in members}

@@ -50,7 +50,7 @@ def exchange(
         members: Clients by node.
         timeout: Seconds to wait for all of them.
         what: What is asked, for errors.
-        failures: Hears of the clients that fail; the first one is an error where none is given.
+        failures: Receives clients that fail. Without it, the first one raises.
         renewed: Every reply renews the time: `timeout` is that without any.
 
     Raises:
@@ -106,8 +106,8 @@ def roster(grid: Grid, timeout: float, failures: Failures | None = None) -> list
     Args:
         grid: The engine.
         timeout: Seconds to wait for all of them.
-        failures: Hears of the nodes that cannot take part; the first one is an error where none is
-            given.
+        failures: Receives the nodes that cannot take part. Without it, the first one
+            raises.
 
     Raises:
         UserError: A node cannot take part, or none can.

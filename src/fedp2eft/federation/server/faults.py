@@ -21,7 +21,7 @@ MEANING: dict[str, str] = {
 
 
 class Faults:
-    """Keeps faults.jsonl of a run folder, and says who is not to be asked any more.
+    """Keeps faults.jsonl of a run folder, and says which clients are no longer asked.
 
     Args:
         run: The run folder.

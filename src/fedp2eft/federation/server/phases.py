@@ -34,7 +34,7 @@ def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) 
         grid: The engine.
         run: Where everything is kept.
         workspace: The base model (on the local engine the clients' own).
-        reporter: Hears of progress.
+        reporter: Receives progress.
     """
     wait_for_nodes(grid, run.settings.federation, reporter)
     failures = Failures.on(grid, run.settings.peers, reporter, run.faults)

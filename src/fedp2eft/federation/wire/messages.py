@@ -144,7 +144,7 @@ def alike_arrays(records: Sequence[ArrayRecord], whose: str) -> list[dict[str, T
 
 
 def the_arrays(message: Message, name: str = ARRAYS) -> ArrayRecord:
-    """The array record of that name, empty where there is none.
+    """The array record of that name, empty if absent.
 
     Aggregation strategies of Flower choose the name themselves, so a message with a single array
     record gives that one.

@@ -46,7 +46,7 @@ class GGUFPart:
             in the package as one file.
         install: the command that gets the package.
         mend: puts right what transformers does not read from the file, in the tokenizer.
-        terms: where the terms are that a user must accept first; "" where there are none.
+        terms: where the terms are that a user must accept first; "" if there are none.
     """
 
     hub_name: str
