@@ -18,10 +18,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from fedp2eft.data.debian import load_debian
-from fedp2eft.data.libreoffice import load_libreoffice
+from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.models.loading import ModelSource, load_tokenizer, resolve_model
+from fedp2eft.settings.data import DataSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 
@@ -105,8 +105,11 @@ def client_rows(
     """
     source = source or resolve_model(MODEL)
     tokenizer = load_tokenizer(source)
-    load = {"debian-descriptions": load_debian, "libreoffice-help": load_libreoffice}[dataset]
-    federation = load(languages=(language,), clients_per_language=1, max_train=rows, max_test=8)
+    federation = load_clients(
+        DataSettings(
+            dataset, languages=[language], clients_per_language=1, max_train=rows, max_test=8
+        )
+    )
     client = federation.pool("seen")[0]
     task = Classification(tokenizer.pad_token_id or 0, max_length)
     texts = [list(federation.table.select(client.train)[column])]

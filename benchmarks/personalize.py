@@ -24,6 +24,7 @@ from fedp2eft.data.files import client_from_file
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import load_base, load_tokenizer
 from fedp2eft.models.precision import resolve_precision
+from fedp2eft.settings.data import DataSettings
 from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
 from fedp2eft.settings.profiles import PAPER
 
@@ -66,7 +67,7 @@ def main() -> None:
         for run in range(options.runs + 1):
             marks: list[float] = []
             start = clock()
-            client = client_from_file(file, labels=NAMES, test_fraction=0.0)
+            client = client_from_file(file, DataSettings(labels=NAMES, test_fraction=0.0))
             chosen = client.clients[0].train
             data = task.encode(tokenizer, [client.rows(chosen)["text"]], client.label_ids(chosen))
             before = clock()

@@ -32,6 +32,7 @@ from fedp2eft.models.loading import (
 from fedp2eft.models.precision import choose_device, resolve_precision
 from fedp2eft.results.cards import MODEL_FACTS, adapter_card
 from fedp2eft.runtime.one_client import OneClient
+from fedp2eft.settings.data import DataSettings
 from fedp2eft.settings.experiment import (
     TaskName,
     check_rank,
@@ -299,11 +300,13 @@ def _rows(
     classes = answers.task == "classification"
     return client_from_file(
         data,
-        text_columns=columns,
-        label_column=answers.label_column if classes else None,
-        target_column=None if classes else answers.target_column,
-        labels=labels,
-        test_fraction=0.0,
+        DataSettings(
+            text_columns=list(columns),
+            label_column=answers.label_column if classes else None,
+            target_column=None if classes else answers.target_column,
+            labels=list(labels),
+            test_fraction=0.0,
+        ),
         only_test=score,
     )
 

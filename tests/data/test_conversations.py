@@ -37,7 +37,7 @@ def write(path: Path, *talks: Any) -> Path:
 def test_a_conversation_is_prompt_and_response_in_one_column(tmp_path: Path):
     named = [dict(turn, name="x") for turn in TALK]  # other keys do not matter
     path = write(tmp_path / "chat.jsonl", TALK, named, TALK[:2])
-    federation = client_from_file(path, test_fraction=0.0, **CHAT)
+    federation = client_from_file(path, DataSettings(test_fraction=0.0, **CHAT))
     client = federation.clients[0]
     assert federation.rows(client.train)["messages"] == [TALK, TALK, TALK[:2]]
     answers = federation.answers(client.train, "causal_lm")
@@ -70,25 +70,30 @@ NO_TALK = "line 2 holds no conversation that ends with the assistant's turn"
 )
 def test_what_is_no_conversation_is_one_line(tmp_path: Path, talks: list[Any], message: str):
     with pytest.raises(UserError, match=re.escape(message)):
-        clients_from_files(write(tmp_path / "chat.jsonl", *talks), **CHAT)
+        clients_from_files(DataSettings(path=str(write(tmp_path / "chat.jsonl", *talks)), **CHAT))
 
 
 def test_a_column_of_conversations_stands_alone(tmp_path: Path):
     columns = CHAT | {"text_columns": ["messages", "note"]}
     with pytest.raises(UserError, match="name no other text column"):
-        clients_from_files(write(tmp_path / "chat.jsonl", TALK), **columns)
+        clients_from_files(DataSettings(path=str(write(tmp_path / "chat.jsonl", TALK)), **columns))
 
 
 def test_prompt_and_response_columns(tmp_path: Path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,response\nun,deux\ntrois,quatre\n", encoding="utf-8")
     federation = client_from_file(
-        path, text_columns=["prompt"], target_column="response", label_column=None, test_fraction=0
+        path,
+        DataSettings(
+            text_columns=["prompt"], target_column="response", label_column=None, test_fraction=0
+        ),
     )
     assert federation.answers([1], "causal_lm") == ["quatre"]
     path.write_text("prompt,response\nun,\n", encoding="utf-8")
     with pytest.raises(UserError, match="column 'response' holds blank text"):
-        client_from_file(path, text_columns=["prompt"], target_column="response", label_column=None)
+        client_from_file(
+            path, DataSettings(text_columns=["prompt"], target_column="response", label_column=None)
+        )
 
 
 def test_debian_descriptions_have_a_summary_to_answer_with():

@@ -84,24 +84,24 @@ def test_pools_and_names(federation):
 
 
 def test_another_language_changes_no_other_client(federation):
-    few = members(load_debian(("fr", "cs"), clients_per_language=4))
+    few = members(load_debian(languages=("fr", "cs"), clients_per_language=4))
     all_of_them = members(federation)
     assert all(all_of_them[name] == rows for name, rows in few.items())
-    fewer = members(load_debian(("fr",), ("ko",), clients_per_language=4, pools=("unseen",)))
-    assert set(fewer) == {f"fr-unseen-0{n}" for n in range(4)} | {
-        f"ko-new-language-0{n}" for n in range(4)
+    fewer = members(load_debian(languages=("fr",), new_languages=("ko",), clients_per_language=4))
+    assert set(fewer) == {
+        f"{pool}-0{n}" for pool in ("fr-seen", "fr-unseen", "ko-new-language") for n in range(4)
     }
     assert all(all_of_them[name] == rows for name, rows in fewer.items())
 
 
 def test_seed_decides_the_split():
-    one, same, other = (members(load_debian(("fr",), seed=seed)) for seed in (3, 3, 4))
+    one, same, other = (members(load_debian(languages=("fr",), seed=seed)) for seed in (3, 3, 4))
     assert one == same
     assert all(one[name] != other[name] for name in one)
 
 
 def test_limits():
-    federation = load_debian(("fr", "de"), max_train=80, max_test=20)
+    federation = load_debian(languages=("fr", "de"), max_train=80, max_test=20)
     assert {(len(c.train), len(c.test)) for c in federation.clients} == {(80, 20)}
 
 
@@ -127,7 +127,7 @@ def test_600_clients_are_light():
     size = sum(c.train.nbytes + c.test.nbytes for c in federation.clients)
     assert size / 608 < 1000
     assert all(c.train.base is None or c.train.base.nbytes < 2000 for c in federation.clients)
-    assert federation.table is load_debian(("fr",)).table
+    assert federation.table is load_debian(languages=("fr",)).table
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,6 @@ def test_600_clients_are_light():
         ({"languages": ("pt_Br",)}, "'pt_Br' is not in debian-descriptions. Did you mean 'pt_BR'?"),
         ({"new_languages": ("xx",)}, "It has cs, da, de, en"),
         ({"languages": ("fr",), "new_languages": ("fr",)}, "'fr' is in `languages` and"),
-        ({"pools": ("seen", "new")}, "Pool 'new' is not one of"),
         ({"clients_per_language": 60}, "zh_CN, seen pool: 57 test rows cannot be split over 60"),
     ],
 )

@@ -35,7 +35,7 @@ def write(folder: Path, change: Any = None) -> Path:
 
 
 def test_annotators_are_clients_and_eight_of_them_never_train(tmp_path: Path):
-    federation = load_fed_aya(write(tmp_path))
+    federation = load_fed_aya(DataSettings(path=str(write(tmp_path))))
     assert UNSEEN_CLIENTS == (21, 22, 23, 24, 25, 26, 27, 34)
     places = {
         pool: [int(c.name[-2:]) for c in federation.pool(pool)] for pool in ("seen", "unseen")
@@ -48,7 +48,7 @@ def test_annotators_are_clients_and_eight_of_them_never_train(tmp_path: Path):
 
 
 def test_a_fifth_of_every_clients_rows_is_test_and_no_row_is_twice(tmp_path: Path):
-    federation = load_fed_aya(write(tmp_path))
+    federation = load_fed_aya(DataSettings(path=str(write(tmp_path))))
     for client in federation.clients:
         assert (len(client.train), len(client.test)) == (7, 2)  # 9 of the eight languages
         assert not set(client.train) & set(client.test)
@@ -60,7 +60,7 @@ def test_a_fifth_of_every_clients_rows_is_test_and_no_row_is_twice(tmp_path: Pat
 
 
 def test_prompts_and_responses_belong_together(tmp_path: Path):
-    federation = load_fed_aya(write(tmp_path))
+    federation = load_fed_aya(DataSettings(path=str(write(tmp_path))))
     client = federation.clients[3]
     asked = federation.rows(client.train)[federation.text_columns[0]]
     said = federation.answers(client.train, "causal_lm")
@@ -75,9 +75,11 @@ def test_seed_decides_the_test_rows_and_a_language_changes_no_other(tmp_path: Pa
     def tests(federation):
         return {c.name: federation.rows(c.test)["instruction"] for c in federation.clients}
 
-    one, same, other = (tests(load_fed_aya(path, seed=seed)) for seed in (3, 3, 4))
+    one, same, other = (
+        tests(load_fed_aya(DataSettings(path=str(path), seed=seed))) for seed in (3, 3, 4)
+    )
     assert one == same != other
-    french = load_fed_aya(path, ["fr"])
+    french = load_fed_aya(DataSettings(path=str(path), languages=["fr"]))
     assert Counter(c.language for c in french.clients) == {"fr": len(french.clients)}
     settings = DataSettings("fed-aya", languages=["fr"], path=str(path))
     assert [c.name for c in load_clients(settings).clients] == [c.name for c in french.clients]
@@ -105,18 +107,18 @@ def test_seed_decides_the_test_rows_and_a_language_changes_no_other(tmp_path: Pa
 )
 def test_another_schema_is_one_line(tmp_path: Path, change: Any, message: str):
     with pytest.raises(UserError, match=re.escape(message)):
-        load_fed_aya(write(tmp_path, change))
+        load_fed_aya(DataSettings(path=str(write(tmp_path, change))))
 
 
 def test_a_file_that_is_none(tmp_path: Path):
     with pytest.raises(UserError, match=r"Set data\.path to Fed-Aya's JSON file"):
         load_clients(DataSettings("fed-aya"))
     with pytest.raises(UserError, match="cannot be read"):
-        load_fed_aya(tmp_path / "none.json")
+        load_fed_aya(DataSettings(path=str(tmp_path / "none.json")))
     (tmp_path / "cut.json").write_text('{"a": [')
     with pytest.raises(UserError, match="is not valid JSON"):
-        load_fed_aya(tmp_path / "cut.json")
+        load_fed_aya(DataSettings(path=str(tmp_path / "cut.json")))
     with pytest.raises(UserError, match=r"'fra' is not in fed-aya. Did you mean 'fr'\?"):
-        load_fed_aya(write(tmp_path), ["fra"])
+        load_fed_aya(DataSettings(path=str(write(tmp_path)), languages=["fra"]))
     with pytest.raises(UserError, match=r"ignores data\.clients_per_language"):
         load_clients(DataSettings("fed-aya", path="x", clients_per_language=3))

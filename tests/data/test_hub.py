@@ -7,6 +7,7 @@ import pytest
 from fedp2eft.data.hub import load_hub, load_hub_dataset
 from fedp2eft.data.known import AFRISENTI, CONVERTED, XNLI, HubSource
 from fedp2eft.errors import UserError
+from fedp2eft.settings.data import DataSettings
 
 CLASSES = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
 PAIRS = HubSource("a/pairs", ("premise", "hypothesis"), pool_train=120, pool_test=40)
@@ -38,7 +39,11 @@ def hub(monkeypatch):
 
 def test_protocol(hub):
     hub(pairs)
-    federation = load_hub("pairs", PAIRS, ("fr", "de"), ("sw",), clients_per_language=4)
+    federation = load_hub(
+        "pairs",
+        PAIRS,
+        DataSettings(languages=("fr", "de"), new_languages=("sw",), clients_per_language=4),
+    )
     assert federation.labels == ("entailment", "neutral", "contradiction")
     assert federation.text_columns == ("premise", "hypothesis")
     assert len(federation.clients) == 2 * 2 * 4 + 4
@@ -62,7 +67,9 @@ def test_another_language_changes_no_other_client(hub):
     hub(pairs)
 
     def texts(*languages):
-        federation = load_hub("pairs", PAIRS, languages, clients_per_language=4)
+        federation = load_hub(
+            "pairs", PAIRS, DataSettings(languages=languages, clients_per_language=4)
+        )
         return {c.name: federation.rows(c.train)["premise"] for c in federation.clients}
 
     few, many = texts("fr"), texts("de", "fr")
@@ -72,7 +79,7 @@ def test_another_language_changes_no_other_client(hub):
 def test_without_classes(hub):
     hub(pairs)
     source = HubSource("a/pairs", ("premise",), label_column=None, target_column="hypothesis")
-    federation = load_hub("pairs", source, ("fr",), clients_per_language=5)
+    federation = load_hub("pairs", source, DataSettings(languages=("fr",), clients_per_language=5))
     assert (federation.labels, federation.label_column) == ((), None)
     assert len(np.unique(np.concatenate([c.train for c in federation.clients]))) == 400
 
@@ -85,7 +92,7 @@ def test_an_unreachable_hub_is_one_line(hub):
 
 def test_the_real_library_says_so_too():
     with pytest.raises(UserError, match=r"The hub is not reachable for facebook/xnli \(fr\)"):
-        load_hub("xnli", XNLI, ("fr",))
+        load_hub("xnli", XNLI, DataSettings(languages=("fr",)))
 
 
 @pytest.mark.parametrize(
@@ -121,14 +128,14 @@ def test_a_row_without_text_is_named(hub):
     hub(broken)
     source = HubSource("a/pairs", ("premise",))
     with pytest.raises(UserError, match=r"pairs \(fr, train\), row 7: column 'premise' holds noth"):
-        load_hub("pairs", source, ("fr",))
+        load_hub("pairs", source, DataSettings(languages=("fr",)))
 
 
 def test_an_unknown_language_is_not_asked_for():
     with pytest.raises(UserError, match="'it' is not in xnli"):
-        load_hub("xnli", XNLI, ("it",))
+        load_hub("xnli", XNLI, DataSettings(languages=("it",)))
     with pytest.raises(UserError, match="Name the languages of pairs to load"):
-        load_hub("pairs", PAIRS)
+        load_hub("pairs", PAIRS, DataSettings())
 
 
 def test_afrisenti_on_the_hub(hub):
@@ -147,7 +154,11 @@ def test_afrisenti_on_the_hub(hub):
 
     hub(tweets)
     datasets.load_dataset = load_dataset  # the fixture puts the real one back
-    federation = load_hub("afrisenti", AFRISENTI, ("hau",), ("tir",), clients_per_language=2)
+    federation = load_hub(
+        "afrisenti",
+        AFRISENTI,
+        DataSettings(languages=("hau",), new_languages=("tir",), clients_per_language=2),
+    )
     assert asked == {"hau": ["train+validation", "test"], "tir": ["validation", "test"]}
     # the hub's ids are in another order than ours: classes go by name
     assert federation.labels == ("negative", "neutral", "positive")
@@ -155,7 +166,7 @@ def test_afrisenti_on_the_hub(hub):
     for tweet, label in zip(*federation.rows(range(24)).values(), strict=True):
         assert label == names[int(tweet.split()[0])]
     with pytest.raises(UserError, match="'orm' of afrisenti has no train split"):
-        load_hub("afrisenti", AFRISENTI, ("orm",), clients_per_language=2)
+        load_hub("afrisenti", AFRISENTI, DataSettings(languages=("orm",), clients_per_language=2))
     asked.clear()
-    load_hub("afrisenti", AFRISENTI, clients_per_language=2)
+    load_hub("afrisenti", AFRISENTI, DataSettings(clients_per_language=2))
     assert set(asked) == set(AFRISENTI.languages) - {"orm", "tir"}

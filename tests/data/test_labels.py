@@ -27,7 +27,7 @@ def write(path: Path, labels: list[Any], **columns: Any) -> Path:
 
 
 def labels_of(path: Path, labels: Any = None) -> list[str]:
-    federation = client_from_file(path, labels=labels, test_fraction=0)
+    federation = client_from_file(path, DataSettings(labels=labels or [], test_fraction=0))
     return federation.rows(range(len(federation.table)))["label"]
 
 
@@ -44,8 +44,10 @@ def test_numbers_are_names_where_the_names_are_numbers(tmp_path: Path) -> None:
         "bergen": ClientFile(str(write(tmp_path / "bergen.jsonl", [1, 2, 3, 4]))),
     }
     message = r"oslo.jsonl, line 1: column 'label' holds the unknown class '0'.*are whole numbers"
-    refused(message, clients_from_files, files, labels=STARS)
-    alone = clients_from_files({"bergen": files["bergen"]}, labels=STARS, test_fraction=0)
+    refused(message, clients_from_files, DataSettings(files=files, labels=list(STARS)))
+    alone = clients_from_files(
+        DataSettings(files={"bergen": files["bergen"]}, labels=STARS, test_fraction=0)
+    )
     assert alone.rows(range(4))["label"] == ["1", "2", "3", "4"]
 
 
@@ -83,7 +85,7 @@ def test_a_node_and_a_file_read_alike(tmp_path: Path) -> None:
 def test_labels_are_stripped_and_compared_in_one_form(tmp_path: Path) -> None:
     nfc, nfd = "santé", "sante\u0301"
     path = write(tmp_path / "a.jsonl", [nfc, nfd, f" {nfc}", f"{nfc}\xa0", f"\ufeff{nfc}\t"])
-    federation = client_from_file(path, test_fraction=0)
+    federation = client_from_file(path, DataSettings(test_fraction=0))
     assert federation.labels == (nfc,)
     assert labels_of(path, [f"{nfd} "]) == [nfc] * 5
 
@@ -104,12 +106,16 @@ def test_language_codes_that_read_the_same_are_named(tmp_path: Path, other: str)
         name: ClientFile(str(write(tmp_path / f"{name}.jsonl", ["a", "b"])), language=language)
         for name, language in (("x", "tr"), ("y", other))
     }
-    refused("Language .* read the same", clients_from_files, files)
+    refused("Language .* read the same", clients_from_files, DataSettings(files=files))
 
 
 def test_languages_hold_no_control_characters(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["a", "b"], language="de\x1b[31m")
-    refused(r"Language 'de\\x1b\[31m' holds a control character", clients_from_files, path)
+    refused(
+        r"Language 'de\\x1b\[31m' holds a control character",
+        clients_from_files,
+        DataSettings(path=str(path)),
+    )
 
 
 def test_turkish_letters_in_language_codes() -> None:
@@ -121,7 +127,7 @@ def test_turkish_letters_in_language_codes() -> None:
 def test_words_that_others_take_for_nothing_are_words(tmp_path: Path, word: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"text,label,language\n{word},{word},{word}\nb,b,{word}\n")
-    federation = clients_from_files(path, test_fraction=0)
+    federation = clients_from_files(DataSettings(path=str(path), test_fraction=0))
     assert federation.rows([0])["text"] == [word]
     assert federation.rows([0])["label"] == [word]
     assert federation.clients[0].language == word

@@ -16,6 +16,7 @@ import pytest
 from build_libreoffice_help import Page, build, main, pages_of, read_page
 from fedp2eft.data.libreoffice import LANGUAGES, load_libreoffice, read_sample
 from fedp2eft.data.registry import load_clients
+from fedp2eft.data.table import read_table
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings
 
@@ -153,8 +154,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "whole.jsonl.gz"
     assert main([str(out), str(french), str(english)]) is None
     assert capsys.readouterr().out == f"en_US 1, fr 1\n2 rows: {out}\n"
-    federation = load_libreoffice(out, ["fr"], clients_per_language=1, pools=())
-    assert federation.table["title"][:] == ["Sort", "A"]
+    assert read_table(out)["title"][:] == ["Sort", "A"]
 
 
 # ── the sample ──────────────────────────────────────────────────────────────────────────────────
@@ -206,4 +206,4 @@ def test_another_file_is_one_line(tmp_path: Path):
     }
     (tmp_path / "o.jsonl").write_text(json.dumps(row))
     with pytest.raises(UserError, match=r"split 'dev' is not one of .*build_libreoffice_help"):
-        load_libreoffice(tmp_path / "o.jsonl")
+        load_libreoffice(DataSettings(path=str(tmp_path / "o.jsonl")))

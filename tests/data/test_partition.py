@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from fedp2eft.data.allocation import allocate
 from fedp2eft.data.partition import (
-    Partition,
     dirichlet_partition,
     local_validation_split,
     partition_pools,
     rng_for,
 )
 from fedp2eft.errors import UserError
+from fedp2eft.settings.data import DataSettings
 
 labels = st.lists(st.integers(0, 6), min_size=12, max_size=150)
 split = settings(max_examples=150, deadline=None)
@@ -171,7 +171,7 @@ def test_a_refused_pool_is_named():
     rows = np.arange(3)
     with pytest.raises(UserError, match=r"fr, seen pool: 3 train rows"):
         partition_pools(
-            {("fr", "seen"): (rows, rows)}, np.zeros(3), Partition(clients_per_language=4)
+            {("fr", "seen"): (rows, rows)}, np.zeros(3), DataSettings(clients_per_language=4)
         )
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedp2eft.data import registry
 from fedp2eft.data.clients import ClientData
 from fedp2eft.data.known import XNLI
-from fedp2eft.data.partition import Partition, partition_pools
+from fedp2eft.data.partition import partition_pools
 from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.settings.data import DataSettings
@@ -79,9 +79,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", from_disk)
         small = replace(XNLI, pool_train=120, pool_test=40)
-        entry = registry.DATASETS["xnli"]
-        loader = partial(registry._load_preset, "xnli", small)
-        patch.setitem(registry.DATASETS, "xnli", replace(entry, loader=loader))
+        patch.setitem(registry.KNOWN, "xnli", small)
         yield
     if bars:
         datasets.enable_progress_bars()
@@ -193,7 +191,7 @@ def test_invariants(
             labels.append(np.roll(common, 0 if pool == "seen" else 1))
             at += train + test
     names = np.concatenate(labels)
-    how = Partition(clients_per_language=clients, alpha=alpha, seed=seed, kind=kind)
+    how = DataSettings(clients_per_language=clients, alpha=alpha, seed=seed, partition=kind)
     split: Callable[[], Any] = partial(partition_pools, pools, names, how)
     made = split()
     assert len(made) == len(pools) * clients
@@ -231,7 +229,9 @@ def test_train_and_test_have_the_same_labels(
     for client in partition_pools(
         pools,
         labels,
-        Partition(clients_per_language=clients, alpha=alpha, seed=seed, kind=kind, **limits),
+        DataSettings(
+            clients_per_language=clients, alpha=alpha, seed=seed, partition=kind, **limits
+        ),
     ):
         share = np.bincount(labels[client.train], minlength=kinds) / 40
         test_share = np.bincount(labels[client.test], minlength=kinds) / 20
@@ -249,7 +249,7 @@ def test_reference_leaves_unseen_clients_nearly_alike():
     }
 
     def skew(kind: Any, pool: str) -> float:
-        made = partition_pools(pools, labels, Partition(clients_per_language=20, kind=kind))
+        made = partition_pools(pools, labels, DataSettings(clients_per_language=20, partition=kind))
         mine = [client for client in made if client.pool == pool]
         return float(np.mean([np.bincount(labels[c.train]).max() / len(c.train) for c in mine]))
 
@@ -272,7 +272,9 @@ def test_reference_leaves_unseen_clients_nearly_alike():
 def test_impossible_reference_partitions_are_refused(pools: Any, message: str):
     rows = {pool: (np.arange(n), 10 + np.arange(m)) for pool, (n, m) in pools.items()}
     with pytest.raises(UserError, match=message):
-        partition_pools(rows, np.zeros(20), Partition(clients_per_language=3, kind="reference"))
+        partition_pools(
+            rows, np.zeros(20), DataSettings(clients_per_language=3, partition="reference")
+        )
 
 
 def test_new_language_clients_of_the_shipped_data_have_equal_sizes():

@@ -41,6 +41,7 @@ from fedp2eft.federation.wire.messages import ABOUT, ARRAYS, EXAMPLES, METRICS
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.runtime.client_files import ClientFiles
 from fedp2eft.runtime.phases import PSG_PHASE
+from fedp2eft.settings.data import DataSettings
 from fedp2eft.settings.experiment import AdapterSettings
 from fedp2eft.settings.reading import read_settings, settings_of_folder
 from turns import TRAIN_PSG
@@ -158,14 +159,16 @@ def psg_weights(data: bytes) -> None:
 
 def table(ending: str) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
-        clients_from_files(file(f"rows.{ending}", data))
+        clients_from_files(DataSettings(path=str(file(f"rows.{ending}", data))))
 
     return read
 
 
 def packed_rows(data: bytes) -> None:
     """What a gzipped file unpacks to."""
-    clients_from_files(file("packed.jsonl.gz", gzip.compress(data, compresslevel=0)))
+    clients_from_files(
+        DataSettings(path=str(file("packed.jsonl.gz", gzip.compress(data, compresslevel=0))))
+    )
 
 
 def settings(data: bytes) -> None:

@@ -190,13 +190,15 @@ def test_every_column_changes_what_is_loaded_or_is_refused(
     def load(made: list[dict[str, str]]) -> Any:
         path = write(tmp_path / "rows.jsonl", made)
         if way == "all":
-            return seen(clients_from_files(path))
+            return seen(clients_from_files(DataSettings(path=str(path))))
         if way == "own":
-            return seen(clients_from_files({"ann": ClientFile(str(path))}))
+            return seen(clients_from_files(DataSettings(files={"ann": ClientFile(str(path))})))
         if way == "node":
             settings = DataSettings("nodes", labels=["a", "b", "c"])
             return seen(clients_of_node({"client": "ann", "path": str(path)}, settings))
-        return seen(client_from_file(path, test_fraction=0, only_test=way == "evaluate"))
+        return seen(
+            client_from_file(path, DataSettings(test_fraction=0), only_test=way == "evaluate")
+        )
 
     made = rows("r", 24)
     before = load(made)
@@ -212,10 +214,10 @@ def test_every_column_changes_what_is_loaded_or_is_refused(
 def test_every_fact_of_a_client_file_and_a_node_changes_what_is_loaded(tmp_path: Path) -> None:
     one, two = (str(write(tmp_path / f"{n}.jsonl", rows(n, 20))) for n in "pq")
     other = {"path": two, "language": "fr", "pool": "unseen", "test_path": two}
-    before = seen(clients_from_files({"ann": ClientFile(one)}))
+    before = seen(clients_from_files(DataSettings(files={"ann": ClientFile(one)})))
     for item in fields(ClientFile):
         file = replace(ClientFile(one), **{item.name: other[item.name]})
-        assert seen(clients_from_files({"ann": file})) != before, item.name
+        assert seen(clients_from_files(DataSettings(files={"ann": file}))) != before, item.name
     node = {"client": "ann", "path": one}
     settings = DataSettings("nodes", labels=["a", "b", "c"], target_column="title")
     before = seen(clients_of_node(node, settings))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData
 from fedp2eft.data.partition import local_validation_split, rng_for
 from fedp2eft.data.table import first_line
 from fedp2eft.errors import UserError, nearest
+from fedp2eft.settings.data import DataSettings
 
 NAME = "fed-aya"
 LANGUAGES = ("ar", "en", "es", "fr", "pt", "ru", "te", "zh")
@@ -29,23 +29,12 @@ TEST_SHARE = 0.2
 COLUMNS = ("instruction", "response", "language")
 
 
-def load_fed_aya(
-    path: str | Path | None,
-    languages: Sequence[str] | None = None,
-    *,
-    seed: int = 0,
-    unique: bool = False,
-) -> ClientData:
+def load_fed_aya(settings: DataSettings) -> ClientData:
     """Load Fed-Aya: each client is an annotator, 20 % of its rows are test rows.
 
     Rows in other languages than the paper's eight are left out. A client's language is that of most
-    of its rows; its scores count for that language.
-
-    Args:
-        path: the JSON file.
-        languages: of the eight, those to keep; None: all.
-        seed: decides which rows are test rows, for every client alone.
-        unique: of a client's rows with the same instruction, keep the first.
+    of its rows; its scores count for that language. The seed decides which rows are test rows, for
+    every client alone.
 
     Returns:
         Client data with `text_columns` ("instruction",) and `target_column` "response"; clients
@@ -57,6 +46,7 @@ def load_fed_aya(
     import pyarrow as pa
     from datasets import Dataset
 
+    path, languages = settings.path, settings.languages
     if path is None:
         raise UserError(
             "Set data.path to Fed-Aya's JSON file, which FedLLM-Bench publishes "
@@ -72,7 +62,7 @@ def load_fed_aya(
     clients = []
     for place, (name, rows) in enumerate(_read(Path(path).expanduser()).items()):
         mine = [row for row in _checked(path, name, rows) if row["language"] in kept]
-        if unique:
+        if settings.unique:
             mine = list({row["instruction"]: row for row in reversed(mine)}.values())[::-1]
         if not mine:
             if languages:
@@ -87,7 +77,7 @@ def load_fed_aya(
         pool = UNSEEN if place in UNSEEN_CLIENTS else SEEN
         numbers = np.arange(first, first + len(mine), dtype=np.int64)
         train, test = local_validation_split(
-            [row["language"] for row in mine], TEST_SHARE, rng_for(seed, NAME, str(place))
+            [row["language"] for row in mine], TEST_SHARE, rng_for(settings.seed, NAME, str(place))
         )
         clients.append(
             Client(f"{language}-{pool}-{place:02d}", language, pool, numbers[train], numbers[test])

@@ -15,7 +15,7 @@ from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.partition import distinct, local_validation_split, rng_for
 from fedp2eft.data.table import Columns, Table, check_text, read_columns
 from fedp2eft.errors import UserError, visible
-from fedp2eft.settings.data import ClientFile
+from fedp2eft.settings.data import DataSettings
 
 logger = logging.getLogger(__name__)
 
@@ -34,49 +34,22 @@ class _Part:
     test: bool = False
 
 
-@dataclass(frozen=True)
-class _Use:
-    """What the columns are for, and how test rows are drawn."""
-
-    text_columns: Sequence[str]
-    label_column: str | None
-    target_column: str | None
-    labels: Sequence[str] | None
-    test_fraction: float
-    seed: int
-    unique: bool
-
-    def __post_init__(self) -> None:
-        if self.chat and list(self.text_columns) != [self.chat]:
-            raise UserError(
-                f"Column {self.chat!r} is text column and target column, so it holds "
-                "conversations: name no other text column."
-            )
-
-    @property
-    def chat(self) -> str | None:
-        """The column of conversations, if there is one."""
-        return self.target_column if self.target_column in self.text_columns else None
-
-    @property
-    def texts(self) -> list[str]:
-        """The columns of text."""
-        extra = [self.target_column] if self.target_column else []
-        return [c for c in dict.fromkeys([*self.text_columns, *extra]) if c != self.chat]
+def _chat(settings: DataSettings) -> str | None:
+    """The column of conversations, if there is one."""
+    chat = settings.target_column if settings.target_column in settings.text_columns else None
+    if chat and list(settings.text_columns) != [chat]:
+        raise UserError(
+            f"Column {chat!r} is text column and target column, so it holds conversations: name "
+            "no other text column."
+        )
+    return chat
 
 
 def client_from_file(
     path: str | Path,
+    settings: DataSettings | None = None,
     *,
-    text_columns: Sequence[str] = ("text",),
-    label_column: str | None = "label",
-    target_column: str | None = None,
-    labels: Sequence[str] | None = None,
     test_path: str | Path | None = None,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    unique: bool = False,
-    name: str | None = None,
     language: str = "und",
     only_test: bool = False,
 ) -> ClientData:
@@ -88,17 +61,10 @@ def client_from_file(
 
     Args:
         path: JSON, CSV, TSV or Parquet; see `read_columns`.
-        text_columns: columns of the model's input.
-        label_column: column of the class; None for a task without classes.
-        target_column: column a generating model shall answer with.
-        labels: the class names in the order of their ids: those the federation was trained with;
-            None: the values found, sorted. See `class_name` for values that are ids.
+        settings: columns, class names (see `class_name` for values that are ids), `test_fraction`,
+            seed and `unique`.
         test_path: another file whose rows are test rows: those that its column `split` calls
             "test", or else all.
-        test_fraction: share of the rows to test on, 0 <= test_fraction < 1.
-        seed: decides which.
-        unique: of a client's rows with the same text, keep the first alone.
-        name: the client's name; None: the file's.
         language: the language of its text; "und", ISO 639's code for an unknown one: as the file
             says, if it does.
         only_test: `path` is read as a `test_path`: the client does not train.
@@ -107,76 +73,52 @@ def client_from_file(
         UserError: as `read_columns`; a label that `labels` does not hold; rows of two clients; no
             train rows, or none to test on where `only_test`.
     """
-    who = name or _stem(path)
+    who = _stem(path)
     spoken = None if language == "und" else language
     parts = [_Part(str(path), who, spoken, test=only_test)]
     if test_path is not None:
         parts.append(_Part(str(test_path), who, spoken, test=True))
-    use = _Use(
-        text_columns, label_column, target_column, labels, test_fraction, seed, unique
-    )  # fmt: skip
-    return _client_data(who, parts, use, trains=not only_test)
+    return _client_data(who, parts, settings or DataSettings(), trains=not only_test)
 
 
-def clients_from_files(
-    source: str | Path | Mapping[str, ClientFile],
-    *,
-    text_columns: Sequence[str] = ("text",),
-    label_column: str | None = "label",
-    target_column: str | None = None,
-    labels: Sequence[str] | None = None,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    unique: bool = False,
-) -> ClientData:
-    """Clients from one file each, or all from one file that has a column `client`.
+def clients_from_files(settings: DataSettings) -> ClientData:
+    """Clients from one file each (`files`), or all from one that has a column `client` (`path`).
 
     The one file may also have the columns `language` (else "und") and `pool` (else "seen"), the
     same in all rows of a client; without a column `client` it is one client of the pool `unseen`.
-    A client's own file may have these columns too, as far as they agree with `source`. Any file may
+    A client's own file may have these columns too, as far as they agree with `files`. Any file may
     have a column `split` ("train" or "test"); without it the test rows are drawn as in
     `client_from_file`, for each client alone.
 
-    Args:
-        source: the one file, or client name -> its file.
-        text_columns: see `client_from_file`.
-        label_column: see `client_from_file`.
-        target_column: see `client_from_file`.
-        labels: see `client_from_file`.
-        test_fraction: see `client_from_file`.
-        seed: see `client_from_file`.
-        unique: see `client_from_file`.
-
     Raises:
-        UserError: as `client_from_file`; a client with two languages or pools; no clients.
+        UserError: as `client_from_file`; a client with two languages or pools; no clients, or both
+            `path` and `files`.
     """
-    if isinstance(source, (str, Path)):
-        name, parts = _stem(source), [_Part(str(source))]
-    else:
-        name = next(iter(source)) if len(source) == 1 else "files"
-        parts = [
-            _Part(path, client, None if file.language == "und" else file.language, file.pool, test)
-            for client, file in source.items()
-            for path, test in ((file.path, False), (file.test_path, True))
-            if path is not None
-        ]
-    if not parts:
-        raise UserError("Name at least one client's file.")
-    use = _Use(text_columns, label_column, target_column, labels, test_fraction, seed, unique)
-    return _client_data(name, parts, use)
+    if (settings.path is None) == (not settings.files):
+        raise UserError("Set either data.path (one file) or data.files (client name to its file).")
+    if settings.path is not None:
+        return _client_data(_stem(settings.path), [_Part(settings.path)], settings)
+    name = next(iter(settings.files)) if len(settings.files) == 1 else "files"
+    parts = [
+        _Part(path, client, None if file.language == "und" else file.language, file.pool, test)
+        for client, file in settings.files.items()
+        for path, test in ((file.path, False), (file.test_path, True))
+        if path is not None
+    ]
+    return _client_data(name, parts, settings)
 
 
 def _client_data(
-    name: str, parts: Sequence[_Part], use: _Use, *, trains: bool = True
+    name: str, parts: Sequence[_Part], settings: DataSettings, *, trains: bool = True
 ) -> ClientData:
     import pyarrow as pa
     from datasets import Dataset
 
-    label = use.label_column
-    read = [_read(part, use) for part in parts]
+    label, chat = settings.label_column, _chat(settings)
+    read = [_read(part, settings, chat) for part in parts]
     tables = [table for table, _ in read]
     # What labels are is settled once for all files: by the names given, or else by all values.
-    classes = tuple(map(clean, use.labels)) if label and use.labels is not None else ()
+    classes = tuple(map(clean, settings.labels)) if label else ()
     if label:
         for table in tables:
             values = table.columns[label]
@@ -191,29 +133,35 @@ def _client_data(
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     every = {**who, **data}  # a column that is named for a purpose has no other
     table = Dataset(
-        pa.table(
-            {k: pa.array(v, turns if k == use.chat else pa.string()) for k, v in every.items()}
-        )
+        pa.table({k: pa.array(v, turns if k == chat else pa.string()) for k, v in every.items()})
     )
-    texts = [data[column] for column in use.text_columns]
-    clients = _clients(who, data.get(label or ""), texts, use, trains=trains)
+    texts = [data[column] for column in settings.text_columns]
+    clients = _clients(who, data.get(label or ""), texts, settings, trains=trains)
     forms = dict.fromkeys(table.form for table in tables if table.form)
     notes = tuple(
         f"{', '.join(dict.fromkeys(t.path.name for t in tables if t.form == form))}: {form}"
         for form in forms
     )
     return ClientData(
-        name, table, tuple(use.text_columns), label, classes, clients, use.target_column, notes
+        name,
+        table,
+        tuple(settings.text_columns),
+        label,
+        classes,
+        clients,
+        settings.target_column,
+        notes,
     )
 
 
-def _read(part: _Part, use: _Use) -> tuple[Table, Columns]:
+def _read(part: _Part, settings: DataSettings, chat: str | None) -> tuple[Table, Columns]:
     """A file's named columns, and what it says of client, language, pool and split."""
-    named = [*use.texts, *(column for column in (use.label_column, use.chat) if column)]
+    given = [*settings.text_columns, settings.target_column]
+    texts = [column for column in dict.fromkeys(given) if column and column != chat]
+    others = [column for column in (settings.label_column, chat) if column]
+    named = [*texts, *others]
     fixed = [column for column in WHO if column not in named]
-    table = read_columns(
-        part.path, text_columns=use.texts, columns=named[len(use.texts) :], optional=fixed
-    )
+    table = read_columns(part.path, text_columns=texts, columns=others, optional=fixed)
     who: Columns = {name: _words(table, name) for name in fixed if name in table.columns}
     split = who.get("split", [])
     for row, value in enumerate(split):
@@ -233,8 +181,8 @@ def _read(part: _Part, use: _Use) -> tuple[Table, Columns]:
     who.setdefault("pool", [pool] * rows)
     who["split"] = ["test"] * rows if part.test else who.get("split", [None] * rows)
     data = {name: table.columns[name] for name in dict.fromkeys(named)}
-    if use.chat:
-        data[use.chat] = [_turns(table.where(n), talk) for n, talk in enumerate(data[use.chat])]
+    if chat:
+        data[chat] = [_turns(table.where(n), talk) for n, talk in enumerate(data[chat])]
     lines = None if table.lines is None else [table.lines[n] for n in kept]
     chosen = {name: [values[n] for n in kept] for name, values in data.items()}
     return (
@@ -296,7 +244,7 @@ def _clients(
     who: Columns,
     labels: Sequence[str] | None,
     texts: Sequence[Sequence[Any]],
-    use: _Use,
+    settings: DataSettings,
     *,
     trains: bool,
 ) -> tuple[Client, ...]:
@@ -317,11 +265,11 @@ def _clients(
                 raise UserError(f"Client {name} has two values of {key}: {', '.join(found[:2])}.")
         test = rows[split[rows] == "test"]
         train = rows[split[rows] != "test"]
-        if use.unique:
+        if settings.unique:
             train, test = distinct(texts, train, test)
         if len(test) == 0 and all(value is None for value in split[rows]):
-            rng = rng_for(use.seed, str(name), "test")
-            kept, held = local_validation_split(kinds[train], use.test_fraction, rng)
+            rng = rng_for(settings.seed, str(name), "test")
+            kept, held = local_validation_split(kinds[train], settings.test_fraction, rng)
             train, test = train[kept], train[held]
         if trains:
             _check_train(str(name), train, kinds[train], classes=labels is not None)

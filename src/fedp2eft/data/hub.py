@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,9 +11,10 @@ from fedp2eft.data.copies import LocalCopy
 from fedp2eft.data.known import CONVERTED, HubSource
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.languages import choose_languages
-from fedp2eft.data.partition import Partition, partition_pools, rng_for
+from fedp2eft.data.partition import distinct, partition_pools, rng_for
 from fedp2eft.data.table import Columns, first_line
 from fedp2eft.errors import UserError, nearest
+from fedp2eft.settings.data import DataSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -133,11 +134,8 @@ _Split = _HubSplit | _CopySplit
 def load_hub(
     name: str,
     source: HubSource,
-    languages: Sequence[str] | None = None,
-    new_languages: Sequence[str] = (),
-    *,
-    folder: str | Path | None = None,
-    **split: Any,
+    settings: DataSettings,
+    folder: Path | None = None,
 ) -> ClientData:
     """Load a data set from the hub, partitioned as in the paper (arXiv 2502.04387, data protocol).
 
@@ -149,10 +147,9 @@ def load_hub(
     Args:
         name: the data set's name.
         source: where and what.
-        languages: see `load_debian`; None: all but those without a train split, too.
-        new_languages: see `load_debian`.
+        settings: languages (by default all but the new ones and those without a train split), and
+            how they are split; the seed decides the halves, too.
         folder: a local copy to read in place of the hub; see `LocalCopy`.
-        split: further fields of `Partition`; its seed decides the halves, too.
 
     Raises:
         UserError: as `load_hub_dataset`, `LocalCopy.read` and `partition_pools`; languages with
@@ -163,12 +160,12 @@ def load_hub(
     import pyarrow as pa
 
     # Which languages there are, on the hub or in the copy, and what each is for.
-    partition = Partition(languages, new_languages, **split)
-    copy = None if folder is None else LocalCopy(Path(folder).expanduser(), source.quoted)
+    copy = None if folder is None else LocalCopy(folder, source.quoted)
     known = source.languages if copy is None else copy.languages()
-    if not languages:
-        languages = [each for each in known if _can_train(source, copy, each)]
-        languages = [each for each in languages if each not in new_languages]
+    new_languages = settings.new_languages
+    languages = settings.languages or [
+        each for each in known if each not in new_languages and _can_train(source, copy, each)
+    ]
     spoken, new = choose_languages(name, known, languages, new_languages)
     data: Columns = {}
     pools: dict[tuple[str, str], tuple[Indices, Indices]] = {}
@@ -196,9 +193,10 @@ def load_hub(
                 _check_parallel(name, language, rows, *first.setdefault(part, (language, rows)))
             for note in _notes(source, copy, part, where, rows):
                 notes.setdefault(note, []).append(language)
-            order = rng_for(partition.seed, "pools", part).permutation(len(rows))
-            if partition.unique:
-                order = _unrepeated(rows, order, source.text_columns, texts)
+            order = rng_for(settings.seed, "pools", part).permutation(len(rows))
+            if settings.unique:
+                chosen = rows.take(np.arange(len(rows)))
+                [order] = distinct([chosen[c] for c in source.text_columns], order, seen=texts)
             middle = len(order) // 2
             halves.append(
                 [
@@ -221,7 +219,7 @@ def load_hub(
         labels = np.asarray(data[source.label_column])
         classes = classes or found_names(data[source.label_column])
         check_names(classes)
-    clients = partition_pools(pools, labels, partition)
+    clients = partition_pools(pools, labels, settings)
     return ClientData(
         name,
         table,
@@ -295,18 +293,6 @@ def _check_parallel(
             f"{rows.where(row)}: sentence {mine[row]} where {first_language} has {theirs[row]}: "
             "the rows should be the same sentences in the same order in all languages."
         )
-
-
-def _unrepeated(rows: _Split, order: Indices, columns: Sequence[str], texts: set[str]) -> Indices:
-    """Leave out the rows whose text is in `texts`, or in an earlier row; add the others' to it."""
-    chosen = rows.take(np.arange(len(rows)))
-    kept = []
-    for row in order.tolist():
-        text = repr([chosen[column][row] for column in columns])
-        if text not in texts:
-            texts.add(text)
-            kept.append(row)
-    return np.asarray(kept, dtype=np.int64)
 
 
 def _append(

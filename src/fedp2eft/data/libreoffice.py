@@ -6,17 +6,15 @@ builds the whole from Debian's packages. See `assets/README.md` for the fields a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.resources import as_file, files
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedp2eft.data.clients import SEEN, UNSEEN, ClientData
-from fedp2eft.data.partition import Partition
 from fedp2eft.data.pools import clients_of_pools
 from fedp2eft.data.table import read_table
 from fedp2eft.errors import UserError
+from fedp2eft.settings.data import DataSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,22 +35,11 @@ def read_sample() -> Dataset:
         return read_table(path)
 
 
-def load_libreoffice(
-    path: str | Path | None = None,
-    languages: Sequence[str] | None = None,
-    new_languages: Sequence[str] = (),
-    **split: Any,
-) -> ClientData:
+def load_libreoffice(settings: DataSettings) -> ClientData:
     """Load LibreOffice's help; the label that clients differ by is the part of LibreOffice.
 
     The file's own `pool` and `split` are used: both follow the page, so nothing of a page crosses
-    train/test or seen/unseen in any language.
-
-    Args:
-        path: a file that `build_libreoffice_help.py` wrote; None: the sample.
-        languages: languages of the seen and unseen clients; None: all but `new_languages`.
-        new_languages: languages that no seen client speaks.
-        split: further fields of `Partition`: clients_per_language, max_train, seed, …
+    train/test or seen/unseen in any language. Without `path` it is the sample.
 
     Returns:
         Client data with `text_columns` ("title",) and `target_column` "text".
@@ -60,6 +47,7 @@ def load_libreoffice(
     Raises:
         UserError: as `clients_of_pools`; a file that `build_libreoffice_help.py` did not write.
     """
+    path = settings.path
     if path is None:
         table = read_sample()
     else:
@@ -74,7 +62,7 @@ def load_libreoffice(
         NAME,
         table,
         tuple(sorted(set(table["language"][:]))),
-        Partition(languages, new_languages, **split),
+        settings,
         text_columns=("title",),
         labels=tuple(sorted(set(table["label"][:]))),
         target_column="text",

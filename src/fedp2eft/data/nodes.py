@@ -86,18 +86,18 @@ def clients_of_node(config: Mapping[str, Value], settings: DataSettings) -> Clie
             if own[key] is None:
                 raise TellableError(f"The node config names a {key}; the experiment has none.")
             own[key] = text[key]
-    agreed = data_without_clients(settings)
+    data_without_clients(settings)  # the classes are agreed on, or this raises
     given = {f.name: text[f.name.replace("_", "-")] for f in fields(ClientFile)
              if f.name.replace("_", "-") in text}  # fmt: skip
     data = clients_from_files(
-        {name: ClientFile(**{"pool": SEEN, **given})},
-        text_columns=columns,
-        label_column=own["label-column"],
-        target_column=own["target-column"],
-        labels=agreed.labels if own["label-column"] else None,
-        test_fraction=settings.test_fraction,
-        seed=settings.seed,
-        unique=settings.unique,
+        replace(
+            settings,
+            path=None,
+            files={name: ClientFile(**{"pool": SEEN, **given})},
+            text_columns=list(columns),
+            label_column=own["label-column"],
+            target_column=own["target-column"],
+        )
     )
     data = replace(data, name=NODES)
     return hold_out(data, settings) if settings.holdout else data

@@ -6,46 +6,16 @@ clients of equal size, label proportions drawn from a Dirichlet distribution wit
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedp2eft.data.allocation import allocate
-from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData, Indices
+from fedp2eft.data.clients import SEEN, Client, ClientData, Indices
 from fedp2eft.errors import UserError
-from fedp2eft.settings.data import DataSettings, PartitionKind
-
-
-@dataclass(frozen=True)
-class Partition:
-    """How a data set's pools are split over clients.
-
-    Args:
-        languages: languages of the seen and unseen clients; None: all but `new_languages`.
-        new_languages: languages that no seen client speaks. The rows of their unseen pool become
-            clients of the pool `new-language`; their seen rows stay unused.
-        clients_per_language: clients per language and pool.
-        alpha: concentration of the Dirichlet distribution: small is skewed, large is alike.
-        max_train: at most this many train rows per client.
-        max_test: at most this many test rows per client.
-        seed: decides the split, together with language and pool alone.
-        unique: of rows with the same text, keep the first, train rows before test rows.
-        pools: which pools of `languages` become clients.
-        kind: one split for each pool, or one for all; see `partition_pools`.
-    """
-
-    languages: Sequence[str] | None = None
-    new_languages: Sequence[str] = ()
-    clients_per_language: int = 5
-    alpha: float = 0.5
-    max_train: int | None = None
-    max_test: int | None = None
-    seed: int = 0
-    unique: bool = False
-    pools: Sequence[str] = (SEEN, UNSEEN)
-    kind: PartitionKind = "per-pool"
+from fedp2eft.settings.data import DataSettings
 
 
 def rng_for(seed: int, *key: str) -> np.random.Generator:
@@ -109,7 +79,7 @@ def dirichlet_partition(
 def partition_pools(
     pools: Mapping[tuple[str, str], tuple[Indices, Indices]],
     labels: NDArray[Any],
-    partition: Partition,
+    settings: DataSettings,
 ) -> tuple[Client, ...]:
     """Split several pools over their clients.
 
@@ -123,14 +93,14 @@ def partition_pools(
     Args:
         pools: (language, pool) -> (train rows, test rows) of the table.
         labels: label of every row of the table, shape (rows of the table,).
-        partition: how; clients are named `<language>-<pool>-<number>`.
+        settings: how; clients are named `<language>-<pool>-<number>`.
 
     Raises:
         UserError: as `dirichlet_partition`, naming the language and the pool; for "reference" no
             seen pool, or pools of different sizes.
     """
 
-    clients, kind = partition.clients_per_language, partition.kind
+    clients, kind = settings.clients_per_language, settings.partition
 
     def split(language: str, pool: str, *key: str) -> list[tuple[Indices, Indices]]:
         train, test = pools[language, pool]
@@ -139,10 +109,10 @@ def partition_pools(
                 labels[train],
                 labels[test],
                 clients,
-                partition.alpha,
-                rng_for(partition.seed, *key),
-                max_train=partition.max_train,
-                max_test=partition.max_test,
+                settings.alpha,
+                rng_for(settings.seed, *key),
+                max_train=settings.max_train,
+                max_test=settings.max_test,
             )
         except UserError as error:
             raise UserError(f"{language}, {pool} pool: {error}") from None
@@ -207,14 +177,17 @@ def local_validation_split(
     return np.setdiff1d(np.arange(rows, dtype=np.int64), held), held
 
 
-def distinct(texts: Sequence[Sequence[Any]], *parts: Indices) -> list[Indices]:
+def distinct(
+    texts: Sequence[Sequence[Any]], *parts: Indices, seen: set[str] | None = None
+) -> list[Indices]:
     """Return the parts without those rows whose text an earlier row has, in them or before.
 
     Args:
         texts: one sequence per text column, indexed by row.
         parts: row indices, those to keep a text first.
+        seen: texts that no part may have; those of the parts are added.
     """
-    seen: set[str] = set()
+    seen = set() if seen is None else seen
     kept: list[Indices] = []
     for part in parts:
         mine = []

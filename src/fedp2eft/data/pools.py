@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedp2eft.data.clients import NEW_LANGUAGE, POOLS, SEEN, UNSEEN, ClientData, Indices
+from fedp2eft.data.clients import NEW_LANGUAGE, SEEN, UNSEEN, ClientData, Indices
 from fedp2eft.data.languages import choose_languages
-from fedp2eft.data.partition import Partition, distinct, partition_pools
-from fedp2eft.errors import UserError
+from fedp2eft.data.partition import distinct, partition_pools
+from fedp2eft.settings.data import DataSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +20,7 @@ def clients_of_pools(
     name: str,
     table: Dataset,
     known: Sequence[str],
-    partition: Partition,
+    settings: DataSettings,
     *,
     text_columns: tuple[str, ...],
     labels: tuple[str, ...],
@@ -32,29 +32,26 @@ def clients_of_pools(
         name: the data set's name.
         table: has columns `language`, `pool` (seen or unseen), `split` (train or test) and `label`.
         known: its languages.
-        partition: how the pools are split.
+        settings: which languages, and how their pools are split.
         text_columns: see `ClientData`.
         labels: see `ClientData`.
         target_column: see `ClientData`.
 
     Raises:
-        UserError: an unknown language or pool, a language in both lists, or too many clients.
+        UserError: an unknown language, a language in both lists, or too many clients.
     """
-    pools, unique = partition.pools, partition.unique
-    spoken, new = choose_languages(name, known, partition.languages, partition.new_languages)
-    if wrong := [pool for pool in pools if pool not in (SEEN, UNSEEN)]:
-        raise UserError(f"Pool {wrong[0]!r} is not one of {list(POOLS[:2])}.")
-    texts = [table[column][:] for column in text_columns] if unique else []
+    spoken, new = choose_languages(name, known, settings.languages, settings.new_languages)
+    texts = [table[column][:] for column in text_columns] if settings.unique else []
     language, pool, split = (np.asarray(table[c][:]) for c in ("language", "pool", "split"))
 
     def rows(name: str, source: str) -> tuple[Indices, Indices]:
         mine = (language == name) & (pool == source)
         train, test = (np.flatnonzero(mine & (split == part)) for part in ("train", "test"))
-        if unique:
+        if settings.unique:
             train, test = distinct(texts, train, test)
         return train, test
 
-    parts = {(name, source): rows(name, source) for name in spoken for source in pools}
+    parts = {(name, source): rows(name, source) for name in spoken for source in (SEEN, UNSEEN)}
     parts |= {(name, NEW_LANGUAGE): rows(name, UNSEEN) for name in new}
-    clients = partition_pools(parts, np.asarray(table["label"][:]), partition)
+    clients = partition_pools(parts, np.asarray(table["label"][:]), settings)
     return ClientData(name, table, text_columns, "label", labels, clients, target_column)

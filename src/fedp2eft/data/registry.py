@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fedp2eft.data import debian, fed_aya, libreoffice
 from fedp2eft.data.clients import ClientData
@@ -36,39 +35,6 @@ class DatasetEntry:
     unused: tuple[str, ...]
 
 
-def _partition(settings: DataSettings) -> dict[str, Any]:
-    return {
-        "languages": settings.languages or None,
-        "new_languages": settings.new_languages,
-        "clients_per_language": settings.clients_per_language,
-        "alpha": settings.alpha,
-        "max_train": settings.max_train,
-        "max_test": settings.max_test,
-        "seed": settings.seed,
-        "unique": settings.unique,
-    }
-
-
-def _load_debian(settings: DataSettings) -> ClientData:
-    return debian.load_debian(**_partition(settings))
-
-
-def _load_libreoffice(settings: DataSettings) -> ClientData:
-    return libreoffice.load_libreoffice(settings.path, **_partition(settings))
-
-
-def _load_fed_aya(settings: DataSettings) -> ClientData:
-    return fed_aya.load_fed_aya(
-        settings.path, settings.languages, seed=settings.seed, unique=settings.unique
-    )
-
-
-def _load_preset(name: str, source: HubSource, settings: DataSettings) -> ClientData:
-    return load_hub(
-        name, source, folder=settings.path, kind=settings.partition, **_partition(settings)
-    )
-
-
 def _load_hub(settings: DataSettings) -> ClientData:
     if settings.path is None:
         raise UserError(
@@ -87,25 +53,15 @@ def _load_hub(settings: DataSettings) -> ClientData:
     )
     folder = Path(settings.path).expanduser()
     if not folder.is_dir():
-        return load_hub(settings.path.replace("/", "-"), source, **_partition(settings))
+        return load_hub(settings.path.replace("/", "-"), source, settings)
     if settings.revision is not None:
         raise UserError(f"{folder} is a local copy, which has no data.revision: remove it.")
-    return load_hub(folder.resolve().name, source, folder=folder, **_partition(settings))
+    return load_hub(folder.resolve().name, source, settings, folder)
 
 
-def _load_files(settings: DataSettings) -> ClientData:
-    if (settings.path is None) == (not settings.files):
-        raise UserError("Set either data.path (one file) or data.files (client name to its file).")
-    columns: dict[str, Any] = {
-        "text_columns": settings.text_columns,
-        "label_column": settings.label_column,
-        "target_column": settings.target_column,
-        "labels": settings.labels or None,
-        "test_fraction": settings.test_fraction,
-        "seed": settings.seed,
-        "unique": settings.unique,
-    }
-    return clients_from_files(settings.path or settings.files, **columns)
+def _load_preset(name: str, settings: DataSettings) -> ClientData:
+    folder = Path(settings.path).expanduser() if settings.path else None
+    return load_hub(name, KNOWN[name], settings, folder)
 
 
 _HUB_ONLY = ("train_split", "test_split", "pool_train", "pool_test", "revision")
@@ -116,12 +72,11 @@ _SPLIT = ("languages", "new_languages", "clients_per_language", "alpha", "max_tr
 
 def _preset(name: str, description: str, licence: str, *unused: str) -> DatasetEntry:
     """A data set of the hub that is known by name."""
-    source = KNOWN[name]
     return DatasetEntry(
         f"{description}; from the hub, or a local copy in data.path",
-        source.languages,
+        KNOWN[name].languages,
         licence,
-        partial(_load_preset, name, source),
+        partial(_load_preset, name),
         (*_COLUMNS[1:], *_FILES_ONLY, *_HUB_ONLY, *unused),
     )
 
@@ -132,7 +87,7 @@ DATASETS: dict[str, DatasetEntry] = {
         "package",
         debian.LANGUAGES,
         "free licence of each package; name Debian and the Debian Description Translation Project",
-        _load_debian,
+        debian.clients_of_debian,
         (*_COLUMNS, *_FILES_ONLY, *_HUB_ONLY, "partition"),
     ),
     libreoffice.NAME: DatasetEntry(
@@ -140,7 +95,7 @@ DATASETS: dict[str, DatasetEntry] = {
         "package, scripts/build_libreoffice_help.py in the repository builds the whole",
         libreoffice.LANGUAGES,
         "MPL-2.0; name LibreOffice and its translators",
-        _load_libreoffice,
+        libreoffice.load_libreoffice,
         (*_COLUMNS[1:], *_FILES_ONLY, *_HUB_ONLY, "partition"),
     ),
     fed_aya.NAME: DatasetEntry(
@@ -148,14 +103,14 @@ DATASETS: dict[str, DatasetEntry] = {
         "JSON file that FedLLM-Bench publishes",
         fed_aya.LANGUAGES,
         "Apache-2.0",
-        _load_fed_aya,
+        fed_aya.load_fed_aya,
         (*_COLUMNS[1:], *_FILES_ONLY, *_HUB_ONLY, *_SPLIT[1:], "partition"),
     ),
     "files": DatasetEntry(
         "your own JSON, CSV, TSV or Parquet: one file a client, or one with a column client",
         (),
         "yours",
-        _load_files,
+        clients_from_files,
         (*_SPLIT, *_HUB_ONLY, "partition"),
     ),
     NODES: DatasetEntry(
