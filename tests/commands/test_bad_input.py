@@ -248,7 +248,7 @@ def test_clients_with_one_row_or_one_class_are_served_with_a_warning(
         assert (folder / "adapter_model.safetensors").exists()
         json.loads((folder / "fedp2eft.json").read_text())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert {name for row in results for name in row["languages"]} == {"de"}
+    assert {name for row in results["rows"] for name in row["languages"]} == {"de"}
 
 
 # ── models, PSGs and adapters ───────────────────────────────────────────────────────────────────

@@ -37,7 +37,7 @@ def seen(finished) -> Seen:
 
 
 def test_numbers_of_a_run_are_those_of_its_results(seen, finished):
-    results = read_json(finished.folder / "results.json")
+    results = read_json(finished.folder / "results.json")["rows"]
     pools = list(dict.fromkeys(row["pool"] for row in results))
     for number, pool in enumerate(pools):
         table, languages = seen.rows(f"table-{number}"), seen.rows(f"languages-{number}")
@@ -288,7 +288,7 @@ def test_show_prints_the_essentials(finished, capsys):
     assert main(["show", str(finished.folder)]) == 0
     told = capsys.readouterr().out
     assert "3 rounds of 2 clients" in told
-    row = next(r for r in read_json(finished.folder / "results.json")
+    row = next(r for r in read_json(finished.folder / "results.json")["rows"]
                if (r["method"], r["rank"], r["pool"]) == ("lora", 2, "unseen"))  # fmt: skip
     line = next(line for line in told.splitlines() if "│ lora" in line)
     assert f"{100 * row['mean']:.1f}" in line

@@ -64,7 +64,9 @@ def test_the_card_of_a_psg(finished, world: World):
     card = ModelCard.load(finished.folder / "psg" / "README.md")
     assert card.data.library_name == "fedp2eft"
     assert card.data.language == ["de", "fr"]
-    rows = [r for r in read_json(finished.folder / "results.json") if r["method"] == "fedp2eft"]
+    rows = [
+        r for r in read_json(finished.folder / "results.json")["rows"] if r["method"] == "fedp2eft"
+    ]
     told = {each.dataset_config: each.metric_value for each in card.data.eval_results}
     assert told == {f"{row['pool']} clients, r = {row['rank']}": row["mean"] for row in rows}
     for words in ("4 clients, 3 rounds", "data set files", "| unseen (2) | lora | 2 |", "One seed"):

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from fedp2eft.errors import UserError
+from fedp2eft.files import write_text
 from fedp2eft.results.rows import collect
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.reading import settings_text
 
 
 def cell(folder: Path, method: str, rank: int, client: str, correct: int, examples: int) -> None:
@@ -21,6 +24,7 @@ def cell(folder: Path, method: str, rank: int, client: str, correct: int, exampl
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    write_text(tmp_path / "settings.yaml", settings_text(Settings()))
     cell(tmp_path, "base", 0, "de-seen-00", 5, 10)
     cell(tmp_path, "base", 0, "de-seen-01", 10, 30)
     cell(tmp_path, "base", 0, "fr-seen-00", 3, 4)
@@ -46,7 +50,7 @@ def test_rows(folder: Path):
     assert (unseen.languages, unseen.clients) == ({"fr": 0.25}, 1)
     assert unseen.worse_than_base is None
     on_disk = json.loads((folder / "results.json").read_text())
-    assert [row["mean"] for row in on_disk] == [row.mean for row in results.rows]
+    assert [row["mean"] for row in on_disk["rows"]] == [row.mean for row in results.rows]
 
 
 def test_a_row_that_was_not_computed(folder: Path):

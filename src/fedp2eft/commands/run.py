@@ -86,7 +86,7 @@ def quickstart(
 
 
 def _run(settings: Any, folder: Path, watch: bool) -> None:
-    from fedp2eft.commands.terminal import progress, show_loading, show_results
+    from fedp2eft.commands.terminal import progress, show_gains, show_loading, show_results
     from fedp2eft.experiment.train import train as train_all
 
     start = time.perf_counter()
@@ -98,6 +98,7 @@ def _run(settings: Any, folder: Path, watch: bool) -> None:
             f"Interrupted. Finished rounds are kept in {folder}: start the same command again to "
             "resume."
         ) from None
+    show_gains(results)
     show_results(results)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     print(f"\nRun folder: {folder}  ({minutes} min {seconds:02d} s in this process)")

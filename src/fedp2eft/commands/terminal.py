@@ -234,6 +234,13 @@ def _show_further(console: Console, pool: str, rows: list[Row]) -> None:
     console.print(table)
 
 
+def show_gains(results: Results) -> None:
+    """Print what was gained and from what: on clients that no training saw, where there are any."""
+    apart = [gains for gains in results.gains if gains.pool != "seen"]
+    for gains in apart or results.gains:
+        print(f"\n{visible(gains.text)}")
+
+
 LOAD = """from transformers import {auto}
 from peft import PeftModel
 model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{adapter}")"""

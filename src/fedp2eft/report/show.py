@@ -15,21 +15,24 @@ from fedp2eft.results.layout import Table, compact_table, language_table
 
 
 def show_report(folder: str) -> None:
-    """Print what was run, what is missing, the scores and the cost.
+    """Print where the gain comes from, what was run, what is missing, the scores and the cost.
 
     Raises:
         UserError: There is no such folder, or no run in it.
     """
     report = read_report(folder, ask=False)
+    c = report.comparison
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(_plain(f"{'Run' if report.single else 'Comparison'} {report.folder}"))
+    for gains in c.gains:
+        of = f"Base {gains.base}. " if len(c.bases) > 1 else ""
+        console.print(_plain(f"{of}{gains.text}"))
     about = Grid.grid(padding=(0, 2))
     for row in facts(report):
         about.add_row(*map(_plain, row))
     console.print(about)
     for line in report.notes:
         console.print(_plain(f"! {line}"))
-    c = report.comparison
     for base in c.bases:
         pools = [p for p in c.pools if any((x.base, x.pool) == (base, p) for x in c.lines)]
         if pools:

@@ -224,7 +224,7 @@ def _missing(report: Report) -> Iterator[str]:
     results = folder / "results.json"
     if not results.exists():
         yield "There is no results.json yet: what is shown is what is finished so far."
-    elif not isinstance(read_json(results), list if report.single else dict):
+    elif not isinstance(read_json(results), dict | list):  # a list: a run of fedp2eft 0.1.0
         yield "results.json is damaged: the numbers here come from the cells, whose sum it is."
     if report.single:
         phases = [phase for phase in ("base", "psg") if report.trainings[0].rounds.get(phase)]

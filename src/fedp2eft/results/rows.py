@@ -13,7 +13,9 @@ from typing import Any
 
 from fedp2eft.errors import UserError
 from fedp2eft.files import read_json, write_json
+from fedp2eft.results.gains import Gains, adjusted, gains_from, gains_of
 from fedp2eft.results.metrics import ACCURACY, further_metrics, metric_of
+from fedp2eft.settings.reading import settings_of_folder
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ class Results:
     Args:
         run: The run folder.
         rows: Sorted by pool, rank and method as they were asked for.
+        gains: Where the gain comes from, per pool; empty of a run of an earlier version.
     """
 
     run: Path
     rows: tuple[Row, ...]
+    gains: tuple[Gains, ...] = ()
 
     def row(self, method: str, rank: int, pool: str) -> Row:
         """One row; a `UserError` where it was not computed."""
@@ -75,10 +79,13 @@ class Results:
 
 def read_results(run: str | Path) -> Results:
     """The tables that `collect` wrote."""
-    rows = read_json(Path(run) / "results.json")
-    if not isinstance(rows, list):
+    found = read_json(Path(run) / "results.json")
+    if isinstance(found, list):  # as fedp2eft 0.1.0 wrote it
+        found = {"rows": found, "gains": []}
+    if not isinstance(found, dict) or "rows" not in found:
         raise UserError(f"{run} has no results yet: finish the run first.")
-    return Results(Path(run), tuple(Row(**row) for row in rows))
+    rows = tuple(Row(**row) for row in found["rows"])
+    return Results(Path(run), rows, tuple(map(gains_from, found["gains"])))
 
 
 def collect(run: str | Path) -> Results:
@@ -99,8 +106,15 @@ def collect(run: str | Path) -> Results:
     rows = tuple(
         row_of(*key, groups[key], base) for key in sorted(groups, key=lambda k: (k[2], k[1], k[0]))
     )
-    results = Results(run, rows)
-    write_json(run / "results.json", [asdict(row) for row in rows])
+    settings = settings_of_folder(run)
+    gains = []
+    for pool in dict.fromkeys(row.pool for row in rows):
+        here = {key[:2]: {settings.seed: cells} for key, cells in groups.items() if key[2] == pool}
+        if found := gains_of(settings.base.kind, pool, here, adjusted=adjusted(settings)):
+            gains.append(found)
+    results = Results(run, rows, tuple(gains))
+    parts = {"gains": [asdict(each) for each in gains], "rows": [asdict(row) for row in rows]}
+    write_json(run / "results.json", parts)
     return results
 
 

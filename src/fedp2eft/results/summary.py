@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-import numpy as np
-
 from fedp2eft.methods import METHODS
 from fedp2eft.results.cells import CellRecord, name_of, scored, values
-from fedp2eft.results.metrics import ACCURACY, METRICS, Metric, metric_of
+from fedp2eft.results.gains import Gains, adjusted, gains_of
+from fedp2eft.results.metrics import ACCURACY, METRICS, Metric
+from fedp2eft.results.paired import Paired
 from fedp2eft.results.plan import Cell, plan
 from fedp2eft.results.rows import Row, row_of
-from fedp2eft.results.statistics import Estimate, estimate, paired_difference
+from fedp2eft.results.statistics import Estimate, estimate
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
 
@@ -117,6 +117,8 @@ class Comparison:
         ranks: In the order of the settings.
         seeds: In the order of the settings.
         lines: One for every method and budget that has a cell, in the order of the axes.
+        gains: Where the gain comes from, for every base and pool that has two methods of the chain
+            (see `fedp2eft.results.gains`).
         missing: Names of the cells that are not there.
         machines: Machines that computed the cells.
         versions: Versions of the packages that computed them.
@@ -128,6 +130,7 @@ class Comparison:
     ranks: list[int]
     seeds: list[int]
     lines: tuple[Line, ...]
+    gains: tuple[Gains, ...]
     missing: list[str]
     machines: list[str]
     versions: list[dict[str, str]]
@@ -193,6 +196,7 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
     def place(key: Key) -> list[int]:
         return [*(axis.index(name) for axis, name in zip(axes, key[:3], strict=True)), key[3]]
 
+    order = sorted(groups, key=place)
     versions = {tuple(sorted(facts["versions"].items())) for facts in found.values()}
     return Comparison(
         bases=axes[0],
@@ -200,7 +204,8 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
         methods=axes[2],
         ranks=list(evaluation.ranks) or [0],
         seeds=list(settings.compare.seeds),
-        lines=tuple(_line(key, groups) for key in sorted(groups, key=place)),
+        lines=tuple(_line(key, groups) for key in order),
+        gains=tuple(_gains(settings, {key: groups[key] for key in order})),
         missing=[name for name in planned if name not in found],
         machines=sorted({facts["machine"] for facts in found.values()}),
         versions=[dict(items) for items in sorted(versions)],
@@ -273,24 +278,21 @@ def _difference(
     key: Key, mine: Mapping[int, CellRecord], other: Key, theirs: Mapping[int, CellRecord]
 ) -> Difference | None:
     """On the seeds that both have, and the clients that both scored on as many rows in all."""
-    seeds = sorted(mine.keys() & theirs.keys())
-    if not seeds:
+    paired = Paired.of([key[2], other[2]], {key[2:]: _by_seed(mine), other[2:]: _by_seed(theirs)})
+    if paired is None:
         return None
-    scores = [
-        tuple({c["client"]: c for c in scored(cells[seed])} for cells in (mine, theirs))
-        for seed in seeds
-    ]
-    metric = metric_of(next(iter(scores[0][0].values())))
-    unit = metric.unit
-    both = set.intersection(*(a.keys() & b.keys() for a, b in scores))
-    common = sorted(name for name in both if all(a[name][unit] == b[name][unit] for a, b in scores))
-    if not common:
-        return None
-    interval = paired_difference(
-        np.array([[metric.total(a[name]) for name in common] for a, _ in scores]),
-        np.array([[metric.total(b[name]) for name in common] for _, b in scores]),
-        np.array([[float(a[name][unit]) for name in common] for a, _ in scores]),
-        [scores[0][0][name]["language"] for name in common],
-        derive_seed("bootstrap", *key[:2]),
-    )
-    return Difference(other[2], other[3], interval.value, interval.low, interval.high)
+    made = paired.difference(key[2], other[2], paired.ranks, derive_seed("bootstrap", *key[:2]))
+    return Difference(other[2], other[3], made.value, made.low, made.high)
+
+
+def _by_seed(cells: Mapping[int, CellRecord]) -> dict[int, Sequence[CellRecord]]:
+    return {seed: scored(facts) for seed, facts in cells.items()}
+
+
+def _gains(settings: Settings, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Iterator[Gains]:
+    """Where the gain comes from, on every base and pool."""
+    places = dict.fromkeys(key[:2] for key in groups)
+    for base, pool in places:
+        cells = {key[2:]: _by_seed(groups[key]) for key in groups if key[:2] == (base, pool)}
+        if found := gains_of(base, pool, cells, adjusted=adjusted(settings)):
+            yield found

@@ -1,0 +1,216 @@
+"""Where a gain comes from: from the base model to FedP²EFT, a paired difference per step.
+
+The steps are differences between neighbours in this chain, of which each place may be empty:
+
+    base → prior → adapter at uniform ranks → structure → size of λ
+
+    prior        `prior`, or else `label-prior`
+    adapter      `lora+prior`, or else `lora`
+    structure    `fedp2eft-structure`: FedP²EFT's ranks, every λ alike
+    size of λ    `fedp2eft+prior` beside `lora+prior`, or else `fedp2eft`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from fedp2eft.results.metrics import Metric
+from fedp2eft.results.paired import Paired, Scored
+from fedp2eft.results.statistics import Interval
+from fedp2eft.seeding import derive_seed
+from fedp2eft.settings.experiment import Settings
+
+PLACES = (
+    ("base",),
+    ("prior", "label-prior"),
+    ("lora+prior", "lora"),
+    ("fedp2eft-structure",),
+    ("fedp2eft+prior", "fedp2eft"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The gain of one method over another on the same clients.
+
+    Args:
+        name: What the step adds, in words.
+        before: The method that it starts from.
+        after: The method that it ends with.
+        gain: How much better `after` is; positive is better, whatever the metric. Mean over the
+            budgets, seeds and languages.
+        low: Lower end of the 95 % interval of a paired bootstrap over clients.
+        high: Its upper end; both None where a language has a single client.
+        by_rank: The same at each budget, where there are several.
+    """
+
+    name: str
+    before: str
+    after: str
+    gain: float
+    low: float | None
+    high: float | None
+    by_rank: dict[int, Interval] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gains:
+    """What the clients of a pool gain, in all and in steps.
+
+    Args:
+        base: How the base model was trained.
+        pool: Whose clients.
+        metric: Name of the metric; a key of `fedp2eft.results.metrics.METRICS`.
+        ranks: The budgets; a method with a budget counts with its mean over them.
+        clients: Clients per seed: those that all methods of the steps scored.
+        start: The metric of the first method, mean over languages.
+        end: That of the last.
+        total: From the first to the last.
+        steps: The steps between, which sum up to the total.
+        text: All of it in two sentences.
+    """
+
+    base: str
+    pool: str
+    metric: str
+    ranks: list[int]
+    clients: int
+    start: float
+    end: float
+    total: Step
+    steps: tuple[Step, ...]
+    text: str
+
+
+def gains_of(base: str, pool: str, cells: Scored, *, adjusted: bool = False) -> Gains | None:
+    """Return the gains of one pool; None where fewer than two methods of the chain have scores.
+
+    Args:
+        base: How the base model was trained.
+        pool: Whose clients.
+        cells: Their scores.
+        adjusted: Whether `lora` and `fedp2eft` themselves have the label prior in their logits.
+    """
+    chain = _chain({method for method, _ in cells})
+    while len(chain) > 1:
+        if paired := Paired.of(chain, cells):
+            return _gains(base, pool, paired, adjusted)
+        chain.pop()  # it has no cell yet at a budget, seed or client of the others
+    return None
+
+
+def gains_from(facts: Mapping[str, Any]) -> Gains:
+    """Return gains as `results.json` holds them."""
+
+    def step(made: Mapping[str, Any]) -> Step:
+        by_rank = {int(rank): Interval(**found) for rank, found in made["by_rank"].items()}
+        return Step(**{**made, "by_rank": by_rank})
+
+    steps = tuple(map(step, facts["steps"]))
+    return Gains(**{**facts, "total": step(facts["total"]), "steps": steps})
+
+
+def adjusted(settings: Settings) -> bool:
+    """Whether the methods of these settings have the client's label prior in their logits."""
+    return getattr(settings.local, "logit_adjustment", "none") != "none"
+
+
+def _chain(there: set[str]) -> list[str]:
+    """The methods of the chain that are there, one per place."""
+    places = [[name for name in place if name in there] for place in PLACES]
+    if places[2][:1] == ["lora+prior"]:
+        places[3:] = [[], [name for name in places[4] if name == "fedp2eft+prior"]]
+    else:  # beside the LoRA whose logits are alike
+        places[4] = [name for name in places[4] if name == "fedp2eft"]
+    return [place[0] for place in places if place]
+
+
+def _gains(base: str, pool: str, paired: Paired, adjusted: bool) -> Gains:
+    seed = derive_seed("bootstrap", base, pool)
+    chain, ranks, metric = paired.methods, paired.ranks, paired.metric
+
+    def gain(before: str, after: str, ranks: Sequence[int]) -> Interval:
+        mine, theirs = (after, before) if metric.higher else (before, after)
+        return paired.difference(mine, theirs, ranks, seed)
+
+    def step(name: str, before: str, after: str) -> Step:
+        made = gain(before, after, ranks)
+        ranked = len(ranks) > 1 and any((m, ranks[0]) in paired.sums for m in (before, after))
+        by_rank = {r: gain(before, after, [r]) for r in ranks} if ranked else {}
+        return Step(name, before, after, made.value, made.low, made.high, by_rank)
+
+    steps = tuple(step(_name(a, b, adjusted), a, b) for a, b in pairwise(chain))
+    total = step("all steps", chain[0], chain[-1])
+    start, end = paired.mean(chain[0]), paired.mean(chain[-1])
+    clients = len(paired.languages)
+    text = _text(pool, clients, metric, ranks, (start, end), total, steps)
+    return Gains(base, pool, metric.name, ranks, clients, start, end, total, steps, text)
+
+
+def _name(before: str, after: str, adjusted: bool) -> str:
+    """What a step adds."""
+    if after in PLACES[1]:
+        return "the client's label prior"
+    if after in PLACES[2]:
+        beyond = before in PLACES[1]
+        on_top = adjusted or after == "lora+prior"
+        return "LoRA at uniform ranks" + (
+            "" if not beyond else " on top of it" if on_top else " in place of it"
+        )
+    if after == "fedp2eft-structure":
+        return "FedP²EFT's choice of ranks"
+    return "the size of its λ" if before == "fedp2eft-structure" else "FedP²EFT's ranks and λ"
+
+
+def _text(
+    pool: str,
+    clients: int,
+    metric: Metric,
+    ranks: Sequence[int],
+    ends: tuple[float, float],
+    total: Step,
+    steps: Sequence[Step],
+) -> str:
+    """Two sentences: what was gained, and from what."""
+    unit = " %" if metric.higher else " nats per token"
+    start, end = (metric.shown(value) + unit for value in ends)
+    budget = f", r = {ranks[0]}" if ranks != [0] else ""
+    if len(ranks) > 1:
+        budget = f", mean of r = {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+    what = judged(total, metric, ("a gain of", "a loss of", "no clear difference"))
+    first = (
+        f"{pool.capitalize()} clients ({clients}): {metric.name} goes from {start} "
+        f"({_method(total.before)}) to {end} ({_method(total.after)}{budget}), {what}."
+    )
+    if len(steps) == 1:
+        return first
+    parts = [f"{step.name} {judged(step, metric)}" for step in steps]
+    return f"{first} Step by step: {'; '.join(parts)}."
+
+
+def judged(
+    step: Step,
+    metric: Metric,
+    words: Sequence[str] = ("gains", "loses", "makes no clear difference"),
+) -> str:
+    """Return a gain in words: one of three kinds, the number and its interval."""
+    shown = signed(step.gain, metric)
+    if step.low is None or step.high is None:
+        return f"{words[step.gain < 0]} {shown} (too few clients for an interval)"
+    span = f"[{signed(step.low, metric)}, {signed(step.high, metric)}]"
+    if step.low > 0 or step.high < 0:
+        return f"{words[step.high < 0]} {shown} {span}"
+    return f"{words[2]} ({shown} {span}, which includes 0)"
+
+
+def signed(value: float, metric: Metric) -> str:
+    """Return a difference with its sign: points of a share, nats of a loss."""
+    text = metric.shown(abs(value))
+    return text if not float(text) else ("+" if value > 0 else "−") + text
+
+
+def _method(name: str) -> str:
+    return "base model" if name == "base" else name
