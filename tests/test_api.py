@@ -79,7 +79,7 @@ def test_a_method_gives_the_same_bits_by_both_doors(
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("fedl2p", "use fedp2eft train, or one of base, lora, fedp2eft, adalora"),
+        ("fedl2p", "use fedp2eft train, or one of base, majority, prior, lora, fedp2eft, adalora"),
         ("lora-tuned", "Method lora-tuned starts from"),
         ("fedp2eft-layerwise", "needs a PSG trained with adapter.layerwise: true"),
         ("base", "Method base makes no adapter"),

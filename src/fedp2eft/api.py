@@ -167,7 +167,8 @@ def personalize(
     )
     check_trained_for(method, workspace.settings)
     # The method itself, as the federation's clients run it.
-    outcome = made.fit(workspace.side(client, method=made), rank)
+    side = workspace.side(client, method=made)
+    outcome = made.fit(side, rank)
     if outcome.weights is None:
         raise UserError(
             f"Method {method} makes no adapter: score the model with fedp2eft evaluate."
@@ -176,7 +177,7 @@ def personalize(
     scores = outcome.scores if len(workspace.encoded(client, "test")) else None
     source = workspace.source
     return Adapter(
-        workspace.private.carried(client, outcome.weights),
+        workspace.carried(client, side.carrying(outcome.weights)),
         str(Path(source.name).resolve()) if Path(source.name).is_dir() else source.name,
         workspace.psg_config.base_revision,
         rank,

@@ -63,6 +63,8 @@ class PSGConfig:
         local: How a client personalizes: learning rate, epochs, batch size, longest input.
         base: How the base was trained: a client that meets this PSG gets its own part of the base
             likewise, where the PSG's clients have one.
+        label_prior: q, the label distribution that the base was trained on; empty if nothing needed
+            it.
         origin: What its card tells of the experiment (`cards.origin_of`); nothing depends on it.
     """
 
@@ -81,12 +83,14 @@ class PSGConfig:
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
     base: BaseSettings = field(default_factory=BaseSettings)
+    label_prior: tuple[float, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_features(self) -> int:
-        """Length of ξ: 2M, plus one with `log_quantity`."""
-        return 2 * len(self.linear_names) + int(self.generator.log_quantity)
+        """Numbers in ξ: 2M, one more with `log_quantity`, and C more with `label_features`."""
+        labels = len(self.labels) if self.generator.label_features else 0
+        return 2 * len(self.linear_names) + int(self.generator.log_quantity) + labels
 
     def check_fits(self, other: "PSGConfig") -> None:
         """Raise `UserError` that names the first difference between a PSG and a workspace."""
@@ -108,6 +112,8 @@ _MUST_AGREE = {
     "base_revision": "revision of the base model",
     "adapter.r_max": "r_max",
     "adapter.layerwise": "layer-wise λ",
+    "generator.label_features": "label features",
+    "local.logit_adjustment": "logit adjustment",
     "feature_kind": "feature kind",
     "profile": "profile",
     "generator.log_quantity": "log-quantity feature",
@@ -194,11 +200,23 @@ class PSG(
         found = self.last_layer(self.first_layer(features)).reshape(len(c.layer_names), -1)
         return clamp_straight_through(found, c.adapter.lambda_min, c.adapter.lambda_max)
 
-    def features_of(self, features: Tensor, examples: int) -> Tensor:
-        """Return ξ as this PSG expects it: with log N appended if `log_quantity` is set."""
-        if not self.config.generator.log_quantity:
-            return features
-        return torch.cat([features, torch.tensor([float(examples)]).log()])
+    def features_of(
+        self, features: Tensor, examples: int, label_offset: Tensor | None = None
+    ) -> Tensor:
+        """Return ξ as this PSG wants it.
+
+        Args:
+            features: ξ, 2M values.
+            examples: N; its log is added with `log_quantity`.
+            label_offset: log p − log q, C values; added with `label_features`.
+        """
+        if self.config.generator.log_quantity:
+            features = torch.cat([features, torch.tensor([float(examples)]).log()])
+        if self.config.generator.label_features:
+            if label_offset is None:
+                raise UserError("This PSG looks at the client's label prior: give q and labels.")
+            features = torch.cat([features, label_offset])
+        return features
 
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """Return the README.md that `save_pretrained` and `push_to_hub` write."""

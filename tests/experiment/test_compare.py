@@ -22,7 +22,9 @@ from fedp2eft.methods.fedp2eft import fedp2eft
 from fedp2eft.results.plan import SharedTraining, claim, plan, settings_of
 from tiny_run import World
 
+METHODS_OF_ALL = ["base", "lora", "fedp2eft"]
 SMALL: dict[str, Any] = {
+    "evaluation__methods": METHODS_OF_ALL,
     "evaluation__ranks": [1],
     "compare__seeds": [3, 4],
     "base__rounds": 1,
@@ -78,7 +80,10 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_plan_is_the_product(world: World):
     settings = world.settings(
-        evaluation__ranks=[1, 2], compare__seeds=[1, 2], compare__bases=["standard-fl", "none"]
+        evaluation__methods=METHODS_OF_ALL,
+        evaluation__ranks=[1, 2],
+        compare__seeds=[1, 2],
+        compare__bases=["standard-fl", "none"],
     )
     found = plan(settings)
     # base once, lora and fedp2eft at two budgets: 5 × 2 pools × 2 seeds × 2 bases

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from transformers import AutoModelForSequenceClassification
 
 from fedp2eft.federation.wire.messages import DESCRIBE, PERSONALIZE, SURVEY
+from fedp2eft.federation.wire.messages import LABELS as ASK_LABELS
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from tiny_run import CLIENTS, LABELS, R_MAX, SEEN, UNSEEN, vocabulary
@@ -19,6 +20,7 @@ from turns import TRAIN_BASE, TRAIN_PSG
 
 SCALARS = {
     DESCRIBE: {"num-examples", "num-tests"},
+    ASK_LABELS: set(),
     TRAIN_BASE: {"num-examples", "loss"},
     TRAIN_PSG: {
         "num-examples", "psg-loss", "stage1-first", "stage1-last", "stage1-task",
@@ -60,7 +62,10 @@ def allowed_arrays(finished: Any) -> dict[str, dict[str, tuple[int, ...]]]:
     base = AutoModelForSequenceClassification.from_pretrained(finished.folder / "base")
     phi = {name: tuple(value.shape) for name, value in psg.state_dict().items()}
     weights = {name: tuple(value.shape) for name, value in base.named_parameters()}
-    return {DESCRIBE: {}, TRAIN_BASE: weights, TRAIN_PSG: phi, PERSONALIZE: {}}
+    labels = {"labels": (len(LABELS),)}
+    return {
+        DESCRIBE: {}, TRAIN_BASE: weights, TRAIN_PSG: phi, PERSONALIZE: {}, ASK_LABELS: labels,
+    }  # fmt: skip
 
 
 def test_every_reply_holds_parameters_counts_and_names_only(finished) -> None:
@@ -146,11 +151,13 @@ def test_every_request_holds_parameters_and_settings_only(finished) -> None:
         config = {k: v for r in message.content.config_records.values() for k, v in r.items()}
         assert not message.content.metric_records
         if kind == PERSONALIZE:
-            assert set(config) == {"method", "rank"}
+            assert set(config) == {"method", "rank", "label-prior"}
             assert sent == (allowed[TRAIN_PSG] if config["method"] == "fedp2eft" else {})
+        elif kind == ASK_LABELS:
+            assert (sent, config) == ({}, {"source": "counts"})
         else:
             assert sent == allowed[kind]
-            assert set(config) <= {"server-round"}
+            assert set(config) <= {"server-round", "label-prior"}
 
 
 def test_no_word_of_any_client_is_in_any_message(finished) -> None:

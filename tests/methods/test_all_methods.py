@@ -41,17 +41,19 @@ def test_methods_of_one_budget_have_adapters_of_one_kind(all_methods) -> None:
         method: {cell["parameters"] for cell in cells(all_methods.folder, method).values()}
         for method in ONE_RUN
     }
-    assert sizes["base"] == sizes["label-prior"] == {0}
+    assert sizes["base"] == sizes["label-prior"] == sizes["majority"] == {0}
+    assert sizes["prior"] == {3}  # a number per class
     assert sizes["lora"] == sizes["lora-tuned"] == sizes["fedp2eft-scale"]
     assert len(sizes["lora"]) == len(sizes["fedp2eft-global"]) == 1
     assert sizes["fedp2eft"] == sizes["fedp2eft-structure"] == sizes["fedp2eft-tuned"]
-    assert all(0 not in sizes[m] for m in sizes if m not in ("base", "label-prior"))
+    assert all(0 not in sizes[m] for m in sizes if m not in ("base", "label-prior", "majority"))
 
 
 def test_methods_differ(all_methods) -> None:
     losses = {
         method: tuple(cell["loss"] for _, cell in sorted(cells(all_methods.folder, method).items()))
         for method in ONE_RUN
+        if method != "prior"  # which label-prior is where it chooses τ = 1
     }
     assert len(set(losses.values())) == len(losses)
 

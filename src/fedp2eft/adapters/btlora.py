@@ -256,15 +256,18 @@ class BTLora:
                 base.set_submodule(layer.name, layer.module)
             base.peft_config = config
 
-    def trim(self, rank: int) -> AdapterWeights:
-        """Return the trained adapter cut to its r·L largest λ, without further training."""
-        lam = self.rank_lambda()
-        keep = keep_largest(lam, rank)
+    def weights_of(self, lam: Tensor, keep: Tensor) -> AdapterWeights:
+        """Return a copy of this adapter's kept ranks (boolean, L × r_max) with λ (L × r_max)."""
         layers = [
             _layer_weights(layer, layer.A[keep[row]], layer.B[:, keep[row]], lam[row][keep[row]])
             for row, layer in enumerate(self.layers)
         ]
         return AdapterWeights(tuple(layers), self.settings.scaling)
+
+    def trim(self, rank: int) -> AdapterWeights:
+        """The trained adapter cut to its r·L largest λ, without further training."""
+        lam = self.rank_lambda()
+        return self.weights_of(lam, keep_largest(lam, rank))
 
 
 class TrimmedAdapter:

@@ -7,8 +7,10 @@
   hot-swapping and mixed batches load it as it is.
 * `compact`: the true ranks, by `rank_pattern` and `alpha_pattern`; modules without ranks left out.
 
-A client's own embedding rows go with its adapter as PEFT's `trainable_token_indices`, in both
-layouts. PEFT loads and merges them; a server that knows LoRA alone needs the merged model.
+With a label prior (`fedp2eft.adapters.head`) the folder also has the whole head, as PEFT's
+`modules_to_save`. A client's own embedding rows go with its adapter as PEFT's
+`trainable_token_indices`, in both layouts. PEFT loads and merges both; a server that knows LoRA
+alone needs the merged model.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedp2eft.adapters.gates import PEFT_PREFIX
+from fedp2eft.adapters.head import read_head
 from fedp2eft.adapters.weights import AdapterWeights, EmbeddingRows, LayerWeights
 from fedp2eft.errors import UserError
 from fedp2eft.files import write_folder
@@ -76,18 +79,22 @@ def save_adapter(
         raise UserError(f"Adapter for {folder} holds NaN or infinity: not saved.")
     # Fold λ and the scale into B, so that the folder needs a scale of 1 and no λ.
     folded = weights.folded()
-    kept = [layer for layer in folded.layers if layer.rank or layout == "portable"]
     R = folded.max_rank
+    # PEFT wants a layer to adapt: of an adapter without ranks one layer stands there with zeros.
+    kept = [x for x in folded.layers if x.rank or layout == "portable"] or [*folded.layers[:1]]
     tensors = {}
     for layer in kept:
-        width = R - layer.rank if layout == "portable" else 0
+        width = R - layer.rank if layout == "portable" or not layer.rank else 0
         a, b = _keys(layer)
         tensors[a] = pad(layer.A, (0, 0, 0, width)).contiguous()
         tensors[b] = pad(layer.B, (0, width)).contiguous()
     for each in weights.rows:
         tensors[_rows_key(each.name)] = each.values.contiguous()
+    if weights.head:
+        tensors[f"{PEFT_PREFIX}{weights.head.name}.weight"] = weights.head.weight.contiguous()
+        tensors[f"{PEFT_PREFIX}{weights.head.name}.bias"] = weights.head.bias.contiguous()
     # PEFT takes the first pattern that ends a name; "^" tells `dense` from `output.dense`.
-    ranks = {"^" + re.escape(layer.name): layer.rank for layer in kept if layer.rank != R}
+    ranks = {"^" + re.escape(layer.name): layer.rank for layer in kept if 0 < layer.rank != R}
     compact = layout == "compact"
     # alpha = r makes PEFT's own scale 1.
     config = LoraConfig(
@@ -98,6 +105,7 @@ def save_adapter(
         target_modules=[layer.name for layer in kept],
         lora_dropout=0.0,
         bias="none",
+        modules_to_save=[weights.head.name] if weights.head else None,
         trainable_token_indices={each.name: each.rows.tolist() for each in weights.rows} or None,
         task_type=task_type,
         auto_mapping=dict(loads) if loads and task_type is None else None,
@@ -196,9 +204,12 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
             EmbeddingRows(name, torch.tensor(numbers), tensors[_rows_key(name)])
             for name, numbers in (config.trainable_token_indices or {}).items()
         )
+        head = read_head(config.modules_to_save, tensors, PEFT_PREFIX)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: its embedding rows are incomplete: fetch it again.") from error
-    return AdapterWeights(tuple(layers), 1.0, rows)
+        raise UserError(
+            f"{folder}: its embedding rows or head are incomplete: fetch it again."
+        ) from error
+    return AdapterWeights(tuple(layers), 1.0, rows, head=head)
 
 
 def adapter_facts(folder: str | Path) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,21 @@ class EmbeddingRows:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What takes the place of a classification head.
+
+    Args:
+        name: Module path inside the base model.
+        weight: C × d.
+        bias: C.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
 class AdapterWeights:
     """W + s·B·diag(λ)·A for every adapted layer, in module order.
 
@@ -55,11 +70,16 @@ class AdapterWeights:
         layers: All L adapted layers, those without ranks included.
         scaling: The factor s.
         rows: Embeddings that the client has rows of its own in.
+        offset: Added to the logits, one value per class; None if nothing is.
+        head: The head that has the offset and its own low-rank part in it
+            (`fedp2eft.adapters.head.with_head`).
     """
 
     layers: tuple[LayerWeights, ...]
     scaling: float
     rows: tuple[EmbeddingRows, ...] = ()
+    offset: Tensor | None = None
+    head: Head | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -72,13 +92,15 @@ class AdapterWeights:
         return max([1, *(layer.rank for layer in self.layers)])
 
     def parameters(self) -> int:
-        """Numbers in A and B of the kept ranks."""
-        return sum(layer.A.numel() + layer.B.numel() for layer in self.layers)
+        """Numbers in A and B of the kept ranks, and in the offset."""
+        offset = 0 if self.offset is None else self.offset.numel()
+        return sum(layer.A.numel() + layer.B.numel() for layer in self.layers) + offset
 
     def folded(self) -> AdapterWeights:
         """The same adapter with s and λ folded into B, so that its scale is exactly 1."""
-        return AdapterWeights(
-            tuple(
+        return replace(
+            self,
+            layers=tuple(
                 LayerWeights(
                     layer.name,
                     layer.A,
@@ -89,7 +111,6 @@ class AdapterWeights:
                 for layer in self.layers
             ),
             scaling=1.0,
-            rows=self.rows,
         )
 
     def is_finite(self) -> bool:
@@ -99,5 +120,6 @@ class AdapterWeights:
             for t in (
                 *(t for layer in self.layers for t in (layer.A, layer.B, layer.lam)),
                 *(each.values for each in self.rows),
+                *([self.head.weight, self.head.bias] if self.head else []),
             )
         )

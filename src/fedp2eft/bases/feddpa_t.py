@@ -60,6 +60,8 @@ class FedDPAT(FedIT):
                 layer = replace(layer, A=A, B=B, lam=ones)
             layers.append(layer)
         for name in [key.removesuffix(".lora_A") for key in left if key.endswith(".lora_A")]:
+            if weights.head and name == weights.head.name:
+                continue  # made from the client's own base
             A, B = left[f"{name}.lora_A"], left[f"{name}.lora_B"]
             layers.append(LayerWeights(name, A, B, torch.ones(len(A))))
         return replace(weights, layers=tuple(layers), scaling=1.0)

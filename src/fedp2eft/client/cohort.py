@@ -40,11 +40,13 @@ class CohortClient:
         data: Its training rows.
         xi: ξ, log N included where the PSG wants it.
         order: Mini-batches of row indices.
+        task: Its own task, in place of the cohort's.
     """
 
     data: Encoded
     xi: Tensor
     order: Sequence[Indices]
+    task: Task | None = None
 
 
 def why_alone(bt: BTLora, settings: LocalSettings) -> str | None:
@@ -160,7 +162,7 @@ def cohort_stage1(
     examples = torch.tensor([float(len(client.data)) for client in clients], device=device)
 
     def loss_of(rows: Sequence[Indices]) -> Tensor:
-        losses = _losses(lora, bt, task, [client.data for client in clients[: len(rows)]], rows)
+        losses = _losses(lora, bt, task, clients[: len(rows)], rows)
         return nn.functional.pad(losses, (0, len(clients) - len(rows)))
 
     def sizes(group: Sequence[Sequence[Indices]]) -> Tensor:
@@ -190,12 +192,12 @@ def _losses(
     lora: StackedLora,
     bt: BTLora,
     task: Task,
-    data: Sequence[Encoded],
+    clients: Sequence[CohortClient],
     rows: Sequence[Indices],
 ) -> Tensor:
     """Task loss of each client's rows, from one pass over the rows of all of them."""
     cpu = replace(task, device="cpu")
-    parts = [cpu.batch(one, chosen) for one, chosen in zip(data, rows, strict=True)]
+    parts = [cpu.batch(one.data, chosen) for one, chosen in zip(clients, rows, strict=True)]
     height = max(len(part["input_ids"]) for part in parts)
     width = max(part["input_ids"].shape[1] for part in parts)
     whole = {
@@ -217,7 +219,7 @@ def _losses(
         known = logits[c]
         # rows × classes, or rows × tokens × vocabulary
         size = part["input_ids"].shape[: known.dim() - 1]
-        found.append(task.loss(_KnownLogits(_like(known, size)), mine))
+        found.append((clients[c].task or task).loss(_KnownLogits(_like(known, size)), mine))
     return torch.stack(found)
 
 

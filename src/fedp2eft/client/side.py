@@ -14,9 +14,11 @@ from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.client.training import Fitted, OnStep, local_order, personalize
 from fedp2eft.data.partition import local_validation_split, rng_for
+from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
 from fedp2eft.settings.experiment import LocalSettings
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.label_prior import adjusted
 from fedp2eft.tasks.task import Scores, Task
 
 
@@ -36,6 +38,8 @@ class ClientSide:
         progress: Called with the share of the client's steps that are done.
         shared: The numbers that the method's own federation trained, by name.
         prepared: What the method's surveys of the seen clients gave so far.
+        label_prior: q, the label distribution that the base was trained on, C; None if nothing in
+            the run needs it.
         own: The method's own section of the settings, of the class `Method.settings`.
         answer: Has a model answer the prompts of the test rows, keeps the texts, and gives the sums
             of their scores; None where nothing is to be generated.
@@ -52,8 +56,21 @@ class ClientSide:
     progress: Callable[[float], None] | None = None
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    label_prior: Tensor | None = None
     own: Any = None
     answer: Callable[[nn.Module], Mapping[str, float]] | None = None
+
+    def carrying(self, weights: AdapterWeights) -> AdapterWeights:
+        """Return the adapter with the client's label prior, if its logits have one added."""
+        offset = getattr(self.task, "offset", None)
+        return weights if offset is None else replace(weights, offset=offset)
+
+    @property
+    def q(self) -> Tensor:
+        """The label distribution that the base was trained on; `UserError` if it is not known."""
+        if self.label_prior is None:
+            raise UserError("The label prior of the seen clients is not known here.")
+        return self.label_prior
 
     def score(self, model: nn.Module) -> Scores:
         """Scores of a model on the client's test rows; of no rows where there are none."""
@@ -94,7 +111,10 @@ class ClientSide:
         """
         data = self.train
         kept, held = local_validation_split(data.labels, share, rng_for(self.seed, "held-out rows"))
-        return replace(self, train=data.select(kept), test=data.select(held), answer=None)
+        train, task = data.select(kept), self.task
+        if getattr(task, "offset", None) is not None:  # held-out labels must not be in it
+            task = adjusted(task, train, self.q)
+        return replace(self, train=train, test=data.select(held), task=task, answer=None)
 
     def fit(
         self,

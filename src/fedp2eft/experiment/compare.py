@@ -23,16 +23,18 @@ from fedp2eft.experiment.environment import environment
 from fedp2eft.experiment.lambdas import keep_lambdas
 from fedp2eft.federation.server.evaluation import Instruction, Shared, personalize, prepare
 from fedp2eft.federation.server.exchange import Member, roster
-from fedp2eft.federation.server.phases import train_base, train_phase
+from fedp2eft.federation.server.labels import needs_label_prior
+from fedp2eft.federation.server.phases import know_label_prior, train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.messages import alike_arrays, to_arrays
-from fedp2eft.files import write_json, write_text, write_whole
-from fedp2eft.methods import METHODS
+from fedp2eft.files import read_json, write_json, write_text, write_whole
+from fedp2eft.methods import METHODS, check_task
 from fedp2eft.progress import Reporter, current
 from fedp2eft.results.cells import traffic
 from fedp2eft.results.plan import Cell, SharedTraining, claim, plan, settings_of
 from fedp2eft.runtime.inputs import check_inputs
 from fedp2eft.runtime.phases import shared_phases
+from fedp2eft.runtime.workspace import LABEL_PRIOR_FILE
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import (
     SETTINGS_FILE,
@@ -50,7 +52,7 @@ FREE = {
     ("federation", "keep_checkpoints"),
 }
 """Settings that may change between two starts: they add cells and change none."""
-LENT = ("base", "clients/*/base-*.safetensors")
+LENT = ("base", LABEL_PRIOR_FILE, "clients/*/base-*.safetensors")
 """What a training takes from the run folder of its base."""
 WAIT_SECONDS = 1.0
 
@@ -71,6 +73,8 @@ def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = 
         UserError: Bad settings or data, another comparison's folder, or a client that failed.
     """
     folder, reporter = Path(folder).expanduser().resolve(), reporter or current()
+    for name in settings.evaluation.methods:
+        check_task(name, settings)
     cells = plan(settings)
     for training in {cell.training for cell in cells}:
         settings_of(settings, training)  # an unknown base is said before anything is computed
@@ -181,7 +185,16 @@ class _Site:
     def trained(self) -> bool:
         """Whether base and parameters are there."""
         ready = (self.run / "base" / "config.json").exists()
-        return ready and all(self._numbers(name).exists() for name in self._federations)
+        known = not needs_label_prior(self.settings) or self._label_prior
+        return bool(
+            ready and known and all(self._numbers(name).exists() for name in self._federations)
+        )
+
+    @property
+    def _label_prior(self) -> list[float]:
+        """q; empty if it is not known."""
+        kept = read_json(self.run / LABEL_PRIOR_FILE) or {}
+        return [float(value) for value in kept.get("q", [])]
 
     def train(self) -> None:
         """Train the base, where no other variant has, and what the methods start from."""
@@ -197,6 +210,9 @@ class _Site:
             check_inputs(self.run, self.engine.workspace)
             for there in (path for part in LENT for path in sorted(base.glob(part))):
                 _lend(there, self.run / there.relative_to(base))
+            know_label_prior(
+                self.engine.grid, run, self.engine.workspace, self.members, self.reporter
+            )
             for name in self._federations:
                 if not self._numbers(name).exists():
                     self._train_federation(name, run)
@@ -219,9 +235,15 @@ class _Site:
         if path.exists():
             kind = METHODS[cell.method].shared
             parameters = to_arrays(self.shared[kind]) if kind else ArrayRecord()
-            return Instruction(cell.method, cell.rank, parameters, to_arrays(load_file(path)))
+            prepared = to_arrays(load_file(path))
+            return Instruction(
+                cell.method, cell.rank, parameters, prepared, label_prior=self._label_prior
+            )
         timeout = self.settings.federation.timeout
-        told = prepare(self.engine.grid, self.shared, cell.method, cell.rank, self.members, timeout)
+        told = prepare(
+            self.engine.grid, self.shared, cell.method, cell.rank, self.members, timeout,
+            label_prior=self._label_prior,
+        )  # fmt: skip
         if told.prepared:
             answers = alike_arrays([told.prepared], f"The survey of {cell.method}")[0]
             write_whole(path, partial(save_file, answers))

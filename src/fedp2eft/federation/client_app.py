@@ -31,9 +31,10 @@ from fedp2eft.data.nodes import NODES
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation.client.mods import end_with_supernode, keep_private, tell_errors
 from fedp2eft.federation.client.node import keep_base, kept_base, own_folder
-from fedp2eft.federation.client.round import turn_of
+from fedp2eft.federation.client.round import learn, turn_of
 from fedp2eft.federation.client.state import ClientState, release_state, shared_state
 from fedp2eft.federation.client.texts import answering
+from fedp2eft.federation.server.labels import noise
 from fedp2eft.federation.wire.messages import (
     ABOUT,
     ARRAYS,
@@ -53,6 +54,7 @@ from fedp2eft.runtime.phases import BASE, PSG_PHASE, shared_phases
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import check_rank
 from fedp2eft.settings.reading import settings_of_run
+from fedp2eft.tasks.label_prior import label_counts, predicted_counts, with_classes
 
 app = ClientApp(mods=[end_with_supernode, tell_errors])
 logger = logging.getLogger(__name__)
@@ -169,6 +171,30 @@ def train_psg_ahead(messages: Sequence[Message], contexts: Sequence[Context]) ->
         return  # the handler says it, of the client whose mistake it is
 
 
+@app.query("labels")
+def answer_labels(message: Message, context: Context) -> Message:
+    """Answer what q is made of: this client's label counts, or what the base predicts of its text.
+
+    With differential privacy they are shares, which sum to 1, and noised if clients add the noise.
+    """
+    workspace = open_workspace(context)
+    name = client_name(context, workspace)
+    s, data = workspace.settings.privacy, workspace.encoded(name, "train")
+    if the_config(message).get("source") == "predicted":
+        workspace.for_client(name)
+        size = workspace.settings.local.eval_batch_size
+        answer = predicted_counts(workspace.bt, workspace.task, data, size)
+    else:
+        with_classes(workspace.task, "The label prior")
+        answer = label_counts(data, len(workspace.labels))
+    if s.on:
+        answer = answer / max(1, len(data))
+        if s.noise == "client":
+            answer = answer + noise(s, len(answer), name)
+    about = ConfigRecord({"client": name})
+    return reply_with(message, RecordDict({ARRAYS: to_arrays({"labels": answer}), ABOUT: about}))
+
+
 @app.query("survey")
 def answer_survey(message: Message, context: Context) -> Message:
     """Answer what a method asks the seen clients before it is used."""
@@ -195,19 +221,21 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     client = client_side(workspace, message, name)
     client = replace(client, answer=answering(workspace, name, method, rank))
     outcome = METHODS[method].fit(client, rank)
+    weights = client.carrying(outcome.weights) if outcome.weights else None
     scores = outcome.scores.metrics()
     # Scores and costs leave the client; text, λ and adapter do not.
     metrics: dict[str, MetricRecordValues] = {
         EXAMPLES: scores.pop("examples"),
         **scores,
-        "parameters": outcome.weights.parameters() if outcome.weights else 0,
+        "parameters": weights.parameters() if weights else 0,
         "seconds": round(time.perf_counter() - start, 3),
     }
     # The adapter stays on this machine.
     keep = s.evaluation
-    if outcome.weights and method == "fedp2eft" and keep.save_adapters and workspace.run:
+    kept = method == "fedp2eft" or (method == "prior" and workspace.has_head)
+    if weights and kept and keep.save_adapters and workspace.run:
         save_adapter(
-            workspace.private.carried(name, outcome.weights),
+            workspace.carried(name, weights),
             workspace.run / "adapters" / name / f"{method}-r{rank}",
             base=str(Path(workspace.base_source.path).resolve()),
             revision=workspace.psg_config.base_revision,
@@ -244,6 +272,7 @@ def what_is_asked(message: Message, workspace: Workspace) -> tuple[str, int]:
 
 def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide:
     """What the method that a message names may look at, for one client."""
+    learn(workspace, message)
     method = METHODS[str(the_config(message)["method"])]
     shared: dict[str, Tensor] = {}
     if method.phase:

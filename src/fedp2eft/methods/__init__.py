@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fedp2eft.client.phase import Phase, Trained, Turn, lazy
@@ -29,6 +30,7 @@ __all__ = [
     "Survey",
     "Trained",
     "Turn",
+    "check_task",
     "check_trained_for",
     "lazy",
     "load",
@@ -45,8 +47,10 @@ def _ours(target: str) -> Any:
 _best = _ours("tuned:best")
 _tuning: dict[str, Any] = {"settings": TuningSettings, "section": "tuning"}
 
-for _name, _method in {
+_built_in = {
     "base": Method(_ours("base:base"), ranked=False),
+    "majority": Method(_ours("prior:majority"), ranked=False, classes=True),
+    "prior": Method(_ours("prior:prior"), ranked=False, classes=True, label_prior=True),
     "lora": Method(_ours("lora:lora")),
     "fedl2p": Method(_ours("fedl2p.method:fedl2p"), phase=FEDL2P, settings=FedL2PSettings),
     "fedp2eft": Method(_ours("fedp2eft:fedp2eft"), shared="psg"),
@@ -75,13 +79,25 @@ for _name, _method in {
     "label-prior": Method(
         _ours("label_prior:label_prior"),
         ranked=False,
+        classes=True,
         surveys=(
             Survey(_ours("label_prior:ask_counts"), _ours("label_prior:pool")),
             Survey(_ours("label_prior:ask_correct"), _best),
         ),
         **_tuning,
     ),
-}.items():
+}
+# With the client's label prior on the logits, beside the same without it (docs/label-prior.md).
+_built_in |= {
+    f"{_name}+prior": replace(
+        _built_in[_name],
+        section=_built_in[_name].section or _name,
+        classes=True,
+        variant={"local": {"logit_adjustment": "own"}},
+    )
+    for _name in ("lora", "adalora", "bt-lora", "fedl2p", "fedp2eft")
+}
+for _name, _method in _built_in.items():
     register(_name, _method)
 
 
@@ -116,6 +132,14 @@ def phases(methods: Iterable[str] | None = None) -> dict[str, Phase]:
     return {phase.name: phase for phase in chosen if phase}
 
 
+def check_task(name: str, settings: Settings) -> None:
+    """Raise `UserError` if the method is for classification alone, and the task is another."""
+    if method_named(name).classes and settings.model.task != "classification":
+        raise UserError(
+            f"Method {name} corrects class scores, and this task has no classes: leave it out."
+        )
+
+
 def check_trained_for(name: str, settings: Settings) -> None:
     """Raise `UserError` unless a run under these settings trains what the method starts from."""
     phase = method_named(name).phase
@@ -124,6 +148,7 @@ def check_trained_for(name: str, settings: Settings) -> None:
             f"privacy covers the PSG's rounds, not {phase.title}'s: leave {name} out of "
             "evaluation.methods, or privacy off."
         )
+    check_task(name, settings)
     for section, keys in method_named(name).variant.items():
         for key, wanted in keys.items():
             have = getattr(getattr(settings, section), key)

@@ -11,46 +11,26 @@ rows of the seen clients: their label counts, which q is made of, then how many 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedp2eft.client.side import ClientSide, Outcome
-from fedp2eft.errors import UserError
 from fedp2eft.methods.settings import TuningSettings
 from fedp2eft.methods.tuned import goodness
-from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.label_prior import label_counts, offset, smoothed, with_classes
 from fedp2eft.tasks.task import Scores
+
+NAME = "Method label-prior"
 
 
 def label_prior(client: ClientSide, rank: int) -> Outcome:
     """Score the base with its logits corrected; the budget plays no part."""
-    own = label_counts(client, client.train)
+    own = _counts(client, client.train)
     tau = _taus(client.own)[int(client.prepared["best"])]
     return Outcome(_scores(client, client.test, own, client.prepared["all"], [tau])[0], None)
-
-
-def classification(client: ClientSide) -> Classification:
-    """The client's task; a `UserError` where it has no classes."""
-    if not isinstance(client.task, Classification):
-        raise UserError(
-            "Method label-prior corrects class scores, and this task has no classes: leave it out."
-        )
-    return client.task
-
-
-def label_counts(client: ClientSide, data: Encoded) -> Tensor:
-    """Rows of each class; a `UserError` where the task has no classes."""
-    classification(client)
-    classes = int(client.bt.model.config.num_labels)
-    return torch.bincount(torch.from_numpy(data.labels), minlength=classes).float()
-
-
-def correction(own: Tensor, pooled: Tensor) -> Tensor:
-    """log p − log q per class, from counts, each with half a row more."""
-    p, q = own + 0.5, pooled + 0.5
-    return (p / p.sum()).log() - (q / q.sum()).log()
 
 
 def _taus(tuning: TuningSettings) -> list[float]:
@@ -61,19 +41,24 @@ def _scores(
     client: ClientSide, data: Encoded, own: Tensor, pooled: Tensor, taus: list[float]
 ) -> list[Scores]:
     """Scores of the rows at every τ; of no rows where there are none."""
-    task, bt = classification(client), client.bt
+    task, bt = replace(with_classes(client.task, NAME), offset=None), client.bt
     if not len(data):
         return [task.unscored()] * len(taus)
     with bt.off():
         logits = task.logits(bt.model, data, client.settings.eval_batch_size)
-    shift = correction(own, pooled)
+    shift = offset(own, smoothed(pooled))
     return [task.scores_of(logits + tau * shift, data) for tau in taus]
+
+
+def _counts(client: ClientSide, data: Encoded) -> Tensor:
+    with_classes(client.task, NAME)
+    return label_counts(data, int(client.bt.model.config.num_labels))
 
 
 def ask_counts(client: ClientSide, _rank: int) -> dict[str, Tensor]:
     """Rows of each class: all training rows, and those that are not held out."""
     kept = client.trial(client.own.holdout).train
-    return {"all": label_counts(client, client.train), "kept": label_counts(client, kept)}
+    return {"all": _counts(client, client.train), "kept": _counts(client, kept)}
 
 
 def pool(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -87,6 +72,6 @@ def pool(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def ask_correct(client: ClientSide, _rank: int) -> dict[str, Tensor]:
     """How many held-out rows each τ gets right."""
     trial = client.trial(client.own.holdout)
-    own = label_counts(client, trial.train)
+    own = _counts(client, trial.train)
     scores = _scores(client, trial.test, own, client.prepared["kept"], _taus(client.own))
     return {"good": torch.tensor([goodness(each) for each in scores])}

@@ -56,6 +56,8 @@ class Method:
         ranked: Whether the rank budget changes anything.
         surveys: What the server must ask the seen clients first, one after the other: a client
             that is asked the second knows what all answers to the first gave.
+        classes: Whether it is for classification alone.
+        label_prior: Whether it needs q, the seen clients' label distribution.
         variant: Settings (section → key → value) that its phase must be trained under.
         settings: Dataclass of its own section of the settings; the client's is `client.own`.
         section: Name of the section; the method's own name, with "_" for "-", if absent.
@@ -66,6 +68,8 @@ class Method:
     shared: str | None = None
     ranked: bool = True
     surveys: tuple[Survey, ...] = ()
+    classes: bool = False
+    label_prior: bool = False
     variant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: type | None = None
     section: str | None = None

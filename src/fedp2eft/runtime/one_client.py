@@ -67,6 +67,8 @@ class OneClient(Workspace):
         self.psg = psg
         self.data = rows
         self._held = held
+        if c.label_prior:
+            self.know_label_prior(c.label_prior)
         revision = hash_weights(Path(self.source.path))
         c.check_fits(replace(c, base_revision=revision))  # before the model is loaded
 

@@ -76,7 +76,8 @@ def _train_psg(turn: Turn) -> Trained:
     workspace.for_client(name)
     workspace.psg.set_phi(turn.parameters)
     result = train_round(
-        workspace.bt, workspace.task, workspace.encoded(name, "train"), workspace.features(name),
+        workspace.bt, workspace.task_of(name), workspace.encoded(name, "train"),
+        workspace.features(name),
         workspace.psg, order, s.local, s.generator, workspace.profile, seed=turn.seed,
         on_step=turn.each_of(-(-len(order) // s.local.accumulate)),
     )  # fmt: skip
@@ -94,7 +95,8 @@ def psg_trained(result: Round) -> Trained:
 def _write_psg(
     workspace: Workspace, folder: Path, parameters: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    psg = PSG(replace(workspace.psg_config, origin=dict(facts)))
+    q = () if workspace.label_prior is None else tuple(workspace.label_prior.tolist())
+    psg = PSG(replace(workspace.psg_config, origin=dict(facts), label_prior=q))
     psg.set_phi(parameters)
     write_folder(folder, psg.save_pretrained)
 

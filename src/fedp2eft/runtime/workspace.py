@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.head import check_head, head_of, with_head
+from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.bases import BASES, Base, LocalWork, copy_parameters
 from fedp2eft.client.phase import Phase
 from fedp2eft.client.side import ClientSide
@@ -24,6 +26,7 @@ from fedp2eft.data.nodes import Value as NodeValue
 from fedp2eft.data.nodes import clients_of_node
 from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import TellableError, UserError
+from fedp2eft.files import read_json
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.methods import Method
 from fedp2eft.models.loading import (
@@ -42,12 +45,16 @@ from fedp2eft.models.sources import HASHED, hash_weights
 from fedp2eft.progress import current
 from fedp2eft.runtime.own_base import PrivateParts
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.experiment import LogitAdjustment, Settings
 from fedp2eft.settings.profiles import PROFILES, Profile
 from fedp2eft.tasks import Task, make_task
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.generation import check_room
+from fedp2eft.tasks.label_prior import adjusted, label_counts, offset
 from fedp2eft.tasks.text_scores import check_scorers
+
+LABEL_PRIOR_FILE = "label-prior.json"
+"""In a run folder: q, and where it comes from."""
 
 
 class Workspace:
@@ -78,6 +85,7 @@ class Workspace:
         self._features: dict[str, Tensor] = {}
         self._shapes: dict[str, dict[str, Tensor]] = {}
         self._trainable: nn.Module | None = None
+        self._label_prior: Tensor | None = None
         self.private = PrivateParts(
             self.client_folder,
             settings.federation.keep_checkpoints,
@@ -161,6 +169,45 @@ class Workspace:
                 )
         return self._encoded[key]
 
+    @property
+    def label_prior(self) -> Tensor | None:
+        """q, as the server told it or the run folder has it; None if nothing needs it."""
+        if self._label_prior is None and self.run is not None:
+            kept = read_json(self.run / LABEL_PRIOR_FILE) or {}
+            if "q" in kept:
+                self.know_label_prior(kept["q"])
+        return self._label_prior
+
+    def know_label_prior(self, q: Sequence[float]) -> None:
+        """Use q, the label distribution that the base was trained on.
+
+        Raises:
+            UserError: It is no distribution over the classes.
+        """
+        values = torch.tensor([float(value) for value in q])
+        whole = abs(float(values.sum()) - 1) < 1e-3 and bool((values > 0).all())
+        if len(values) != len(self.labels) or not whole:
+            raise TellableError(
+                f"The label prior is no distribution over {len(self.labels)} classes."
+            )
+        self._label_prior = values
+
+    def task_of(self, name: str, adjustment: LogitAdjustment | None = None) -> Task:
+        """Return the task of a client, with its label prior where the settings say so.
+
+        Args:
+            name: The client.
+            adjustment: In place of `local.logit_adjustment`.
+        """
+        if (adjustment or self.settings.local.logit_adjustment) == "none":
+            return self.task
+        return adjusted(self.task, self.encoded(name, "train"), self._q())
+
+    def _q(self) -> Tensor:
+        if self.label_prior is None:
+            raise TellableError("The server did not tell the label prior of the seen clients.")
+        return self.label_prior
+
     def seed_of(self, purpose: str, name: str) -> int:
         """A client's seed of one piece of work."""
         return derive_seed(self.settings.seed, purpose, name)
@@ -169,7 +216,8 @@ class Workspace:
         """Return a client's local run on the base."""
         dtype = resolve_precision(self.settings.model.precision, self.device)
         data = self.encoded(name, "train")
-        return LocalWork(name, self.task, data, self.settings, dtype, seed)
+        task = self.task_of(name, self.settings.base.logit_adjustment)
+        return LocalWork(name, task, data, self.settings, dtype, seed)
 
     # ── the base model ──────────────────────────────────────────────────────────────────────────
 
@@ -263,7 +311,15 @@ class Workspace:
             check_room(longest_input(base), self.settings.local.max_length, new_tokens)
         self._frozen = dict(base.named_parameters())
         clamp = self.profile.clamp_forward
-        return BTLora(base, self.settings.adapter, clamp_forward=clamp)
+        bt = BTLora(base, self.settings.adapter, clamp_forward=clamp)
+        if self.settings.local.logit_adjustment != "none":
+            check_head(bt, len(self.labels))  # now, not after hours of training
+        return bt
+
+    @property
+    def has_head(self) -> bool:
+        """Whether an adapter can carry a label prior."""
+        return head_of(self.bt.linears, len(self.labels)) is not None
 
     def for_client(self, name: str) -> None:
         """Put a client's own part of the base, if there is one, into `bt`'s base.
@@ -273,6 +329,10 @@ class Workspace:
         if self.base.private:
             _ = self.bt
             self.private.put(self._frozen, name)
+
+    def carried(self, name: str, weights: AdapterWeights) -> AdapterWeights:
+        """Return a client's adapter as one for the common base: all that it needs is inside."""
+        return self.private.carried(name, with_head(weights, self.bt))
 
     # ── the PSG ─────────────────────────────────────────────────────────────────────────────────
 
@@ -314,7 +374,11 @@ class Workspace:
             self.for_client(name)
             data = self.encoded(name, "train")
             xi = features(self.bt, self.task, data, self.settings.local, self.profile)
-            self._features[name] = self.psg.features_of(xi, len(data))
+            own = None
+            if self.settings.generator.label_features:
+                q = self._q()
+                own = offset(label_counts(data, len(q)), q)
+            self._features[name] = self.psg.features_of(xi, len(data), own)
         return self._features[name]
 
     def shapes(self, phase: Phase) -> dict[str, Tensor]:
@@ -340,13 +404,14 @@ class Workspace:
         reporter = current()
         return ClientSide(
             bt=self.bt,
-            task=self.task,
+            task=self.task_of(name),
             train=self.encoded(name, "train"),
             test=self.encoded(name, "test"),
             psg=self.psg,
             features=lambda: self.features(name),
             settings=self.settings.local,
             seed=self.seed_of("personalize", name),
+            label_prior=self.label_prior,
             progress=lambda share: reporter.part(phase, share, name),
             own=self.settings.section(method.settings) if method and method.settings else None,
         )

@@ -5,7 +5,7 @@ Nothing heavy is imported here: the command line builds its help from these type
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from fedp2eft.errors import require
@@ -14,6 +14,8 @@ from fedp2eft.settings.peers import AggregationSettings, PeerSettings, PrivacySe
 
 ProfileName = Literal["paper", "reference"]
 Wire = Literal["fp32", "bf16", "int8"]
+LogitAdjustment = Literal["none", "own"]
+LabelPrior = Literal["counts", "predicted", "uniform"]
 TaskName = Literal["classification", "causal_lm"]
 Quantize = Literal["none", "8bit", "4bit"]
 T = TypeVar("T")
@@ -65,6 +67,7 @@ class GeneratorSettings:
         hidden_multiplier: Width of the hidden layer as a multiple of the number of features.
         init_lambda: λ̂ that an untrained PSG predicts for every rank (the bias of its last layer).
         log_quantity: Add log N (N training examples) to the features.
+        label_features: Add log p − log q, the client's label prior, to the features (C values).
         steps: Adam steps of stage 2 per round.
         lr: Learning rate of stage 2.
         seed: Seed of the PSG's initial weights.
@@ -73,6 +76,7 @@ class GeneratorSettings:
     hidden_multiplier: int = 2
     init_lambda: float = 1e-4
     log_quantity: bool = False
+    label_features: bool = False
     steps: int = 10
     lr: float = 1e-4
     seed: int = 0
@@ -101,6 +105,13 @@ class LocalSettings:
         alpha_p: Weight of the sparsity penalty, before division by N.
         max_grad_norm: Clip the gradient norm of A and B (λ is not clipped).
         dropout: Use the base model's own dropout while training.
+        logit_adjustment: "own" adds the client's label prior, log p − log q, to the logits of a
+            classification in training and in prediction, for every method that trains and for
+            stage 1: p are the client's label frequencies, q is `label_prior`. The adapter carries
+            it.
+        label_prior: Where q comes from. "counts": the seen clients' label counts, asked once as a
+            sum. "predicted": the base's mean prediction over the seen clients' text, for clients
+            that will not send counts. "uniform": all classes alike; nothing is asked.
         max_length: Maximum input length in tokens; longer rows are truncated.
         eval_batch_size: Rows per batch without gradients (ξ and scores).
     """
@@ -117,6 +128,8 @@ class LocalSettings:
     alpha_p: float = 0.01
     max_grad_norm: float = 1.0
     dropout: bool = True
+    logit_adjustment: LogitAdjustment = "none"
+    label_prior: LabelPrior = "counts"
     max_length: int = 128
     eval_batch_size: int = 64
 
@@ -182,6 +195,8 @@ class BaseSettings:
         lora_rank: Rank of the LoRA of "fedit", "ffa-lora" and "feddpa-t", on every linear layer.
         lora_alpha: Alpha of that LoRA; B·A is scaled by alpha / rank.
         lora_dropout: Input dropout of that LoRA in training, if local.dropout is on.
+        logit_adjustment: "own" adds each client's label prior to its logits while it trains the
+            base (see `local.logit_adjustment`).
     """
 
     kind: BaseKind = "standard-fl"
@@ -196,6 +211,7 @@ class BaseSettings:
     lora_rank: int = 8
     lora_alpha: float = 8.0
     lora_dropout: float = 0.05
+    logit_adjustment: LogitAdjustment = "none"
 
     def __post_init__(self) -> None:
         if self.kind == "off-the-shelf":
@@ -268,7 +284,8 @@ class EvaluationSettings:
     """Personalization and scores of the clients after training.
 
     Args:
-        methods: Methods to compare.
+        methods: Methods to compare; by default base, lora and fedp2eft, and for a classification
+            also majority and prior, which train nothing.
         ranks: Rank budgets r, each at most adapter.r_max.
         pools: Client pools to personalize and score.
         save_adapters: Save every FedP²EFT adapter in the run folder.
@@ -278,7 +295,7 @@ class EvaluationSettings:
         max_new_tokens: Maximum length of a generated text in tokens.
     """
 
-    methods: list[str] = field(default_factory=lambda: ["base", "lora", "fedp2eft"])
+    methods: list[str] = field(default=None)  # type: ignore[arg-type]  # `Settings` sets it
     ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
     pools: list[PoolName] = field(default_factory=lambda: ["seen", "unseen"])
     save_adapters: bool = True
@@ -305,6 +322,12 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         require(bool(self.seeds), "compare.seeds is empty: give at least one.")
+
+
+DEFAULT_METHODS: dict[TaskName, list[str]] = {
+    "classification": ["majority", "base", "prior", "lora", "fedp2eft"],
+    "causal_lm": ["base", "lora", "fedp2eft"],
+}
 
 
 @dataclass(frozen=True)
@@ -347,9 +370,14 @@ class Settings:
     trackers: list[TrackerName] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.evaluation.methods is None:
+            methods = DEFAULT_METHODS[self.model.task]
+            evaluation = replace(self.evaluation, methods=list(methods))
+            object.__setattr__(self, "evaluation", evaluation)
         for rank in self.evaluation.ranks:
             check_rank(rank, self.adapter.r_max)
         self.privacy.check(self.aggregation, self.federation.wire)
+        self._check_label_prior()
         require(
             self.model.task == "causal_lm" or not self.evaluation.generate,
             "evaluation.generate needs a model that answers in text: set it to false, or "
@@ -365,6 +393,24 @@ class Settings:
         """The section of that class, a method's (`Method.settings`) as well as one named above."""
         found = (getattr(self, part.name) for part in fields(self))
         return next((value for value in found if isinstance(value, kind)), kind())
+
+    def _check_label_prior(self) -> None:
+        """What adds or uses a label prior needs classes; a base cannot train with its own words."""
+        wanted = {
+            "local.logit_adjustment": self.local.logit_adjustment != "none",
+            "base.logit_adjustment": self.base.logit_adjustment != "none",
+            "generator.label_features": self.generator.label_features,
+        }
+        for name, on in wanted.items():
+            require(
+                self.model.task == "classification" or not on,
+                f"{name} is about classes, and model.task is {self.model.task}: leave it out.",
+            )
+        require(
+            not wanted["base.logit_adjustment"] or self.local.label_prior != "predicted",
+            "local.label_prior: predicted is what the trained base predicts, so the base cannot be "
+            "trained with it: set it to counts or uniform, or base.logit_adjustment to none.",
+        )
 
 
 def check_rank(rank: int, r_max: int) -> None:

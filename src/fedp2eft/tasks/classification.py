@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class Classification:
         device: Where batches go.
         vocabulary: Token ids that the model has embeddings for; None if that is not known.
         whole: Pad every batch to `max_length`.
+        offset: Added to the logits in training and in prediction, one value per class: a client's
+            label prior (`fedp2eft.tasks.label_prior`).
     """
 
     pad_id: int
@@ -37,6 +39,7 @@ class Classification:
     device: torch.device | str = "cpu"
     vocabulary: int | None = None
     whole: bool = False
+    offset: Tensor | None = field(default=None, compare=False)
 
     def encode(
         self,
@@ -95,7 +98,12 @@ class Classification:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         with only_first_position(model):
             logits: Tensor = model(**inputs).logits
-        return F.cross_entropy(logits.float(), batch["labels"])
+        return F.cross_entropy(self._adjusted(logits), batch["labels"])
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """Logits in float32, with the offset."""
+        logits = logits.float()
+        return logits if self.offset is None else logits + self.offset.to(logits.device)
 
     def packed_loss(self, model: nn.Module, data: Encoded) -> RowsLoss | None:
         """`loss` of rows by their numbers, without padding: on a CPU, for encoders like BERT."""
@@ -105,7 +113,7 @@ class Classification:
         def loss_of(indices: NDArray[np.int64]) -> Tensor:
             inputs, packing, order = pack(data, indices)
             logits = packed_logits(model, inputs, packing)
-            return F.cross_entropy(logits.float(), torch.from_numpy(data.labels[order]))
+            return F.cross_entropy(self._adjusted(logits), torch.from_numpy(data.labels[order]))
 
         return loss_of
 
@@ -124,7 +132,7 @@ class Classification:
                 batch = self.batch(data, chosen)
                 batch.pop("labels")
                 with only_first_position(model):
-                    parts.append(model(**batch).logits.float().cpu())
+                    parts.append(self._adjusted(model(**batch).logits).cpu())
                 rows.append(torch.from_numpy(chosen))
         order = torch.cat(rows)
         result = torch.empty(len(data), parts[0].shape[1])

@@ -66,7 +66,8 @@ class LookAhead:
         for message, turn in zip(messages, turns, strict=True):
             try:
                 data = workspace.encoded(turn.client, "train")
-                client = CohortClient(data, workspace.features(turn.client), psg_order(turn))
+                xi, own = workspace.features(turn.client), workspace.task_of(turn.client)
+                client = CohortClient(data, xi, psg_order(turn), own)
             except UserError:
                 continue  # its own handler says so
             if the_arrays(message) == arrays:

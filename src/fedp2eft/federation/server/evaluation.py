@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from fedp2eft.federation.wire.messages import (
     the_arrays,
     to_arrays,
     whole,
+    with_label_prior,
 )
 from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter
@@ -50,6 +51,7 @@ class Instruction:
         shared: Numbers of the method's federation; empty where it has none.
         prepared: What the surveys gave so far; empty if there were none.
         question: In a survey, which of the method's it is, counted from 0.
+        label_prior: q; empty if it is not known.
     """
 
     method: str
@@ -57,12 +59,14 @@ class Instruction:
     shared: ArrayRecord
     prepared: ArrayRecord
     question: int = 0
+    label_prior: Sequence[float] = ()
 
     def message(self, node: int, kind: str) -> Message:
         """A message of that kind to one node."""
         config = ConfigRecord({"method": self.method, "rank": self.rank})
         if kind == SURVEY:
             config["question"] = self.question
+        config = with_label_prior(config, self.label_prior)
         content = {ARRAYS: self.shared, PREPARED: self.prepared, CONFIG: config}
         return Message(RecordDict(content), node, kind, group_id=f"{self.method}-r{self.rank}")  # type: ignore[arg-type]
 
@@ -80,6 +84,7 @@ def prepare(
     members: list[Member],
     timeout: float,
     failures: Failures | None = None,
+    label_prior: Sequence[float] = (),
 ) -> Instruction:
     """Gather what the clients must be told; asks the seen clients where the method has surveys.
 
@@ -90,7 +95,8 @@ def prepare(
         rank: The budget.
         members: All clients of the federation.
         timeout: Seconds without any reply after which no more are waited for.
-        failures: Receives clients that fail. Without it, the first one raises.
+        failures: Hears of clients that fail; the first one is an error where none is given.
+        label_prior: q; empty if it is not known.
     """
     kind = METHODS[method]
     parameters = to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
@@ -99,7 +105,7 @@ def prepare(
         raise UserError(f"Method {method} needs seen clients, and there are none: leave it out.")
     prepared: dict[str, Tensor] = {}
     for number, survey in enumerate(kind.surveys):
-        told = Instruction(method, rank, parameters, to_arrays(prepared), number)
+        told = Instruction(method, rank, parameters, to_arrays(prepared), number, label_prior)
         messages = [told.message(node, SURVEY) for node in seen]
         what = f"survey of {method}"
         replies = {
@@ -112,7 +118,7 @@ def prepare(
         if failures:
             failures.check(len(answers), len(messages), what)
         prepared |= survey.combine(answers)
-    return Instruction(method, rank, parameters, to_arrays(prepared))
+    return Instruction(method, rank, parameters, to_arrays(prepared), label_prior=label_prior)
 
 
 def alike_answers(
@@ -235,7 +241,7 @@ def personalize_all(
         clients = [member for member in without if member.client not in run.faults.quarantined]
         if not clients:
             continue
-        told = prepare(grid, shared, method, rank, members, timeout, failures)
+        told = prepare(grid, shared, method, rank, members, timeout, failures, run.label_prior)
         federation = METHODS[method].shared
         for member, metrics in personalize(grid, told, clients, timeout, failures):
             about = {"client": member.client, "language": member.language, "pool": member.pool}

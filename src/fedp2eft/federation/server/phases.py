@@ -15,6 +15,7 @@ from fedp2eft.federation.server.aggregation import Aggregator, Averaging
 from fedp2eft.federation.server.delivery import deliver_base
 from fedp2eft.federation.server.evaluation import personalize_all
 from fedp2eft.federation.server.exchange import Member, roster
+from fedp2eft.federation.server.labels import learn_label_prior, needs_label_prior
 from fedp2eft.federation.server.presence import wait_for_nodes
 from fedp2eft.federation.server.privacy import Private
 from fedp2eft.federation.server.rounds import run_rounds
@@ -40,8 +41,19 @@ def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) 
     failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
     members = roster(grid, run.settings.federation.timeout, failures)
     train_base(grid, run, workspace, members, reporter)
+    know_label_prior(grid, run, workspace, members, reporter)
     shared = train_shared(grid, run, workspace, members, reporter)
     personalize_all(grid, run, shared, members, reporter)
+
+
+def know_label_prior(
+    grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
+) -> None:
+    """Learn q if something needs it, and tell it with every message from here on."""
+    if not needs_label_prior(run.settings):
+        return
+    run.label_prior = learn_label_prior(grid, run, len(workspace.labels), members, reporter)
+    workspace.know_label_prior(run.label_prior)
 
 
 def train_base(
@@ -52,6 +64,8 @@ def train_base(
     Clients with folders of their own have it too; what they are sent is kept for later ones.
     """
     if not (run.base / "config.json").exists():
+        if run.settings.base.logit_adjustment != "none":
+            know_label_prior(grid, run, workspace, members, reporter)
         train_phase(BASE, grid, run, workspace, members, reporter)
     if run.settings.data.dataset == NODES:
         deliver_base(grid, run, workspace, members, reporter)

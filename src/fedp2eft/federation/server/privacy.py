@@ -47,6 +47,7 @@ from fedp2eft.federation.server.aggregation import SeededFedAvg
 from fedp2eft.federation.server.exchange import Member
 from fedp2eft.federation.wire.messages import to_arrays
 from fedp2eft.files import read_json, write_json
+from fedp2eft.runtime.workspace import LABEL_PRIOR_FILE
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import PrivacySettings
@@ -132,6 +133,8 @@ class Private:
         self._folder = folder
         self._taken: Counter[str] = Counter()
         self._asked: list[str] = []
+        known = read_json(folder / LABEL_PRIOR_FILE) or {}
+        self._label_answers = int(known.get("asked", 0))
         self._rounds = 0
         self._norm = s.clip_norm
         if members:
@@ -267,10 +270,13 @@ class Private:
                 'privacy needs dp-accounting: pip install "fedp2eft[privacy]".'
             ) from error
         times = rounds if secret else max(taken.values(), default=0)
-        if not times:
+        if not times and not self._label_answers:
             return 0.0
         z = s.noise_multiplier / 2 if secret else s.noise_multiplier
-        accountant.compose(GaussianPrivacyEvent(z, size, population), times)
+        if times:
+            accountant.compose(GaussianPrivacyEvent(z, size, population), times)
+        if self._label_answers:  # asked of all clients (`learn_label_prior`): no sampling hides one
+            accountant.compose(GaussianPrivacyEvent(z, population, population), self._label_answers)
         return accountant.get_epsilon(s.delta)
 
     @property

@@ -23,7 +23,14 @@ from fedp2eft.federation.server.exchange import exchange
 from fedp2eft.federation.server.presence import wait_for_members
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.compression import DOWN, pack
-from fedp2eft.federation.wire.messages import ARRAYS, from_arrays, nbytes
+from fedp2eft.federation.wire.messages import (
+    ARRAYS,
+    CONFIG,
+    from_arrays,
+    nbytes,
+    the_config,
+    with_label_prior,
+)
 from fedp2eft.progress import Reporter
 
 
@@ -69,6 +76,7 @@ def run_rounds(
         arrays = pack(parameters, DOWN[phase.wire_of(s)])
         for message in messages:
             message.content[ARRAYS] = arrays
+            message.content[CONFIG] = with_label_prior(the_config(message), run.label_prior)
         # 2. Each of them trains on its own rows. Check every reply by itself.
         failures = Failures.on(grid, s.peers, reporter, run.faults)
         offers = _offers(grid, run, phase, aggregator, messages, parameters, what, failures)

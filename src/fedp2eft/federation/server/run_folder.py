@@ -96,6 +96,7 @@ class RunFolder:
     Attributes:
         faults: What goes wrong, since this start.
         trackers: Hear of every finished round.
+        label_prior: q, once it is known.
     """
 
     def __init__(self, path: str | Path, settings: Settings) -> None:
@@ -103,6 +104,7 @@ class RunFolder:
         self.settings = settings
         self.faults = Faults(self.path, settings.peers.quarantine)
         self.trackers: Trackers | None = None
+        self.label_prior: list[float] = []
         self._lock: BaseFileLock | None = None
         try:
             self._open()

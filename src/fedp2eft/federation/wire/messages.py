@@ -25,12 +25,15 @@ from fedp2eft.errors import TellableError, UserError, shortened
 ARRAYS, CONFIG, METRICS, ABOUT = "arrays", "config", "metrics", "about"
 PREPARED = "prepared"
 EXAMPLES = "num-examples"
+LABEL_PRIOR = "label-prior"
+"""Where the config of a message tells q (`fedp2eft.tasks.label_prior`)."""
 MOST_HEADER = 4096  # of a NumPy file, which is 64 to 128 bytes for our arrays
 
 # Flower's message types: category, dot, action. Those of training are `Phase.kind`.
 DESCRIBE = "query.describe"
 TAKE_BASE = "query.base"
 SURVEY = "query.survey"
+LABELS = "query.labels"
 PERSONALIZE = "evaluate.personalize"
 
 
@@ -158,6 +161,12 @@ def the_arrays(message: Message, name: str = ARRAYS) -> ArrayRecord:
 def the_config(message: Message) -> ConfigRecord:
     """The config record of a message, empty where it has none."""
     return message.content.config_records.get(CONFIG, ConfigRecord())
+
+
+def with_label_prior(config: ConfigRecord, label_prior: Sequence[float]) -> ConfigRecord:
+    """Return the config with q in it, if there is one."""
+    known = {LABEL_PRIOR: list(label_prior)} if label_prior else {}
+    return ConfigRecord({**config, **known})
 
 
 def scalars(message: Message) -> dict[str, int | float]:

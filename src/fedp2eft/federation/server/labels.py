@@ -1,0 +1,112 @@
+"""q, the label distribution that the base was trained on: asked of the seen clients once, as a sum.
+
+The answer is kept in the run folder and told to every client with what it is asked to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedp2eft.data.clients import SEEN
+from fedp2eft.errors import UserError
+from fedp2eft.federation.server.admission import Failures
+from fedp2eft.federation.server.exchange import Member, exchange
+from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, LABELS, from_arrays, the_arrays
+from fedp2eft.files import read_json, write_json
+from fedp2eft.methods import METHODS
+from fedp2eft.progress import Reporter
+from fedp2eft.runtime.workspace import LABEL_PRIOR_FILE
+from fedp2eft.seeding import derive_seed
+from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.peers import PrivacySettings
+from fedp2eft.tasks.label_prior import smoothed
+
+
+def needs_label_prior(settings: Settings) -> bool:
+    """Whether anything in the run uses q."""
+    return (
+        settings.local.logit_adjustment != "none"
+        or settings.base.logit_adjustment != "none"
+        or settings.generator.label_features
+        or any(METHODS[name].label_prior for name in settings.evaluation.methods)
+    )
+
+
+def learn_label_prior(
+    grid: Grid, run: RunFolder, classes: int, members: list[Member], reporter: Reporter
+) -> list[float]:
+    """Return q, from the run folder or the seen clients' answers.
+
+    With differential privacy every client answers with frequencies, whose norm is at most 1, and
+    the sum gets noise of the standard deviation z: one more Gaussian mechanism in the account.
+    """
+    path, s = run.path / LABEL_PRIOR_FILE, run.settings
+    kept: Mapping[str, Any] = read_json(path) or {}
+    if "q" in kept:
+        return [float(value) for value in kept["q"]]
+    source = s.local.label_prior
+    if source == "uniform":
+        q = torch.full((classes,), 1 / classes)
+        write_json(path, {"source": source, "q": q.tolist()})
+        return q.tolist()
+    if s.privacy.on:  # an answer counts once it may have been given
+        write_json(path, {"source": source, "asked": int(kept.get("asked", 0)) + 1})
+    total = _asked(grid, run, source, classes, members, reporter)
+    if s.privacy.on and s.privacy.noise == "server":
+        total += noise(s.privacy, classes, "server")
+    # Noise can leave less than nothing of a class.
+    q = smoothed(total.clamp(min=0.0))
+    asked = {"asked": int(kept.get("asked", 0)) + 1} if s.privacy.on else {}
+    write_json(path, {"source": source, **asked, "q": q.tolist()})
+    return q.tolist()
+
+
+def _asked(
+    grid: Grid,
+    run: RunFolder,
+    source: str,
+    classes: int,
+    members: list[Member],
+    reporter: Reporter,
+) -> Tensor:
+    """The sum of the seen clients' answers."""
+    s, what = run.settings, "label prior"
+    failures = Failures.on(grid, s.peers, reporter, run.faults)
+    seen = {member.node: member for member in members if member.pool == SEEN}
+    if not seen:
+        raise UserError("No seen client is in the federation to ask for its label counts.")
+    content = RecordDict({CONFIG: ConfigRecord({"source": source})})
+    messages = [Message(content, node, LABELS) for node in seen]
+    like = {"labels": torch.empty(classes, device="meta")}
+    answers: dict[str, Tensor] = {}
+    for member, reply in exchange(grid, messages, seen, s.federation.timeout, what, failures):
+        whose = f"Answer of client {member.client} ({what})"
+        try:
+            answer = from_arrays(the_arrays(reply, ARRAYS), like, whose)["labels"]
+            noisy = s.privacy.on and s.privacy.noise == "client"
+            most = 1.0 if s.privacy.on else float(member.examples)
+            if not noisy and (bool((answer < 0).any()) or float(answer.sum()) > most * 1.001):
+                raise UserError(f"{whose} holds more than its rows, or less than none.")
+        except UserError as error:
+            failures.add(member.client, str(error), "refused")
+        else:
+            failures.usable(member.client)
+            answers[member.client] = answer
+    failures.check(len(answers), len(messages), what)
+    # Sums of floats depend on their order: the names fix it.
+    return torch.stack([answers[name] for name in sorted(answers)]).double().sum(dim=0)
+
+
+def noise(settings: PrivacySettings, classes: int, whose: str) -> Tensor:
+    """Gaussian noise for one answer or for the sum, of the standard deviation z."""
+    test = settings.test_seed
+    draw = np.random.default_rng(None if test is None else derive_seed(test, "labels", whose))
+    return torch.from_numpy(draw.normal(0.0, settings.noise_multiplier, classes))
