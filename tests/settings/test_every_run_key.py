@@ -139,6 +139,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "base.schedule": {"base__rounds": 2},
     "aggregation": {"aggregation__kind": "fedadam", "federation__rounds": 2},
     "aggregation.momentum": {"aggregation__kind": "fedavgm"},
+    "local.label_prior": {"local__logit_adjustment": "own"},
     "privacy": {"privacy__clipping": "fixed", "privacy__test_seed": 1},
     "privacy.quantile": {"privacy__clipping": "adaptive", "federation__rounds": 2},
     "privacy.clip_lr": {"privacy__clipping": "adaptive", "federation__rounds": 2},
