@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedp2eft.adapters.btlora import BTLora, common_A
-from fedp2eft.client.training import features, local_order, train_round
+from fedp2eft.client.descent import local_order
+from fedp2eft.client.training import features, train_round
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import ModelSource, load_base
 from fedp2eft.models.precision import resolve_precision

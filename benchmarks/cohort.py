@@ -20,7 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.client.cohort import CohortClient, train_cohort, why_alone
-from fedp2eft.client.training import Round, local_order, train_round
+from fedp2eft.client.descent import local_order
+from fedp2eft.client.training import Round, train_round
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import load_base, resolve_model
 from fedp2eft.models.precision import resolve_precision

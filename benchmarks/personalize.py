@@ -17,7 +17,8 @@ from common import LABELS, client_rows, clock, machine, median, spread
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import save_adapter
-from fedp2eft.client.training import features, local_order, personalize, structure
+from fedp2eft.client.descent import local_order
+from fedp2eft.client.training import features, personalize, structure
 from fedp2eft.data.debian import LABELS as NAMES
 from fedp2eft.data.debian import load_debian
 from fedp2eft.data.files import client_from_file

@@ -2,8 +2,8 @@
 
     python benchmarks/split.py [--rows 32] [--max-length 256] [--batch-size 32] [--runs 5]
 
-Prints the seconds of stage 1 for several values of `client.PASS_TOKENS` in turn (0 is as many parts
-as there are lengths, the largest none at all), and the positions that each computes.
+Prints the seconds of stage 1 for several values of `descent.PASS_TOKENS` in turn (0 is as many
+parts as there are lengths, the largest none at all), and the positions that each computes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from common import LABELS, alternate, client_rows, machine, median, spread
 
 from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.client import descent
 from fedp2eft.client import training as client
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
@@ -40,12 +41,12 @@ def main() -> None:
     )
     bt = BTLora(base, AdapterSettings(r_max=options.r_max))
     s = LocalSettings(dropout=False, epochs=1, batch_size=options.batch_size)
-    order = list(client.local_order(len(data), 1, s.batch_size, 0))
+    order = list(descent.local_order(len(data), 1, s.batch_size, 0))
     lam: dict[str, torch.Tensor] = {}
 
     def mode(tokens: int):
         def run() -> None:
-            client.PASS_TOKENS = tokens
+            descent.PASS_TOKENS = tokens
             bt.reset(0.5)
             client.stage1(bt, task, data, order, s, PAPER)
             lam[str(tokens)] = bt.rank_lambda().clone()

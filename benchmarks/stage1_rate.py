@@ -18,7 +18,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.client.training import local_order, stage1
+from fedp2eft.client.descent import local_order
+from fedp2eft.client.training import stage1
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.settings.experiment import LocalSettings

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
+from fedp2eft.client import descent
 from fedp2eft.client import training as client
 from fedp2eft.federation.wire.messages import PERSONALIZE, nbytes
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
@@ -69,7 +70,7 @@ def adapted(dtype: torch.dtype = torch.float32, attention: str = "eager") -> BTL
 
 
 def order(local: LocalSettings = LOCAL) -> list[np.ndarray]:
-    return list(client.local_order(len(DATA), local.epochs, local.batch_size, 0))
+    return list(descent.local_order(len(DATA), local.epochs, local.batch_size, 0))
 
 
 def one_round(bt: BTLora, local: LocalSettings = LOCAL) -> client.Round:
@@ -113,7 +114,7 @@ def test_a_round_computes_no_padding_and_each_row_once_an_epoch() -> None:
 
 
 def test_without_packing_a_round_computes_little_padding(monkeypatch) -> None:
-    monkeypatch.setattr(client, "PASS_TOKENS", 4)
+    monkeypatch.setattr(descent, "PASS_TOKENS", 4)
     with inputs_of(bt := adapted(attention="sdpa")) as seen:
         one_round(bt)
     positions, real = (sum(values) for values in zip(*seen, strict=True))
@@ -129,8 +130,8 @@ def test_rows_of_one_length_go_through_the_model_together() -> None:
 
 
 def test_on_another_device_a_mini_batch_is_not_cut() -> None:
-    assert client.length_parts(TASK, DATA) is not None
-    assert client.length_parts(replace(TASK, device="cuda"), DATA) is None
+    assert descent.length_parts(TASK, DATA) is not None
+    assert descent.length_parts(replace(TASK, device="cuda"), DATA) is None
 
 
 def test_features_read_each_row_once_with_little_padding() -> None:
@@ -160,7 +161,7 @@ def test_one_backward_pass_for_each_forward_and_one_step_for_each_mini_batch(mon
 
     monkeypatch.setattr(torch.Tensor, "backward", counted_backward)
     monkeypatch.setattr(torch.optim.AdamW, "step", counted_step)
-    monkeypatch.setattr(client, "PASS_TOKENS", 4)
+    monkeypatch.setattr(descent, "PASS_TOKENS", 4)
     for attention, passes in (("eager", STEPS), ("sdpa", 2 * STEPS)):
         calls.clear()
         client.stage1(adapted(attention=attention), TASK, DATA, order(), LOCAL, PAPER)

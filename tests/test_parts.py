@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedp2eft.client import descent
 from fedp2eft.client import training as client
 from fedp2eft.settings.experiment import LocalSettings
 from fedp2eft.settings.profiles import PAPER
@@ -33,7 +34,7 @@ def test_stage_1_in_parts_gives_the_numbers_of_stage_1_in_one_piece(
     local = LocalSettings(dropout=False, accumulate=accumulate, lr=1e-2, lambda_lr=1e-2)
     found = []
     for tokens in (0, 1000):
-        monkeypatch.setattr(client, "PASS_TOKENS", tokens)
+        monkeypatch.setattr(descent, "PASS_TOKENS", tokens)
         bt = double_adapter(kind)
         bt.reset(0.5)
         losses = client.stage1(bt, task, data, order, local, PAPER)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedp2eft.adapters.btlora import BTLora, common_A
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.client.training import adamw, descend
+from fedp2eft.client.descent import adamw, descend
 from fedp2eft.errors import UserError
 from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
 from tiny import (

@@ -13,7 +13,7 @@ from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.bases import BASES, Base, LocalWork, copy_parameters, rate
 from fedp2eft.bases.fedit import lora_layers
 from fedp2eft.bases.parts import ROWS, Overlay, Replacement, own_rows
-from fedp2eft.client.training import adamw
+from fedp2eft.client.descent import adamw
 from fedp2eft.errors import UserError
 from fedp2eft.settings.experiment import AdapterSettings, BaseSettings, LocalSettings, Settings
 from fedp2eft.settings.reading import settings_from

@@ -13,17 +13,8 @@ from torch.func import functional_call
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.client.training import (
-    adamw,
-    descend,
-    features,
-    local_order,
-    personalize,
-    stage1,
-    stage2,
-    structure,
-    train_round,
-)
+from fedp2eft.client.descent import adamw, descend, local_order
+from fedp2eft.client.training import features, personalize, stage1, stage2, structure, train_round
 from fedp2eft.errors import UserError
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import PAPER

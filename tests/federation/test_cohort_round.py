@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fedp2eft.adapters.stacked import NotPerRowError
 from fedp2eft.client.cohort import train_cohort
-from fedp2eft.client.training import not_finite
+from fedp2eft.client.descent import not_finite
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.client import lookahead as cohort

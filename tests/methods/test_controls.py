@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.client.training import local_order, stage1
+from fedp2eft.client.descent import local_order
+from fedp2eft.client.training import stage1
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS, check_trained_for
 from fedp2eft.seeding import derive_seed

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.client.training import adamw, rate_groups
+from fedp2eft.client.descent import adamw, rate_groups
 from fedp2eft.methods.fedl2p.hyper_gradient import hyper_gradient
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
 from fedp2eft.methods.fedl2p.method import last_direction

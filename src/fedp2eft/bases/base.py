@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.bases.parts import Part, Replacement
-from fedp2eft.client.training import OnStep, adamw, descend, local_order, rows_loss
+from fedp2eft.client.descent import OnStep, adamw, descend, local_order, rows_loss
 from fedp2eft.settings.experiment import BaseSettings, Settings
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.task import Task

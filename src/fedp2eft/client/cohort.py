@@ -20,7 +20,8 @@ from torch.func import functional_call, vmap
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.stacked import StackedLora, clip_each
-from fedp2eft.client.training import LossTerms, Round, minimise, not_finite, stage2, steps_of
+from fedp2eft.client.descent import not_finite, steps_of
+from fedp2eft.client.training import LossTerms, Round, minimise, stage2
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
 from fedp2eft.models.loading import has_dropout

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.client.training import Fitted, OnStep, local_order, personalize
+from fedp2eft.client.descent import OnStep, local_order
+from fedp2eft.client.training import Fitted, personalize
 from fedp2eft.data.partition import local_validation_split, rng_for
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.gates import adapted_layers
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
+from fedp2eft.client.descent import adamw, descend, rows_loss
 from fedp2eft.client.side import ClientSide, Outcome
-from fedp2eft.client.training import adamw, descend, rows_loss
 from fedp2eft.errors import DivergedError, UserError
 from fedp2eft.methods.settings import AdaLoraSettings
 from fedp2eft.seeding import derive_seed

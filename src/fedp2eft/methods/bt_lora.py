@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from fedp2eft.client.descent import local_order
 from fedp2eft.client.side import ClientSide, Outcome
-from fedp2eft.client.training import cut_to, local_order, stage1
+from fedp2eft.client.training import cut_to, stage1
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.profiles import PROFILES
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fedp2eft.bases import copy_parameters, rate
 from fedp2eft.bases.parts import own_rows
+from fedp2eft.client.descent import local_order
 from fedp2eft.client.phase import Phase, Trained, Turn
-from fedp2eft.client.training import Round, local_order, train_round
+from fedp2eft.client.training import Round, train_round
 from fedp2eft.files import write_folder
 from fedp2eft.generator import PSG
 from fedp2eft.methods import phases

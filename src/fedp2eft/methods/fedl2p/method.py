@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedp2eft.client.descent import adamw, descend, local_order, rate_groups
 from fedp2eft.client.phase import VALIDATION_LOSS, Trained, Turn, Workspace
 from fedp2eft.client.side import ClientSide, Outcome
-from fedp2eft.client.training import adamw, descend, local_order, rate_groups
 from fedp2eft.errors import DivergedError
 from fedp2eft.methods.fedl2p.hyper_gradient import hyper_gradient
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
