@@ -14,10 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fedp2eft.cli import main
-from fedp2eft.commands.terminal import BarReporter, LineReporter, show_results
+from fedp2eft.commands.terminal import BarReporter, LineReporter, show_results, table
 from fedp2eft.errors import UserError, visible
-from fedp2eft.report.show import _grid
-from fedp2eft.results.layout import Table
 from fedp2eft.results.rows import Results, Row
 
 WORDS = (
@@ -69,7 +67,7 @@ def test_result_tables_show_languages_as_they_are(capsys, word: str) -> None:
 def test_other_tables_and_progress(capsys) -> None:
     out = io.StringIO()
     console = Console(file=out, width=120)
-    console.print(_grid(Table("t [/x]", ["method", "zh [/x]"], [["[b]", "1"]])))
+    console.print(table("t [/x]", ["method", "zh [/x]"], [["[b]", "1"]]))
     assert "t [/x]" in out.getvalue()
     assert "zh [/x]" in out.getvalue()
     assert "[b]" in out.getvalue()

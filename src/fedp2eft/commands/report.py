@@ -36,9 +36,41 @@ def show(folder: str) -> None:
     Args:
         folder: The run or comparison folder.
     """
-    from fedp2eft.report.show import show_report
+    from rich.table import Table as Grid
 
-    show_report(folder)
+    from fedp2eft.commands.terminal import cell, console, table
+    from fedp2eft.report.facts import costs, facts, fault_counts
+    from fedp2eft.report.source import read_report
+    from fedp2eft.results.layout import compact_table, language_table
+
+    # Where the gain comes from, what was run, and what is missing.
+    found, out = read_report(folder, ask=False), console()
+    c = found.comparison
+    out.print(cell(f"{'Run' if found.single else 'Comparison'} {found.folder}"))
+    for gains in c.gains:
+        of = f"Base {gains.base}. " if len(c.bases) > 1 else ""
+        out.print(cell(f"{of}{gains.text}"))
+    about = Grid.grid(padding=(0, 2))
+    for row in facts(found):
+        about.add_row(*map(cell, row))
+    out.print(about)
+    for line in found.notes:
+        out.print(cell(f"! {line}"))
+    # The scores.
+    for base in c.bases:
+        pools = [p for p in c.pools if any((x.base, x.pool) == (base, p) for x in c.lines)]
+        shown = [compact_table(c, base)] if pools else []
+        if found.single:
+            shown += [language_table(c, base, pool) for pool in pools]
+        for each in shown:
+            out.print(table(each.title, each.head, each.rows))
+    # What it cost, and what went wrong.
+    if rows := list(costs(found)):
+        head = ["training", "phase", "rounds", "seconds", "MB up", "MB down"]
+        out.print(table("Cost of training", head, rows))
+    if counts := fault_counts(found):
+        said = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        out.print(cell(f"Faults: {said}; see faults.jsonl."))
 
 
 @contextmanager

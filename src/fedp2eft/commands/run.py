@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,7 @@ def train_run(
         options: Settings that override the file's.
         watch: Keep report.html of the folder up to date during the run.
     """
-    settings = read_settings(config, options)
-    folder = Path(run).expanduser() if run else Path("runs") / Path(config).stem
-    _run(settings, folder, watch)
+    _run(read_settings(config, options), _folder(run, config), watch)
 
 
 def compare_methods(
@@ -48,21 +46,13 @@ def compare_methods(
         options: Settings that override the file's.
         watch: Keep report.html of the folder up to date during the run.
     """
-    settings = read_settings(config, options)
-    folder = Path(run).expanduser() if run else Path("runs") / Path(config).stem
+    settings, folder = read_settings(config, options), _folder(run, config)
 
-    from fedp2eft.commands.terminal import progress
     from fedp2eft.experiment.compare import compare as compute
     from fedp2eft.results.tables import write_tables
 
-    try:
-        with progress() as told, _watched(told, folder, watch) as reporter:
-            compute(settings, folder, reporter)
-    except KeyboardInterrupt:
-        raise InterruptedRunError(
-            f"Interrupted. Finished cells are kept in {folder}: start the same command again to "
-            "resume."
-        ) from None
+    with _at_work(folder, watch, "cells") as reporter:
+        compute(settings, folder, reporter)
     write_tables(folder)
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"Comparison folder: {folder}")
@@ -85,19 +75,17 @@ def quickstart(
     _run(read_settings(str(preset), options), Path(run).expanduser(), watch)
 
 
+def _folder(run: str | None, config: str) -> Path:
+    return Path(run).expanduser() if run else Path("runs") / Path(config).stem
+
+
 def _run(settings: Any, folder: Path, watch: bool) -> None:
-    from fedp2eft.commands.terminal import progress, show_gains, show_loading, show_results
+    from fedp2eft.commands.terminal import show_gains, show_loading, show_results
     from fedp2eft.experiment.train import train as train_all
 
     start = time.perf_counter()
-    try:
-        with progress() as told, _watched(told, folder, watch) as reporter:
-            results = train_all(settings, folder, reporter)
-    except KeyboardInterrupt:
-        raise InterruptedRunError(
-            f"Interrupted. Finished rounds are kept in {folder}: start the same command again to "
-            "resume."
-        ) from None
+    with _at_work(folder, watch, "rounds") as reporter:
+        results = train_all(settings, folder, reporter)
     show_gains(results)
     show_results(results)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
@@ -110,14 +98,23 @@ def _run(settings: Any, folder: Path, watch: bool) -> None:
 
 
 @contextmanager
-def _watched(reporter: Reporter, folder: Path, watch: bool) -> Iterator[Reporter]:
-    if not watch:
-        yield reporter
-        return
-    from fedp2eft.commands.report import extra_needed
+def _at_work(folder: Path, watch: bool, what: str) -> Iterator[Reporter]:
+    """Show the progress of a command that keeps finished rounds or cells in a folder."""
+    from fedp2eft.commands.terminal import progress
 
-    with extra_needed():
-        from fedp2eft.report.watch import watched
-    print(f"Live report: {folder / 'report.html'}")
-    with watched(reporter, folder) as watching:
-        yield watching
+    try:
+        with ExitStack() as stack:
+            reporter = stack.enter_context(progress())
+            if watch:
+                from fedp2eft.commands.report import extra_needed
+
+                with extra_needed():
+                    from fedp2eft.report.watch import watched
+                print(f"Live report: {folder / 'report.html'}")
+                reporter = stack.enter_context(watched(reporter, folder))
+            yield reporter
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"Interrupted. Finished {what} are kept in {folder}: start the same command again to "
+            "resume."
+        ) from None

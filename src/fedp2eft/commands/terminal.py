@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -29,12 +29,7 @@ from fedp2eft.progress import LogReporter, Reporter, report_to
 if TYPE_CHECKING:
     from fedp2eft.results.rows import Results, Row
 
-PHASES = {
-    "base": "base model",
-    "psg": "PSG",
-    "personalize": "clients",
-    "compare": "cells",
-}
+PHASES = {"base": "base model", "psg": "PSG", "personalize": "clients", "compare": "cells"}
 
 
 def _title(phase: str) -> str:
@@ -188,50 +183,69 @@ def progress() -> Iterator[Reporter]:
             yield reporter
 
 
+def console() -> Console:
+    """Return the terminal, or, where output is no terminal, 120 columns of plain text."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+LEFT = ("method", "training", "phase")
+
+
+def table(
+    title: str, head: Sequence[str], rows: Iterable[Sequence[str]], bold: Sequence[str] = ()
+) -> Table:
+    """Return a table of text: names on the left, numbers on the right."""
+    made = Table(title=cell(title), title_justify="left")
+    for name in head:
+        side: Literal["left", "right"] = "left" if name in LEFT else "right"
+        made.add_column(cell(name), justify=side, style="bold" if name in bold else "")
+    for row in rows:
+        made.add_row(*map(cell, row))
+    return made
+
+
 def show_results(results: Results) -> None:
     """The table of a run: language by method, worst language, mean."""
+    from fedp2eft.results.layout import MISSING, unit
     from fedp2eft.results.metrics import METRICS
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    def named(row: Row) -> list[str]:
+        return [row.method, str(row.rank) if row.rank else MISSING]
+
     for pool in dict.fromkeys(row.pool for row in results.rows):
         rows = [row for row in results.rows if row.pool == pool]
         metric = METRICS[rows[0].metric]
-        unit = "%" if metric.higher else "nats per token"
-        title = f"{metric.name.capitalize()} ({unit}), {pool} clients ({rows[0].clients})"
-        table = Table(title=title, title_justify="left")
-        table.add_column("method")
-        table.add_column("rank", justify="right")
-        for language in rows[0].languages:
-            table.add_column(cell(language), justify="right")
-        for name in ("worst", "mean"):
-            table.add_column(name, justify="right", style="bold")
-        for row in rows:
-            cells = [*row.languages.values(), row.worst_language, row.mean]
-            rank = str(row.rank) if row.rank else "–"
-            table.add_row(cell(row.method), rank, *map(metric.shown, cells))
-        console.print(table)
-        if rows[0].further_means:
-            _show_further(console, pool, rows)
-
-
-def _show_further(console: Console, pool: str, rows: list[Row]) -> None:
-    """The other metrics of a causal LM, mean over languages."""
-    from fedp2eft.results.metrics import METRICS
-
-    title = f"Perplexity, scores of generated texts (%), {pool} clients, mean over languages"
-    names = [name for name in METRICS if any(name in row.further_means for row in rows)]
-    table = Table(
-        title=title if len(names) > 1 else f"Perplexity, {pool} clients", title_justify="left"
-    )
-    for name in ("method", "rank", *names):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        shown = (
-            METRICS[name].shown(row.further_means[name]) if name in row.further_means else "–"
-            for name in names
-        )
-        table.add_row(cell(row.method), str(row.rank) if row.rank else "–", *shown)
-    console.print(table)
+        title = f"{metric.name.capitalize()} ({unit(metric)}), {pool} clients ({rows[0].clients})"
+        head = ["method", "rank", *rows[0].languages, "worst", "mean"]
+        lines = [
+            [
+                *named(row),
+                *map(metric.shown, [*row.languages.values(), row.worst_language, row.mean]),
+            ]
+            for row in rows
+        ]
+        console().print(table(title, head, lines, bold=("worst", "mean")))
+        further = [name for name in METRICS if any(name in row.further_means for row in rows)]
+        if not further:
+            continue
+        title = f"Perplexity, {pool} clients"
+        if len(further) > 1:
+            title = (
+                f"Perplexity, scores of generated texts (%), {pool} clients, mean over languages"
+            )
+        lines = [
+            [
+                *named(row),
+                *(
+                    METRICS[name].shown(row.further_means[name])
+                    if name in row.further_means
+                    else MISSING
+                    for name in further
+                ),
+            ]
+            for row in rows
+        ]
+        console().print(table(title, ["method", "rank", *further], lines))
 
 
 def show_gains(results: Results) -> None:
