@@ -209,43 +209,34 @@ def show_results(results: Results) -> None:
     from fedp2eft.results.layout import MISSING, unit
     from fedp2eft.results.metrics import METRICS
 
-    def named(row: Row) -> list[str]:
-        return [row.method, str(row.rank) if row.rank else MISSING]
+    def line(row: Row, cells: Iterable[str]) -> list[str]:
+        return [row.method, str(row.rank) if row.rank else MISSING, *cells]
 
     for pool in dict.fromkeys(row.pool for row in results.rows):
         rows = [row for row in results.rows if row.pool == pool]
         metric = METRICS[rows[0].metric]
         title = f"{metric.name.capitalize()} ({unit(metric)}), {pool} clients ({rows[0].clients})"
         head = ["method", "rank", *rows[0].languages, "worst", "mean"]
-        lines = [
-            [
-                *named(row),
-                *map(metric.shown, [*row.languages.values(), row.worst_language, row.mean]),
-            ]
-            for row in rows
-        ]
+        lines = []
+        for row in rows:
+            values = (*row.languages.values(), row.worst_language, row.mean)
+            lines.append(line(row, map(metric.shown, values)))
         console().print(table(title, head, lines, bold=("worst", "mean")))
-        further = [name for name in METRICS if any(name in row.further_means for row in rows)]
-        if not further:
+        # The other metrics of a causal LM.
+        names = [name for name in METRICS if any(name in row.further_means for row in rows)]
+        if not names:
             continue
         title = f"Perplexity, {pool} clients"
-        if len(further) > 1:
+        if len(names) > 1:
             title = (
                 f"Perplexity, scores of generated texts (%), {pool} clients, mean over languages"
             )
-        lines = [
-            [
-                *named(row),
-                *(
-                    METRICS[name].shown(row.further_means[name])
-                    if name in row.further_means
-                    else MISSING
-                    for name in further
-                ),
-            ]
-            for row in rows
-        ]
-        console().print(table(title, ["method", "rank", *further], lines))
+        lines = []
+        for row in rows:
+            known = row.further_means
+            shown = (METRICS[n].shown(known[n]) if n in known else MISSING for n in names)
+            lines.append(line(row, shown))
+        console().print(table(title, ["method", "rank", *names], lines))
 
 
 def show_gains(results: Results) -> None:
