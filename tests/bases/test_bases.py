@@ -90,6 +90,37 @@ def test_names_and_shapes_that_travel() -> None:
         assert set(base.staying(model)) == (embeddings if kind == "dept-spec" else set())
 
 
+@pytest.mark.parametrize(
+    ("targets", "parts"),
+    [
+        (["layer.1", "classifier"], ("bert.encoder.layer.1.", "classifier.")),
+        (r".*layer\.1\..*dense|classifier", ("bert.encoder.layer.1.", "classifier.")),
+    ],
+)
+def test_target_modules_alone_are_trained_and_sent(
+    targets: list[str] | str, parts: tuple[str, ...]
+) -> None:
+    s = settings("standard-fl", target_modules=targets)
+    base, model = wrapped(s)
+    named = [name for name, _ in model.named_parameters() if name.startswith(parts)]
+    if isinstance(targets, str):  # a regular expression names whole modules: no LayerNorm, no query
+        named = [name for name in named if name.split(".")[-2] in ("dense", "classifier")]
+    assert list(base.trained(model, s.base)) == named
+    assert set(base.travelling(model, s.base)) == set(named)
+    with pytest.raises(UserError, match=r"base\.target_modules is \['nowhere'\]"):
+        base.trained(model, BaseSettings(target_modules=["nowhere"]))
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_lora_goes_on_target_modules_alone(kind: str) -> None:
+    s = settings(kind, target_modules=["query", "classifier"])
+    names = [layer.name for layer in lora_layers(wrapped(s)[1])]
+    assert names
+    assert all(name.endswith(("query", "classifier")) for name in names)
+    with pytest.raises(UserError, match=r"base\.target_modules"):
+        wrapped(settings(kind, target_modules=["nowhere"]))
+
+
 @pytest.mark.parametrize("kind", ["standard-fl", *LORA, "dept-spec"])
 def test_a_local_run_changes_what_is_trained_and_nothing_else(kind: str) -> None:
     s = settings(kind)

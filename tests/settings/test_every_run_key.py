@@ -35,6 +35,7 @@ OTHER: dict[str, Any] = {
     "base.lr": 1e-3,
     "base.schedule": "cosine",
     "base.train_embeddings": False,
+    "base.target_modules": ["classifier"],
     "base.lora_rank": 2,
     "base.lora_alpha": 2.0,
     "base.lora_dropout": 0.5,

@@ -11,6 +11,7 @@ from torch import nn
 from fedp2eft.adapters.btlora import common_A
 from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers
 from fedp2eft.bases.base import Base
+from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import BaseSettings, Settings
 
@@ -18,7 +19,7 @@ ADAPTER = "default"
 
 
 class FedIT(Base):
-    """Plain PEFT LoRA on every linear layer, merged into the model at the end.
+    """Plain PEFT LoRA on every linear layer, or those named, merged into the model at the end.
 
     A classification head is adapted as any linear layer, its own weights stay as they are; a causal
     LM's output head is left out. All clients start from the same A, and from B = 0.
@@ -31,10 +32,16 @@ class FedIT(Base):
             r=s.lora_rank,
             lora_alpha=s.lora_alpha,
             lora_dropout=s.lora_dropout,
-            target_modules="all-linear",
+            target_modules=s.target_modules or "all-linear",
         )
-        with torch.random.fork_rng(devices=[]):  # start_afresh() replaces PEFT's first weights
-            wrapped: nn.Module = get_peft_model(model, config, adapter_name=ADAPTER)
+        try:
+            with torch.random.fork_rng(devices=[]):  # start_afresh() replaces PEFT's first weights
+                wrapped: nn.Module = get_peft_model(model, config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(
+                f"LoRA cannot be put on {s.target_modules!r} (base.target_modules): "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         start_afresh(lora_layers(wrapped), derive_seed("base LoRA", settings.adapter.seed))
         wrapped.train(training)  # PEFT's wrapper is in training mode whatever the model is in
         return wrapped

@@ -192,6 +192,9 @@ class BaseSettings:
         train_embeddings: Train the token embeddings too (ignored by the kinds with LoRA). They are
             most of a small multilingual model: without them, the messages of "standard-fl" are
             several times smaller.
+        target_modules: Names of the modules to train, as in adapter.target_modules; the parts of a
+            module that is named are trained, too, and all else stays as it is. Default: all; for
+            the kinds with LoRA, every linear layer.
         lora_rank: Rank of the LoRA of "fedit", "ffa-lora" and "feddpa-t", on every linear layer.
         lora_alpha: Alpha of that LoRA; B·A is scaled by alpha / rank.
         lora_dropout: Input dropout of that LoRA in training, if local.dropout is on.
@@ -208,6 +211,7 @@ class BaseSettings:
     lr: float = 5e-5
     schedule: Literal["constant", "cosine"] = "constant"
     train_embeddings: bool = True
+    target_modules: str | list[str] | None = None
     lora_rank: int = 8
     lora_alpha: float = 8.0
     lora_dropout: float = 0.05
