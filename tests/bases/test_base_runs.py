@@ -302,6 +302,27 @@ def test_a_client_from_outside_gets_its_own_part(run: Run, world: World, tmp_pat
     assert scores.loss == pytest.approx(adapter.scores.loss, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_an_own_part_and_a_label_prior_in_one_adapter(world: World, tmp_path: Path, kind) -> None:
+    """On the common base the saved adapter scores as the client's own base with the offset did."""
+    short = {"federation__rounds": 1, "evaluation__methods": ["prior", "fedp2eft"]}
+    settings = world.settings(
+        **QUICK | short, base__kind=kind, local__logit_adjustment="own",
+        evaluation__pools=["unseen"],
+    )  # fmt: skip
+    train(settings, tmp_path / "run")
+    for client in UNSEEN:
+        rows = write_jsonl(tmp_path / "rows.jsonl", world.client_rows(client, "test"))
+        plain = api.evaluate(tmp_path / "run" / "base", rows, precision="fp32")
+        for cell in ("prior-r0", "fedp2eft-r1"):
+            told = json.loads((tmp_path / "run" / "cells" / cell / f"{client}.json").read_text())
+            adapter = tmp_path / "run" / "adapters" / client / cell
+            scores = api.evaluate(tmp_path / "run" / "base", rows, adapter, precision="fp32")
+            assert scores.correct == told["correct"]
+            assert scores.loss == pytest.approx(told["loss"], abs=1e-5)
+            assert scores.loss != pytest.approx(plain.loss, abs=1e-2)
+
+
 # ── a base of one's own ─────────────────────────────────────────────────────────────────────────
 
 

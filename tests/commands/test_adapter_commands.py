@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from fedp2eft.cli import main
 from tiny_run import (
@@ -130,6 +132,47 @@ def test_a_new_client_from_its_file_to_a_merged_model(finished, tmp_path: Path, 
     assert percent(scored) == percent(printed)
     # The adapter does something.
     assert evaluate(capsys, base, test) != scored
+
+
+@pytest.fixture
+def with_prior(finished, tmp_path: Path) -> Path:
+    """The run's PSG as one that was trained with the label prior."""
+    folder = tmp_path / "psg"
+    shutil.copytree(finished.folder / "psg", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["local"]["logit_adjustment"] = "own"
+    config["label_prior"] = [0.7, 0.2, 0.1]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["fedp2eft", "prior"])
+def test_a_label_prior_is_in_every_layout(finished, with_prior, tmp_path, capsys, method):
+    """The printed scores, and the logits of plain PEFT or transformers in another process."""
+    base, data = finished.folder / "base", write_jsonl(tmp_path / "new.jsonl", NEW)
+    test = write_jsonl(tmp_path / "test.jsonl", TEST)
+    printed = run(
+        capsys, "personalize", "--psg", with_prior, "--model", base, "--data", data, "--rank", 2,
+        "--out", tmp_path / "portable", "--lr", "3e-2", "--precision", "fp32", "--method", method,
+        "--test_data", test,
+    )  # fmt: skip
+    [scores] = re.findall(r"Accuracy .*, loss [\d.]+", printed)
+    for source, target in [("portable", "compact"), ("compact", "again"), ("again", "merged")]:
+        layout = {"again": "portable"}.get(target, target)
+        run(
+            capsys, "export", "--adapter", tmp_path / source, "--out", tmp_path / target,
+            "--layout", layout,
+        )  # fmt: skip
+    folders = [tmp_path / name for name in ("portable", "compact", "again", "merged")]
+    plain = json.loads(plain_python(LOGITS, base, test, LENGTH, *folders))
+    first = torch.tensor(plain[str(folders[0])]["logits"])
+    for folder in folders[1:]:
+        assert torch.allclose(torch.tensor(plain[str(folder)]["logits"]), first, atol=1e-5, rtol=0)
+    assert scores in evaluate(capsys, base, test, "--adapter", folders[2])
+    assert scores in evaluate(capsys, folders[3], test, "--max_length", LENGTH)
+    assert scores not in evaluate(capsys, base, test)
+    for folder in folders[:3]:
+        assert "| label prior | carried" in (folder / "README.md").read_text()
 
 
 def test_an_adapter_of_the_run_scores_what_its_cell_says(finished, world: World, tmp_path, capsys):

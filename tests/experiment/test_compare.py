@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from fedp2eft.errors import UserError
-from fedp2eft.experiment.compare import compare
+from fedp2eft.experiment.compare import _open, compare
 from fedp2eft.experiment.train import train
+from fedp2eft.files import write_text
 from fedp2eft.methods import METHODS, ClientSide, Method, Outcome, Survey
 from fedp2eft.methods.base import base
 from fedp2eft.methods.fedp2eft import fedp2eft
 from fedp2eft.results.plan import SharedTraining, claim, plan, settings_of
+from fedp2eft.settings.reading import settings_text
 from tiny_run import World
 
 METHODS_OF_ALL = ["base", "lora", "fedp2eft"]
@@ -182,9 +184,9 @@ def test_variants_share_the_base(world: World, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(METHODS, "per-layer", variant)
     journal = Journal()
     settings = world.settings(
-        **SMALL | {"compare__seeds": [3], "evaluation__ranks": [2]},  # more than a λ a layer
-        evaluation__methods=["fedp2eft", "per-layer"],
-    )
+        **SMALL | {"compare__seeds": [3], "evaluation__ranks": [2],  # more than a λ a layer
+                   "evaluation__methods": ["fedp2eft", "per-layer"]},
+    )  # fmt: skip
     folder = compare(settings, tmp_path / "c", journal)
     assert [phase for phase, _, _ in journal.phases] == ["compare", "base", "psg", "psg"]
     runs = {path.name for path in (folder / "runs").iterdir()}
@@ -236,6 +238,20 @@ def test_two_processes_share_and_one_is_killed(world: World, whole: Path, tmp_pa
     assert cells(folder) == cells(whole)
 
 
+def test_settings_that_another_process_writes_first_are_no_foreign_folder(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings, glob = world.settings(**SMALL), Path.glob
+
+    def meanwhile(folder: Path, pattern: str):
+        write_text(folder / "settings.yaml", settings_text(settings))
+        return glob(folder, pattern)
+
+    (tmp_path / "c").mkdir()
+    monkeypatch.setattr(Path, "glob", meanwhile)
+    _open(tmp_path / "c", settings)
+
+
 def test_a_claim_goes_with_its_holder(tmp_path: Path):
     with claim(tmp_path, "a/b") as mine:
         assert mine
@@ -270,8 +286,8 @@ def test_a_survey_is_taken_once_for_all_pools(
     survey = Survey(ask, lambda answers: {"rows": torch.stack([a["rows"] for a in answers]).sum(0)})
     monkeypatch.setitem(METHODS, "asking", Method(fit, surveys=(survey,)))
     settings = world.settings(
-        **SMALL | {"compare__seeds": [3], "evaluation__ranks": [1, 2]},
-        evaluation__methods=["asking"],
-    )
+        **SMALL | {"compare__seeds": [3], "evaluation__ranks": [1, 2],
+                   "evaluation__methods": ["asking"]},
+    )  # fmt: skip
     compare(settings, tmp_path / "c", Journal())
     assert sorted(asked) == ["r1"] * 4 + ["r2"] * 4  # the seen clients, not once more for "unseen"

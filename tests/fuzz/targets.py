@@ -24,6 +24,7 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import save_file
 
 from fedp2eft.adapters.export import adapter_facts, load_adapter
+from fedp2eft.data.clients import SEEN
 from fedp2eft.data.files import clients_from_files
 from fedp2eft.errors import UserError
 from fedp2eft.federation.local import LocalGrid
@@ -35,7 +36,8 @@ from fedp2eft.federation.server.checkpoints import (
     save_checkpoint,
 )
 from fedp2eft.federation.server.evaluation import alike_answers, scores_of
-from fedp2eft.federation.server.exchange import _described
+from fedp2eft.federation.server.exchange import Member, _described
+from fedp2eft.federation.server.labels import counts_in
 from fedp2eft.federation.wire.compression import pack, unpack
 from fedp2eft.federation.wire.messages import ABOUT, ARRAYS, EXAMPLES, METRICS
 from fedp2eft.generator import PSG, PSGConfig
@@ -43,6 +45,7 @@ from fedp2eft.runtime.client_files import ClientFiles
 from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.data import DataSettings
 from fedp2eft.settings.experiment import AdapterSettings
+from fedp2eft.settings.peers import PrivacySettings
 from fedp2eft.settings.reading import read_settings, settings_of_folder
 from turns import TRAIN_PSG
 
@@ -96,6 +99,18 @@ def an_array(data: bytes) -> None:
                 read()
             except UserError:
                 continue
+
+
+def labels(data: bytes) -> None:
+    """The bytes of a client's label counts, as the server reads them."""
+    record = pack({"labels": torch.ones(2)}, "fp32")
+    old = record["labels"]
+    record["labels"] = Array(dtype=old.dtype, shape=old.shape, stype=old.stype, data=data)
+    member = Member(2, "c", "de", SEEN, 3)
+    counts = counts_in(reply(RecordDict({ARRAYS: record})), member, 2, PrivacySettings())
+    assert counts.shape == (2,)
+    assert float(counts.min()) >= 0
+    assert float(counts.sum()) <= 3.003
 
 
 def metrics(data: bytes) -> None:
@@ -210,6 +225,7 @@ def adapter_config(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "array": an_array,
+    "labels": labels,
     "metrics": metrics,
     "about": about,
     "psg-config": psg_config,
@@ -252,6 +268,9 @@ def seeds(name: str) -> tuple[bytes, ...]:
         arrays = [pack(LIKE, wire)["w"].data for wire in ("fp32", "bf16", "int8")]  # type: ignore[arg-type]
         trap = Array(np.array([1.5, 2.5])).data
         return (*arrays, trap, trap.replace(b"<f8", b"|O "))
+    if name == "labels":
+        counts = np.array([2, 1], dtype=np.float32)
+        return tuple(Array(value).data for value in (counts, -counts, 9 * counts, counts * np.nan))
     if name == "metrics":
         told = trained()
         scored = {EXAMPLES: 3, "correct": 2, "loss": 0.5, "parameters": 7, "seconds": 0.1}

@@ -129,7 +129,8 @@ def test_global_lambda_is_one_for_all(chosen, layerwise) -> None:
 def test_bt_lora_is_stage_1_then_personalization(chosen, init) -> None:
     bt = adapted()
     psg = trained_psg(bt)
-    psg.config = replace(psg.config, init_lambda=init)
+    made = replace(psg.config.generator, init_lambda=init)
+    psg.config = replace(psg.config, generator=made)
     client = one_client(bt=bt, psg=psg, settings=replace(LOCAL, epochs=3, personalize_epochs=1))
     lam, keep = chosen.of(client, "bt-lora", 2)
     fresh = adapted()

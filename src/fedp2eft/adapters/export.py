@@ -114,6 +114,8 @@ def save_adapter(
     config.base_model_name_or_path = base
     config.revision = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
     told = {"layout": layout, "base_revision": revision, "ranks": weights.ranks, **(facts or {})}
+    if weights.head:
+        told["label_prior"] = True
     # Write atomically, and only what reads back as the adapter that was trained.
     target = Path(folder).expanduser()
     check_replaceable(target)
@@ -155,9 +157,17 @@ def _same(read: AdapterWeights, folded: AdapterWeights) -> bool:
         elif not (torch.equal(found.A, layer.A[used]) and torch.equal(found.B, layer.B[:, used])):
             return False
     rows = [(each.name, each.rows.tolist(), each.values) for each in (*read.rows, *folded.rows)]
-    half = len(read.rows)
+    half, heads = len(read.rows), (read.head, folded.head)
     return (
         not there
+        and all(heads) == any(heads)
+        and all(
+            one.name == other.name
+            and torch.equal(one.weight, other.weight)
+            and torch.equal(one.bias, other.bias)
+            for one, other in [heads]
+            if one and other
+        )
         and half == len(folded.rows)
         and all(
             one[:2] == other[:2] and torch.equal(one[2], other[2])

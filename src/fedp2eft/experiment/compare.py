@@ -99,7 +99,8 @@ def _open(folder: Path, settings: Settings) -> None:
     """Make the folder, or check that it was made for the same comparison."""
     file = folder / SETTINGS_FILE
     try:
-        if folder.is_dir() and not file.exists() and any(folder.glob("[!.]*")):
+        # In this order: who starts at the same time writes the settings before anything else.
+        if any(folder.glob("[!.]*")) and not file.exists():
             raise UserError(f"{folder} is not empty and holds no comparison: name another folder.")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -32,6 +32,13 @@ _AUTO = {
     "causal_lm": "AutoModelForCausalLM",
 }
 
+_SOURCES = {
+    "counts": "summed label counts of the seen clients",
+    "predicted": "mean prediction of the base model over the seen clients' text",
+    "uniform": "taken as uniform",
+}
+_MOST_SHARES = 20
+
 
 def origin_of(settings: Settings, source: ModelSource) -> dict[str, Any]:
     """What a card tells of an experiment, beside what a PSG's config or an adapter's facts say.
@@ -127,9 +134,21 @@ def psg_card(config: PSGConfig, results: Results | None = None) -> ModelCard:
         columns=f"{', '.join(config.text_columns)} and {answer}",
         max_length=config.local.max_length,
         profile=config.profile,
+        prior=_prior(config),
         rows=rows,
         metric=METRICS[rows[0].metric] if rows else None,
     )
+
+
+def _prior(config: PSGConfig) -> str:
+    """Where q comes from, and q itself unless it has too many classes for a line."""
+    q = config.label_prior
+    if not q:
+        return ""
+    shares = ", ".join(f"{value:.3f}" for value in q)
+    if len(q) > _MOST_SHARES:
+        shares = f"{len(q)} shares from {min(q):.3g} to {max(q):.3g}"
+    return f"{_SOURCES[config.local.label_prior]}: {shares} (in the order of class ids)"
 
 
 def _front(

@@ -85,16 +85,10 @@ def _asked(
         raise UserError("No seen client is in the federation to ask for its label counts.")
     content = RecordDict({CONFIG: ConfigRecord({"source": source})})
     messages = [Message(content, node, LABELS) for node in seen]
-    like = {"labels": torch.empty(classes, device="meta")}
     answers: dict[str, Tensor] = {}
     for member, reply in exchange(grid, messages, seen, s.federation.timeout, what, failures):
-        whose = f"Answer of client {member.client} ({what})"
         try:
-            answer = from_arrays(the_arrays(reply, ARRAYS), like, whose)["labels"]
-            noisy = s.privacy.on and s.privacy.noise == "client"
-            most = 1.0 if s.privacy.on else float(member.examples)
-            if not noisy and (bool((answer < 0).any()) or float(answer.sum()) > most * 1.001):
-                raise UserError(f"{whose} holds more than its rows, or less than none.")
+            answer = counts_in(reply, member, classes, s.privacy)
         except UserError as error:
             failures.add(member.client, str(error), "refused")
         else:
@@ -103,6 +97,22 @@ def _asked(
     failures.check(len(answers), len(messages), what)
     # Sums of floats depend on their order: the names fix it.
     return torch.stack([answers[name] for name in sorted(answers)]).double().sum(dim=0)
+
+
+def counts_in(reply: Message, member: Member, classes: int, privacy: PrivacySettings) -> Tensor:
+    """Return what a client answered, C values.
+
+    Raises:
+        UserError: It is no answer, or more than the client's rows can give.
+    """
+    whose = f"Answer of client {member.client} (label prior)"
+    like = {"labels": torch.empty(classes, device="meta")}
+    answer = from_arrays(the_arrays(reply, ARRAYS), like, whose)["labels"]
+    noisy = privacy.on and privacy.noise == "client"
+    most = 1.0 if privacy.on else float(member.examples)
+    if not noisy and (bool((answer < 0).any()) or float(answer.sum()) > most * 1.001):
+        raise UserError(f"{whose} holds more than its rows, or less than none.")
+    return answer
 
 
 def noise(settings: PrivacySettings, classes: int, whose: str) -> Tensor:
