@@ -37,11 +37,12 @@ from fedp2eft.settings.experiment import (
     TaskName,
     check_rank,
 )
-from fedp2eft.tasks import Scores, Task, make_task
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.generation import check_room
 from fedp2eft.tasks.generation import generate as generate_texts
+from fedp2eft.tasks.make import make_task
 from fedp2eft.tasks.prompts import Prompts
+from fedp2eft.tasks.task import Scores, Task
 from fedp2eft.tasks.text_scores import check_scorers, text_scores
 
 DataFile = str | Path

@@ -33,7 +33,7 @@ from fedp2eft.results.plan import plan, settings_of
 from fedp2eft.runtime import phases, workspace
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.tasks import Scores
+from fedp2eft.tasks.task import Scores
 from tiny_run import (
     CLIENTS,
     LABELS,

@@ -19,7 +19,7 @@ from fedp2eft.results.metrics import ACCURACY, RESPONSE_LOSS, metric_of
 from fedp2eft.results.rows import Results, read_results, row_of
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.reading import settings_from
-from fedp2eft.tasks import make_task
+from fedp2eft.tasks.make import make_task
 from tiny_chat import LENGTH, chat_rows, make_chat_world
 from tiny_run import CLIENTS, World, write_jsonl
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fedp2eft.errors import UserError
 from fedp2eft.models.fit import longest_input
 from fedp2eft.models.loading import load_base, load_tokenizer, resolve_model, save_model
-from fedp2eft.tasks import make_task
+from fedp2eft.tasks.make import make_task
 from tiny_run import LABELS
 
 TEXTS = ["le petit chat", "le grand chien", "le petit chat le roc le mur le sable der die das"]

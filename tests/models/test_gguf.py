@@ -16,7 +16,7 @@ from fedp2eft.models.loading import load_base, load_tokenizer
 from fedp2eft.models.offline import gguf
 from fedp2eft.models.offline.gguf import GEMMA3, SMOLLM2, TERMS, separate_digits
 from fedp2eft.models.sources import OFFLINE_PARTS, ModelSource, resolve_model
-from fedp2eft.tasks import make_task
+from fedp2eft.tasks.make import make_task
 from fedp2eft.tasks.prompts import Prompts
 from tiny_chat import chat_tokenizer
 

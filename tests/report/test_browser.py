@@ -105,11 +105,11 @@ def test_clients_are_chosen(opened):
 
 def test_methods_are_shown_and_hidden(opened):
     parts = (
-        "[...document.querySelectorAll('[data-method=\"1\"]')]"
+        "[...document.querySelectorAll('[data-method=\"3\"]')]"
         ".map(part => [part.tagName.toLowerCase(), part.style.display])"
     )
     assert {kind for kind, _ in opened.run(parts)} == {"tr", "figure", "g"}
-    opened.run("document.querySelector('#methods input[value=\"1\"]').click()")
+    opened.run("document.querySelector('#methods input[value=\"3\"]').click()")
     assert {shown for _, shown in opened.run(parts)} == {"none"}
     opened.run("document.querySelector('#methods [data-all=\"1\"]').click()")
     assert {shown for _, shown in opened.run(parts)} == {""}

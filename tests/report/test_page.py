@@ -73,7 +73,16 @@ def test_numbers_of_a_comparison_are_those_of_its_results(tmp_path):
 
 
 def test_sections_of_a_run(seen):
-    assert seen.sections == ["run", "results", "structure", "rounds", "training", "cost"]
+    assert seen.sections == [
+        "gains",
+        "differences",
+        "run",
+        "results",
+        "structure",
+        "rounds",
+        "training",
+        "cost",
+    ]
 
 
 def test_kept_ranks_on_the_page_are_those_of_the_adapters(seen, finished):
@@ -234,7 +243,9 @@ def test_other_damaged_files_are_left_out(finished, tmp_path):
     write_json(folder / "generations" / "base-r0" / "x.json", {"rows": [1]})
     made = page_of(folder)
     assert "generations/base-r0/x.json is damaged" in made.text
-    assert made.sections == ["notes", "run", "results", "training", "cost"]
+    assert made.sections == [
+        *("notes", "gains", "differences", "run", "results", "training", "cost"),
+    ]
 
 
 def test_missing_cells_of_a_comparison_are_named(tmp_path):
@@ -262,10 +273,12 @@ def test_folders_that_hold_nothing(tmp_path, capsys):
 def test_report_writes_page_and_figures(tmp_path, capsys):
     folder = write_comparison(tmp_path / "c")
     assert main(["report", str(folder)]) == 0
-    told = capsys.readouterr().out
-    assert f"Page: {folder / 'report.html'}" in told
+    assert not (folder / "report").exists()
+    assert main(["report", str(folder), "--figures", "true"]) == 0
+    assert f"Page: {folder / 'report.html'}" in capsys.readouterr().out
     names = {path.stem for path in (folder / "report").iterdir()}
     assert names == {
+        "gain-standard-fl",
         "accuracy-standard-fl",
         "difference-standard-fl",
         "languages-standard-fl-seen",
@@ -288,7 +301,12 @@ def test_show_prints_the_essentials(finished, capsys):
     assert main(["show", str(finished.folder)]) == 0
     told = capsys.readouterr().out
     assert "3 rounds of 2 clients" in told
-    row = next(r for r in read_json(finished.folder / "results.json")["rows"]
+    results = read_json(finished.folder / "results.json")
+    gains = {gains["pool"]: gains for gains in results["gains"]}
+    assert set(gains) == {"seen", "unseen"}
+    for each in gains.values():  # the first lines, before all that was run
+        assert each["text"] in " ".join(told.split()).partition("base training")[0]
+    row = next(r for r in results["rows"]
                if (r["method"], r["rank"], r["pool"]) == ("lora", 2, "unseen"))  # fmt: skip
     line = next(line for line in told.splitlines() if "│ lora" in line)
     assert f"{100 * row['mean']:.1f}" in line

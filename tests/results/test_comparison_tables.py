@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from fedp2eft.errors import UserError
 from fedp2eft.results.cells import read_cells
 from fedp2eft.results.figures import write_figures
 from fedp2eft.results.layout import MISSING, tables
-from fedp2eft.results.summary import summarize
+from fedp2eft.results.summary import Comparison, summarize
 from fedp2eft.results.tables import as_csv, escape, latex, markdown, write_tables
 from fedp2eft.settings.reading import settings_text
 
@@ -96,6 +97,14 @@ def test_foreign_files_are_named_and_left_out(folder: Path, caplog: pytest.LogCa
     assert (mine.method, mine.mean) == (whole.method, whole.mean)
 
 
+def best_first(made: Comparison, base: str) -> list[str]:
+    means = {
+        name: fmean(x.mean.mean for x in made.lines if (x.base, x.method) == (base, name))
+        for name in made.methods
+    }
+    return sorted(means, key=lambda name: -means[name])
+
+
 def test_what_is_missing_is_no_number():
     cells = [c for c in all_cells() if (c["base"], c["method"], c["rank"]) != ("none", "lora", 8)]
     cells = [c for c in cells if (c["base"], c["method"], c["seed"]) != ("none", "fedp2eft", 42)]
@@ -108,10 +117,14 @@ def test_what_is_missing_is_no_number():
     compact = {table.title: table for table in tables(made)}["Accuracy (%) on the base none"]
     assert compact.head[:3] == ["method", "seen r=2", "seen r=8"]
     rows = {row[0]: row[1:] for row in compact.rows}
-    assert list(rows) == ["fedp2eft", "base", "label-prior", "lora"]
-    assert rows["lora"][1::2] == [MISSING] * 3
-    assert all(re.fullmatch(r"\d+\.\d ± \d+\.\d", text) for text in rows["lora"][::2])
-    assert all(text.endswith("*") for text in rows["fedp2eft"])
+    assert list(rows) == best_first(made, "none")
+    assert compact.head[-3:] == ["seen worse (%)", "unseen worse (%)", "new-language worse (%)"]
+    assert rows["lora"][1:6:2] == [MISSING] * 3
+    assert all(re.fullmatch(r"\d+\.\d ± \d+\.\d", text) for text in rows["lora"][:6:2])
+    assert all(text.endswith("*") for text in rows["fedp2eft"][:6])
+    assert rows["base"][6:] == ["0.0"] * 3
+    shares = [made.line("none", "seen", "fedp2eft", rank).worse_than_base for rank in (2, 8)]
+    assert rows["fedp2eft"][6] == " / ".join(f"{100 * share.mean:.1f}" for share in shares)
     assert rows["base"][0] == rows["base"][1]
     long = {table.title: table for table in tables(made)}["Accuracy (%), base none, pool seen"]
     mine = {(row[0], row[1]): row[2:] for row in long.rows}
@@ -216,7 +229,10 @@ def test_figures_are_the_same_every_time(folder: Path, tmp_path: Path):
     written = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
     names = [
         f"{kind}-none{pool}.{end}"
-        for kind, pool in (("accuracy", ""), ("difference", ""), ("languages", "-unseen"))
+        for kind, pool in (
+            *(("gain", ""), ("accuracy", "")),
+            *(("difference", ""), ("languages", "-unseen")),
+        )
         for end in ("png", "svg")
     ]
     assert sorted(written) == sorted(names)
@@ -227,7 +243,12 @@ def test_figures_are_the_same_every_time(folder: Path, tmp_path: Path):
 
 
 def test_figures_show_the_numbers():
-    from fedp2eft.results.figures import accuracy_figure, difference_figure, language_figure
+    from fedp2eft.results.figures import (
+        accuracy_figure,
+        difference_figure,
+        gain_figure,
+        language_figure,
+    )
 
     made = summarize(comparison_settings(), all_cells())
     line = made.line("none", "unseen", "fedp2eft", 8)
@@ -241,18 +262,21 @@ def test_figures_show_the_numbers():
     low = drawn.lines[2][0].get_segments()[1][0][1]
     assert low == pytest.approx(100 * (line.mean.mean - (line.mean.half_width or 0)))
     first, ax, _ = difference_figure(made, "none").axes
-    assert [label.get_text() for label in first.get_yticklabels()] == [
-        "fedp2eft",
-        "base",
-        "label-prior",
-    ]
-    bars = {bar.lines[0].get_xdata()[0]: bar for bar in ax.containers}
+    names = [label.get_text() for label in first.get_yticklabels()]
+    assert names == [name for name in best_first(made, "none") if name != "lora"]
+    drawn = [bar for bar in ax.containers if len(bar.lines[0].get_xdata())]  # not the legend's
+    bars = {bar.lines[0].get_xdata()[0]: bar for bar in drawn}
     bar = bars[min(bars, key=lambda x: abs(x - 100 * found.value))]
     assert bar.lines[0].get_xdata()[0] == pytest.approx(100 * found.value)
     assert bar.lines[2][0].get_segments()[0][0][0] == pytest.approx(100 * found.low)
     ax = language_figure(made, "none", "unseen").axes[0]
     heights = [bar.get_height() for bar in ax.containers[1]]
     assert heights == pytest.approx([100 * line.languages[name].mean for name in ("de", "fr")])
+    gains = next(x for x in made.gains if (x.base, x.pool) == ("none", "unseen"))
+    ax = gain_figure(made, "none").axes[1]
+    for bar, step in zip(ax.containers, (*gains.steps, gains.total), strict=True):
+        assert bar.lines[0].get_xdata()[0] == pytest.approx(100 * step.gain)
+        assert bar.lines[2][0].get_segments()[0][1][0] == pytest.approx(100 * step.high)
 
 
 def test_a_comparison_of_the_base_alone_has_fewer_figures(tmp_path: Path):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fedp2eft.errors import UserError
-from fedp2eft.tasks import make_task
 from fedp2eft.tasks.causal_lm import IGNORED, CausalLM
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.make import make_task
 from fedp2eft.tasks.prompts import Prompts
 from tiny import VOCABULARY, tiny
 from tiny_chat import chat_tokenizer

@@ -6,9 +6,9 @@ from fedp2eft.data.registry import load_clients
 from fedp2eft.models.loading import load_base, load_tokenizer, longest_input
 from fedp2eft.models.sources import ModelSource
 from fedp2eft.settings.data import DataSettings
-from fedp2eft.tasks import make_task
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.generation import check_room, generate
+from fedp2eft.tasks.make import make_task
 from fedp2eft.tasks.prompts import Prompts
 from fedp2eft.tasks.text_scores import text_scores
 

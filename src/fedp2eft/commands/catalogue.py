@@ -29,7 +29,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
         "compare_methods",
         "compute a table of methods, base models, ranks and seeds, also in several processes",
     ),
-    "report": ("report", "report", "write an HTML report of a run or comparison, and its figures"),
+    "report": ("report", "report", "write an HTML report of a run or comparison"),
     "show": ("report", "show", "print settings, progress and results of a run or comparison"),
     "personalize": (
         "adapters",

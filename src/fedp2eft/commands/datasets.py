@@ -22,17 +22,18 @@ def list_datasets() -> None:
     Console().print(table)
 
 
-def describe(data: DataSettings) -> None:
+def describe(data: DataSettings, classes: bool = False) -> None:
     """Show clients, rows and labels of a data set.
 
     Args:
         data: The clients and their rows.
+        classes: Also print how many rows of each class every client has.
     """
     from rich.table import Table
 
     from fedp2eft.commands.terminal import cell, console
+    from fedp2eft.data.describe import classes_of_clients, repeats
     from fedp2eft.data.describe import describe as rows_of
-    from fedp2eft.data.describe import repeats
     from fedp2eft.data.registry import load_clients
     from fedp2eft.errors import require
 
@@ -43,6 +44,9 @@ def describe(data: DataSettings) -> None:
     for row in rows:
         table.add_row(*[cell(_shown(value)) for value in row.values()])
     console().print(table)
+    if classes and loaded.labels:
+        for name, counts in classes_of_clients(loaded).items():
+            console().print(cell(f"{name}: {_most_frequent(counts, len(counts))}"))
     for line in (*loaded.notes, *repeats(loaded)):
         console().print(cell(line))
 
@@ -66,5 +70,12 @@ def partition(data: DataSettings, out: str) -> None:
 
 def _shown(value: object) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{key} {count}" for key, count in value.items())
+        return _most_frequent(value, 3)
     return f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def _most_frequent(counts: dict[str, int], most: int) -> str:
+    """The most frequent classes with their rows, and how many more classes have any."""
+    found = sorted((n, name) for name, n in counts.items() if n)[::-1]
+    shown = ", ".join(f"{name} {n}" for n, name in found[:most])
+    return shown + (f", {len(found) - most} more" if len(found) > most else "")

@@ -10,28 +10,30 @@ from fedp2eft.errors import UserError
 NEEDED = ("matplotlib", "scipy")
 
 
-def report(folder: str, out: str | None = None) -> None:
-    """Write the report of a run or comparison: report.html, and its figures as PNG and SVG.
+def report(folder: str, out: str | None = None, figures: bool = False) -> None:
+    """Write the report of a run or comparison, report.html.
 
     The report is one file that works offline. An unfinished run or comparison gets a report of what
     exists so far.
 
     Args:
         folder: The run or comparison folder.
-        out: Folder for report.html and for report/, which holds the figures. Default: `folder`.
+        out: Folder for report.html and for report/. Default: `folder`.
+        figures: Also write the figures as PNG and SVG into report/.
     """
     with extra_needed():
         from fedp2eft.report.write import FIGURES, write_report
 
-    page, made = write_report(folder, out)
+    page, made = write_report(folder, out, figures=figures)
     for line in made.notes:
         print(f"Note: {line}")
     print(f"Page: {page} ({page.stat().st_size / 1e3:,.0f} kB)")
-    print(f"Figures: {page.parent / FIGURES}")
+    if figures:
+        print(f"Figures: {page.parent / FIGURES}")
 
 
 def show(folder: str) -> None:
-    """Print settings, progress and results of a run or comparison.
+    """Print where the gain comes from, settings, progress and results of a run or comparison.
 
     Args:
         folder: The run or comparison folder.
@@ -41,15 +43,14 @@ def show(folder: str) -> None:
     from fedp2eft.commands.terminal import cell, console, table
     from fedp2eft.report.facts import costs, facts, fault_counts
     from fedp2eft.report.source import read_report
-    from fedp2eft.results.layout import compact_table, language_table
+    from fedp2eft.results.layout import compact_table, gain_text, language_table
 
     # Where the gain comes from, what was run, and what is missing.
     found, out = read_report(folder, ask=False), console()
     c = found.comparison
     out.print(cell(f"{'Run' if found.single else 'Comparison'} {found.folder}"))
     for gains in c.gains:
-        of = f"Base {gains.base}. " if len(c.bases) > 1 else ""
-        out.print(cell(f"{of}{gains.text}"))
+        out.print(cell(gain_text(c, gains)))
     about = Grid.grid(padding=(0, 2))
     for row in facts(found):
         about.add_row(*map(cell, row))

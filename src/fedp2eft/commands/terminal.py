@@ -205,8 +205,8 @@ def table(
 
 
 def show_results(results: Results) -> None:
-    """The table of a run: language by method, worst language, mean."""
-    from fedp2eft.results.layout import MISSING, unit
+    """Print the tables of a run: methods × languages, worst, mean, clients worse than the base."""
+    from fedp2eft.results.layout import MISSING, WORSE, unit
     from fedp2eft.results.metrics import METRICS
 
     def line(row: Row, cells: Iterable[str]) -> list[str]:
@@ -216,11 +216,12 @@ def show_results(results: Results) -> None:
         rows = [row for row in results.rows if row.pool == pool]
         metric = METRICS[rows[0].metric]
         title = f"{metric.name.capitalize()} ({unit(metric)}), {pool} clients ({rows[0].clients})"
-        head = ["method", "rank", *rows[0].languages, "worst", "mean"]
+        head = ["method", "rank", *rows[0].languages, "worst", "mean", WORSE]
         lines = []
         for row in rows:
             values = (*row.languages.values(), row.worst_language, row.mean)
-            lines.append(line(row, map(metric.shown, values)))
+            worse = MISSING if row.worse_than_base is None else f"{row.worse_than_base:.0%}"
+            lines.append(line(row, [*map(metric.shown, values), worse]))
         console().print(table(title, head, lines, bold=("worst", "mean")))
         # The other metrics of a causal LM.
         names = [name for name in METRICS if any(name in row.further_means for row in rows)]

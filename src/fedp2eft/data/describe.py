@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedp2eft.data.clients import ClientData
+from fedp2eft.data.clients import Client, ClientData
 from fedp2eft.files import write_text
 
 
@@ -20,12 +21,10 @@ def describe(data: ClientData) -> list[dict[str, Any]]:
     """
     columns = [data.table[name][:] for name in data.text_columns]
     lengths = np.sum([[_characters(text) for text in column] for column in columns], axis=0)
-    names = data.table[data.label_column][:] if data.label_column else None
     rows = []
     for language, pool in sorted({(c.language, c.pool) for c in data.clients}):
         mine = [c for c in data.clients if (c.language, c.pool) == (language, pool)]
         used = np.concatenate([part for c in mine for part in (c.train, c.test)])
-        count = Counter(names[row] for row in used) if names is not None else Counter()
         rows.append(
             {
                 "language": language,
@@ -33,11 +32,25 @@ def describe(data: ClientData) -> list[dict[str, Any]]:
                 "clients": len(mine),
                 "train": sum(len(client.train) for client in mine),
                 "test": sum(len(client.test) for client in mine),
-                "labels": {label: count[label] for label in data.labels},
+                "labels": _counts(data, mine),
                 "characters": round(float(lengths[used].mean()), 1),
             }
         )
     return rows
+
+
+def classes_of_clients(data: ClientData) -> dict[str, dict[str, int]]:
+    """Return each client's rows by class, train and test together, by name of the client."""
+    return {client.name: _counts(data, [client]) for client in data.clients}
+
+
+def _counts(data: ClientData, clients: Sequence[Client]) -> dict[str, int]:
+    """Rows by class; empty without classes."""
+    if not data.label_column:
+        return {}
+    names = data.table[data.label_column]
+    count = Counter(names[int(row)] for c in clients for part in (c.train, c.test) for row in part)
+    return {label: count[label] for label in data.labels}
 
 
 def repeats(data: ClientData) -> list[str]:

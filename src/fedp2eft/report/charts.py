@@ -18,7 +18,16 @@ from fedp2eft.report.small import Points
 from fedp2eft.report.source import Report, TrainingLog
 from fedp2eft.report.structure import Grid, Matrix
 from fedp2eft.results.cells import scored, values
-from fedp2eft.results.figures import COLOURS, LINES, draw_accuracy, panels, shade
+from fedp2eft.results.figures import (
+    COLOURS,
+    LINES,
+    draw_accuracy,
+    draw_differences,
+    draw_gain,
+    panels,
+    shade,
+)
+from fedp2eft.results.gains import Gains
 from fedp2eft.results.layout import unit
 
 
@@ -33,6 +42,25 @@ def accuracy_panel(report: Report, base: str, pool: str) -> Figure:
     figure, ax = panel(3.8, 3.2)
     draw_accuracy(ax, report.comparison, base, pool)
     ax.set_ylabel(f"mean of languages ({unit(report.comparison.metric)})")
+    return figure
+
+
+def gain_panel(gains: Gains, span: tuple[float, float]) -> Figure:
+    """What each step gains, on one pool; `span` holds all pools' intervals."""
+    figure, ax = panel(4.4, 0.75 + 0.36 * (len(gains.steps) + 1))
+    draw_gain(ax, gains)
+    ax.set_xlim(span)
+    ax.tick_params(axis="y", labelsize=8)
+    return figure
+
+
+def difference_panel(report: Report, base: str, pool: str) -> Figure:
+    """Paired differences to LoRA, the best method above; a mark per rank."""
+    c = report.comparison
+    methods = [name for name in c.ordered(base, [pool]) if name != "lora"]
+    figure, ax = panel(4.4, 0.9 + 0.13 * len(methods) * (len(c.ranks) + 1))
+    draw_differences(ax, c, base, pool, methods)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

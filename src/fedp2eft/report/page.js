@@ -24,6 +24,14 @@ for (const table of all("table.sortable")) {
   });
 }
 
+// Paper cannot be unfolded: what is folded is printed.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = all("details.fold").filter((part) => !part.open);
+  folded.forEach((part) => { part.open = true; });
+});
+addEventListener("afterprint", () => folded.forEach((part) => { part.open = false; }));
+
 // One of several parts is shown: select[data-choose=NAME] among [data-NAME=value].
 for (const select of all("select[data-choose]")) {
   const name = select.dataset.choose;

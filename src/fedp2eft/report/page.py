@@ -1,4 +1,4 @@
-"""The page of a run or comparison: one HTML file that asks nothing of anybody."""
+"""The page of a run or comparison: one HTML file that makes no network requests."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 from fedp2eft.federation.server.faults import MEANING
 from fedp2eft.report import charts
 from fedp2eft.report.facts import costs, facts, fault_counts, left_out
-from fedp2eft.report.small import client_chart, language_chart
+from fedp2eft.report.small import client_chart, highest_bar, language_chart, span_of
 from fedp2eft.report.source import Report, TrainingLog
 from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.report.svg import inline
-from fedp2eft.results.figures import MARKS, STYLE, look_of, shade
-from fedp2eft.results.layout import language_table, long_table, notes
+from fedp2eft.results.figures import MARKS, STYLE, gain_span, look_of, shade
+from fedp2eft.results.gains import judged, signed
+from fedp2eft.results.layout import Table, language_table, long_table, notes
+from fedp2eft.results.metrics import METRICS
 from fedp2eft.settings.reading import settings_text
 
 MOST_CLIENTS, MOST_ROWS, MOST_FAULTS = 40, 8, 500
@@ -50,6 +52,7 @@ class ScoreSection:
     table: Any
     languages: Any
     accuracy: Panel
+    difference: Panel | None
     bars: list[Panel] = field(default_factory=list)
     dots: list[Panel] = field(default_factory=list)
 
@@ -82,6 +85,7 @@ def page(report: Report, *, refresh: int = 0) -> str:
             yaml=settings_text(report.settings),
             methods=_methods(report),
             ranks=[(rank, _css(shade(_ranks(report), rank))) for rank in _ranks(report)],
+            gains=list(_gains(report)),
             scores=list(_scores(report)),
             notes=notes(report.comparison),
             structure=structure_data(report),
@@ -128,17 +132,50 @@ def _scores(report: Report) -> Iterator[ScoreSection]:
             title = f"{pool} clients" + (f", base {base}" if len(c.bases) > 1 else "")
             made = ScoreSection(
                 base, pool, long_table(c, base, pool), language_table(c, base, pool),
-                _panel(figure, title),
+                _panel(figure, title), _difference(report, base, pool, title),
             )  # fmt: skip
             points = charts.client_points(report, base, pool)
-            for number, method in enumerate(c.methods):
+            highest, span = highest_bar(report, base, pool), span_of(points.values())
+            for method in c.ordered(base, [pool]):
                 if method == "base" or method not in here:
                     continue
-                made.bars.append(Panel(language_chart(report, base, pool, method), method, number))
+                number = c.methods.index(method)
+                bars = language_chart(report, base, pool, method, highest)
+                made.bars.append(Panel(bars, method, number))
                 if method in points:
-                    dots = client_chart(report, method, points[method])
+                    dots = client_chart(report, method, points[method], span)
                     made.dots.append(Panel(dots, method, number))
             yield made
+
+
+def _difference(report: Report, base: str, pool: str, title: str) -> Panel | None:
+    """Paired differences to LoRA; None if nothing was compared with it."""
+    lines = (line for line in report.comparison.lines if (line.base, line.pool) == (base, pool))
+    if not any(found.to == "lora" for line in lines for found in line.differences):
+        return None
+    return _panel(charts.difference_panel(report, base, pool), title)
+
+
+def _gains(report: Report) -> Iterator[dict[str, Any]]:
+    """Where the gain comes from: per base and pool the sentences, the figure and a table."""
+    several = len(report.comparison.bases) > 1
+    widest = gain_span(report.comparison.gains)
+    for gains in report.comparison.gains:
+        metric = METRICS[gains.metric]
+        title = f"{gains.pool} clients" + (f", base {gains.base}" if several else "")
+        ranks = gains.ranks if len(gains.ranks) > 1 else []
+        rows = [
+            [step.name, f"{step.after} − {step.before}", judged(step, metric)]
+            + [signed(step.by_rank[r].value, metric) if step.by_rank else "–" for r in ranks]
+            for step in (*gains.steps, gains.total)
+        ]
+        head = ["step", "compares", "gain", *(f"r = {rank}" for rank in ranks)]
+        table = Table(f"Gain per step, {title}", head, rows)
+        yield {
+            "text": gains.text,
+            "panel": _panel(charts.gain_panel(gains, widest), title),
+            "table": table,
+        }
 
 
 def _panel(figure: Figure, title: str) -> Panel:

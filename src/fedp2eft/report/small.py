@@ -114,14 +114,20 @@ class Chart:
             self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(text)}</text>')
 
 
-def language_chart(report: Report, base: str, pool: str, method: str) -> Markup:
+def highest_bar(report: Report, base: str, pool: str) -> float:
+    """Return the largest metric of any method and language, so that all charts have one scale."""
+    found = (language_bars(report.comparison, base, pool, m) for m in report.comparison.methods)
+    rows = (row for drawn, level in found for row in (*drawn.values(), level))
+    return max((v for row in rows for v in row if isfinite(v)), default=1.0) or 1.0
+
+
+def language_chart(report: Report, base: str, pool: str, method: str, highest: float) -> Markup:
     """Return the metric by language, a bar per rank, the base model as a line."""
     comparison = report.comparison
     languages = comparison.languages(base, pool)
     drawn, level = language_bars(comparison, base, pool, method)
-    values = [v for row in (*drawn.values(), level) for v in row if isfinite(v)]
     size = (72 * max(2.6, 1.2 + 0.26 * len(languages)), 72 * 1.9)
-    across, up = (-0.6, len(languages) - 0.4), (0.0, 1.05 * max(values, default=1.0) or 1.0)
+    across, up = (-0.6, len(languages) - 0.4), (0.0, 1.05 * highest)
     chart = Chart(method, size, across, up, languages, ("", unit(comparison.metric)))
     width = 0.8 / max(1, len(drawn))
     for number, (rank, row) in enumerate(drawn.items()):
@@ -133,13 +139,24 @@ def language_chart(report: Report, base: str, pool: str, method: str) -> Markup:
     return chart.svg()
 
 
-def client_chart(report: Report, method: str, points: Points) -> Markup:
-    """Return a dot per client: across, the base model's score; up, the personalized one's."""
-    ranks, metric = report.comparison.ranks, unit(report.comparison.metric)
-    every = [value for pairs in points.values() for pair in pairs for value in pair]
-    low, high = (min(every), max(every)) if every else (0.0, 1.0)
+def span_of(every: Iterable[Points]) -> Range:
+    """Return the scale that holds all dots of several charts."""
+    values = [v for points in every for pairs in points.values() for pair in pairs for v in pair]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
     edge = 0.05 * (high - low) or 1.0
-    both = (low - edge, high + edge)
+    return low - edge, high + edge
+
+
+def client_chart(report: Report, method: str, points: Points, both: Range) -> Markup:
+    """Return a dot per client: across, the base model's score; up, the personalized one's.
+
+    Args:
+        report: Names ranks and metric.
+        method: The method.
+        points: The clients' scores.
+        both: The scale of both axes.
+    """
+    ranks, metric = report.comparison.ranks, unit(report.comparison.metric)
     titles = (f"base model ({metric})", f"personalized ({metric})")
     chart = Chart(method, (72 * 2.6, 72 * 2.4), both, both, None, titles)
     for rank, pairs in sorted(points.items(), reverse=True):

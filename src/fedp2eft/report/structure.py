@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from fedp2eft.adapters.budget import keep_largest
 
 if TYPE_CHECKING:
     from fedp2eft.experiment.lambdas import Lambdas
@@ -55,6 +52,8 @@ def grid_of(names: Sequence[str]) -> Grid:
 
 def kept_by_language(lambdas: Lambdas, rank: int) -> dict[str, Matrix]:
     """Kept ranks per layer at a budget, mean over the clients of a language: L numbers each."""
+    from fedp2eft.adapters.budget import keep_largest  # torch: only where λ is there
+
     groups: dict[str, list[Matrix]] = defaultdict(list)
     for client, lam in lambdas.lam.items():
         kept = keep_largest(lam, rank).sum(1).double().numpy()
@@ -68,15 +67,15 @@ def likeness(lambdas: Lambdas) -> tuple[list[str], Matrix]:
     log λ̂ of a language is the mean over its clients; from it the mean over the languages is taken,
     for all languages share most of their structure. Empty with fewer than three languages.
     """
-    groups: dict[str, list[torch.Tensor]] = defaultdict(list)
+    groups: dict[str, list[Matrix]] = defaultdict(list)
     for client, lam in lambdas.lam.items():
-        groups[lambdas.languages[client]].append(lam.double().flatten())
+        groups[lambdas.languages[client]].append(lam.double().flatten().numpy())
     names = sorted(groups)
     if len(names) < 3:
         return [], np.zeros((0, 0))
-    values = torch.stack([torch.stack(groups[name]).mean(0) for name in names])
-    values = values.clamp(min=1e-12).log()
-    own = (values - values.mean(0)).numpy()
+    values = np.stack([np.mean(groups[name], axis=0) for name in names])
+    values = np.log(np.maximum(values, 1e-12))
+    own = values - values.mean(0)
     size = np.linalg.norm(own, axis=1, keepdims=True)
     own = np.divide(own, size, out=np.zeros_like(own), where=size > 0)
     alike = np.clip(own @ own.T, -1.0, 1.0)

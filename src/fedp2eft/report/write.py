@@ -1,4 +1,4 @@
-"""Writes report.html and the figures beside it."""
+"""Writes report.html, and the figures beside it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from fedp2eft.results.figures import STYLE, save_figures, write_figures
 PAGE, FIGURES = "report.html", "report"
 
 
-def write_report(folder: str | Path, out: str | Path | None = None) -> tuple[Path, Report]:
-    """Write the page of a run or comparison, and each figure as PNG and SVG into report/.
+def write_report(
+    folder: str | Path, out: str | Path | None = None, *, figures: bool = False
+) -> tuple[Path, Report]:
+    """Write the page of a run or comparison.
 
     Args:
         folder: The run or comparison folder.
-        out: The folder for both. Default: `folder`.
+        out: Where to. Default: `folder`.
+        figures: Also write each figure as PNG and SVG into report/.
 
     Returns:
         The page, and what it shows.
@@ -33,11 +36,11 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> tuple[Pat
     """
     report = read_report(folder)
     target = Path(out or folder).expanduser()
-    figures = target / FIGURES
     write_text(target / PAGE, page(report))
-    write_figures(report.comparison, figures)
-    with rc_context(STYLE):
-        save_figures(figures_of(report), figures)
+    if figures:
+        write_figures(report.comparison, target / FIGURES)
+        with rc_context(STYLE):
+            save_figures(figures_of(report), target / FIGURES)
     return target / PAGE, report
 
 

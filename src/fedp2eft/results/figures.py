@@ -13,13 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedp2eft.files import write_whole
+from fedp2eft.results.gains import Gains
 from fedp2eft.results.layout import unit
+from fedp2eft.results.metrics import METRICS, Metric
 from fedp2eft.results.summary import Comparison, Line
 
 # Okabe and Ito's colours, told apart with any colour vision; marks and lines tell rounds apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", ":", "-.")
 MARKS = "osD^vPX*<>hdp8H"
+KINDS = {1: COLOURS[0], 0: "#777777", -1: COLOURS[1]}
+"""Colour of a gain, of no clear difference and of a loss."""
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -39,14 +43,16 @@ def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
     """Write every figure; the same comparison gives the same files, byte for byte.
 
     Returns:
-        The files: for each base accuracy-<base> and difference-<base>, and for each of its pools
-        languages-<base>-<pool>, as .png and .svg; none of what has no cells.
+        The files: for each base gain-<base>, accuracy-<base> and difference-<base>, and for each
+        of its pools languages-<base>-<pool>, as .png and .svg; none of what has no cells.
     """
     written = []
     with rc_context(STYLE):
         for base in comparison.bases:
             lines = [line for line in comparison.lines if line.base == base]
             figures = {}
+            if any(gains.base == base for gains in comparison.gains):
+                figures[f"gain-{base}"] = gain_figure(comparison, base)
             if lines:
                 figures[f"accuracy-{base}"] = accuracy_figure(comparison, base)
             if any(line.differences for line in lines):
@@ -119,45 +125,105 @@ def draw_accuracy(ax: Axes, comparison: Comparison, base: str, pool: str) -> Non
     ax.set_xlabel("rank r")
 
 
+def gain_figure(comparison: Comparison, base: str) -> Figure:
+    """Where the gain comes from (`fedp2eft.results.gains`): a panel per pool, a row per step."""
+    found = [gains for gains in comparison.gains if gains.base == base]
+    most = max(len(gains.steps) for gains in found) + 1
+    figure, axes = panels(len(found), 3.6, 0.5 + 0.36 * most, share_y=False, beside=0.2)
+    for ax, gains in zip(axes, found, strict=True):
+        draw_gain(ax, gains)
+        ax.set_title(f"{gains.pool} clients")
+        ax.set_xlim(gain_span(found))
+    figure.suptitle(f"Base {base}: what each step gains, 95 % paired bootstrap over clients")
+    return figure
+
+
+def gain_span(several: Sequence[Gains]) -> tuple[float, float]:
+    """Return one scale for the intervals of several pools."""
+    steps = [(gains, step) for gains in several for step in (*gains.steps, gains.total)]
+    ends = [
+        _scale(gains) * end
+        for gains, step in steps
+        for end in (0.0, step.gain, step.low, step.high)
+        if end is not None
+    ]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    edge = 0.05 * (high - low) or 1.0
+    return low - edge, high + edge
+
+
+def draw_gain(ax: Axes, gains: Gains) -> None:
+    """One pool's panel of `gain_figure`: blue gains, orange loses, grey is not clear."""
+    steps = gains.steps if len(gains.steps) == 1 else (*gains.steps, gains.total)
+    scale = _scale(gains)
+    for row, step in enumerate(steps):
+        look = {"color": KINDS[step.kind], "marker": "D" if step is gains.total else "o"}
+        _interval(ax, row, step.gain, step.low, step.high, scale, look)
+    if len(steps) > 1:
+        ax.axhline(len(gains.steps) - 0.5, color="#999999", lw=0.6)
+    names = [f"{step.after}\n− {step.before}" for step in steps]
+    _rows(ax, names, f"gain ({_points(gains)}); right of 0 is better")
+
+
 def difference_figure(comparison: Comparison, base: str) -> Figure:
     """Difference to LoRA of every method and rank, a panel per pool; bars: bootstrap intervals."""
-    methods = [method for method in comparison.methods if method != "lora"]
+    methods = [name for name in comparison.ordered(base) if name != "lora"]
     height = 1.2 + 0.16 * len(methods) * (len(comparison.ranks) + 1)
     figure, axes = panels(len(comparison.pools), 2.6, height, beside=1.6)
-    middle = (len(comparison.ranks) - 1) / 2
-    step, scale = 0.7 / max(1, len(comparison.ranks)), _scale(comparison)
-    points = "points" if comparison.metric.higher else unit(comparison.metric)
     for ax, pool in zip(axes, comparison.pools, strict=True):
-        ax.axvline(0, color="black", lw=0.8)
-        for number, rank in enumerate(comparison.ranks):
-            for row, method in enumerate(methods):
-                line = comparison.line(base, pool, method, rank)
-                found = line.difference("lora", rank) if line else None
-                if found is None:
-                    continue
-                low, high = (found.value if x is None else x for x in (found.low, found.high))
-                ax.errorbar(
-                    [scale * found.value],
-                    [row + (number - middle) * step],
-                    xerr=[[scale * (found.value - low)], [scale * (high - found.value)]],
-                    lw=1.2,
-                    ms=4,
-                    capsize=2,
-                    **(_look(number) | {"ls": "none"}),
-                )
+        draw_differences(ax, comparison, base, pool, methods)
         ax.set_title(pool)
-        ax.set_xlabel(f"to LoRA ({points})")
-        ax.grid(False, axis="y")
-        for row in range(0, len(methods), 2):
-            ax.axhspan(row - 0.5, row + 0.5, color="#f3f3f3", lw=0, zorder=0)
-    axes[0].set_yticks(range(len(methods)), methods)
-    axes[0].set_ylim(len(methods) - 0.5, -0.5)
-    for number, rank in enumerate(comparison.ranks):
-        axes[0].errorbar([], [], label=f"r = {rank}", ms=4, **(_look(number) | {"ls": "none"}))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"Base {base}: paired difference to LoRA, 95 % bootstrap over clients")
     return figure
+
+
+def draw_differences(
+    ax: Axes, comparison: Comparison, base: str, pool: str, methods: Sequence[str]
+) -> None:
+    """One pool's panel of `difference_figure`: a row per method, a mark per rank."""
+    middle, scale = (len(comparison.ranks) - 1) / 2, _scale(comparison)
+    step = 0.7 / max(1, len(comparison.ranks))
+    for number, rank in enumerate(comparison.ranks):
+        look = _look(number) | {"ls": "none"}
+        for row, method in enumerate(methods):
+            line = comparison.line(base, pool, method, rank)
+            if found := line.difference("lora", rank) if line else None:
+                place = row + (number - middle) * step
+                _interval(ax, place, found.value, found.low, found.high, scale, look)
+        ax.errorbar([], [], label=f"r = {rank}", ms=4, **look)
+    for row in range(0, len(methods), 2):
+        ax.axhspan(row - 0.5, row + 0.5, color="#f3f3f3", lw=0, zorder=0)
+    _rows(ax, methods, f"to LoRA ({_points(comparison)})")
+
+
+def _interval(
+    ax: Axes, row: float, value: float, low: float | None, high: float | None, scale: float,
+    look: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """A mark with its interval, if it has one."""
+    ends = (
+        [[scale * (value - low)], [scale * (high - value)]]
+        if low is not None and high is not None
+        else None
+    )
+    ax.errorbar([scale * value], [row], xerr=ends, lw=1.2, ms=4, capsize=2, **look)
+
+
+def _rows(ax: Axes, names: Sequence[str], label: str) -> None:
+    """Rows from above, with a line at 0."""
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel(label)
+    ax.grid(False, axis="y")
+
+
+def _points(judged: Comparison | Gains) -> str:
+    """The unit of a difference."""
+    metric = _metric(judged)
+    return "points" if metric.higher else unit(metric)
 
 
 def language_figure(comparison: Comparison, base: str, pool: str) -> Figure:
@@ -272,9 +338,13 @@ def _value(line: Line, language: str) -> float:
     return found.mean if found else float("nan")
 
 
-def _scale(comparison: Comparison) -> float:
+def _scale(judged: Comparison | Gains) -> float:
     """Shares are shown in %."""
-    return 100.0 if comparison.metric.higher else 1.0
+    return 100.0 if _metric(judged).higher else 1.0
+
+
+def _metric(judged: Comparison | Gains) -> Metric:
+    return METRICS[judged.metric] if isinstance(judged, Gains) else judged.metric
 
 
 def laid_out(figure: Figure) -> Figure:

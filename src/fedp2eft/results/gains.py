@@ -55,6 +55,13 @@ class Step:
     high: float | None
     by_rank: dict[int, Interval] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> int:
+        """1: a gain, -1: a loss, 0: no clear difference, or too few clients to say."""
+        if self.low is None or self.high is None:
+            return 0
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
 
 @dataclass(frozen=True)
 class Gains:
@@ -115,7 +122,7 @@ def gains_from(facts: Mapping[str, Any]) -> Gains:
 
 def adjusted(settings: Settings) -> bool:
     """Whether the methods of these settings have the client's label prior in their logits."""
-    return getattr(settings.local, "logit_adjustment", "none") != "none"
+    return settings.local.logit_adjustment != "none"
 
 
 def _chain(there: set[str]) -> list[str]:
@@ -201,9 +208,9 @@ def judged(
     if step.low is None or step.high is None:
         return f"{words[step.gain < 0]} {shown} (too few clients for an interval)"
     span = f"[{signed(step.low, metric)}, {signed(step.high, metric)}]"
-    if step.low > 0 or step.high < 0:
-        return f"{words[step.high < 0]} {shown} {span}"
-    return f"{words[2]} ({shown} {span}, which includes 0)"
+    if step.kind == 0:
+        return f"{words[2]} ({shown} {span}, which includes 0)"
+    return f"{words[step.kind < 0]} {shown} {span}"
 
 
 def signed(value: float, metric: Metric) -> str:

@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fedp2eft.results.gains import Gains
 from fedp2eft.results.metrics import ACCURACY, METRICS, Metric
 from fedp2eft.results.statistics import Estimate
 from fedp2eft.results.summary import REFERENCES, Comparison, Difference, Line
 
 MISSING = "–"
+WORSE = "worse than base"
 COLUMNS = (
-    *("mean", "worst language", "worst client", "worse than base"),
+    *("mean", "worst language", "worst client", WORSE),
     *(f"to {name}" for name in REFERENCES),
     *("seeds", "seconds", "parameters", "kB up", "kB down", "memory GB"),
 )
 NOTES = (
     "Within a language pooled over its clients' test rows, then the plain mean of the languages. "
-    "Worst language and worst client: the worst of each seed. Worse than base: share (%) of the "
-    "clients that score worse than the base model itself. To lora, to fedp2eft: difference to it "
-    "at the same rank.",
-    "± is half the 95 % confidence interval over seeds (Student's t). [ ] is the 95 % interval of "
-    "a paired bootstrap over clients, within languages.",
+    "Methods stand in the order of their mean, the best first. Worst language and worst client: "
+    "the worst of each seed. Worse than base: share (%) of the clients that score worse than the "
+    "base model itself; a / b: at each rank. To lora, to fedp2eft: difference to it at the same "
+    "rank.",
+    "Two kinds of interval. ± is about seeds: half the 95 % interval of a method's mean from seed "
+    "to seed (Student's t). [ ] is about clients: the 95 % interval of the difference between two "
+    "methods on the same clients (paired bootstrap within languages). Methods whose ± overlap may "
+    "still differ: much of what changes with a seed changes for both alike.",
     "Seconds, parameters and kB (up and down, a client and round of the method's own federation) "
     "are means per client; memory is the most that the process held.",
     f"{MISSING}: not computed, or not defined.",
@@ -43,18 +48,27 @@ class Table:
     rows: list[list[str]]
 
 
-def budgets(comparison: Comparison, base: str, pool: str) -> Iterator[tuple[int, str, Line | None]]:
-    """(Rank, method, its line or None where there is none) in the order in which they are shown.
+def gain_text(comparison: Comparison, gains: Gains) -> str:
+    """Return where the gain comes from in words, with the base if there are several."""
+    return (f"Base {gains.base}. " if len(comparison.bases) > 1 else "") + gains.text
 
-    A method without a budget comes again at every rank, to stand beside the others.
+
+def budgets(comparison: Comparison, base: str, pool: str) -> Iterator[tuple[int, str, Line | None]]:
+    """(Rank, method, its line or None if absent) in the order in which they are shown.
+
+    The best method of a rank comes first. A method without a budget comes again at every rank, to
+    stand beside the others.
     """
     for rank in comparison.ranks:
-        for method in comparison.methods:
+        for method in comparison.ordered(base, [pool], [rank]):
             yield rank, method, comparison.line(base, pool, method, rank)
 
 
 def compact_table(comparison: Comparison, base: str) -> Table:
-    """Methods × (pool, rank): mean over languages with its interval over seeds."""
+    """Methods, the best first × (pool, rank): mean over languages with its interval over seeds.
+
+    A further column per pool holds the share of clients worse than the base, at each rank.
+    """
     at = [(pool, rank) for pool in comparison.pools for rank in comparison.ranks]
 
     def cell(method: str, pool: str, rank: int) -> str:
@@ -64,8 +78,19 @@ def compact_table(comparison: Comparison, base: str) -> Table:
         few = "*" if len(line.mean.seeds) < len(comparison.seeds) else ""
         return score(line.mean, comparison.metric) + few
 
-    rows = [[method, *(cell(method, *place) for place in at)] for method in comparison.methods]
+    def worse(method: str, pool: str) -> str:
+        lines = [comparison.line(base, pool, method, rank) for rank in comparison.ranks]
+        shares = [score(line.worse_than_base, ACCURACY, half=False) for line in lines if line]
+        unranked = any(line.rank == 0 for line in lines if line)
+        return " / ".join(shares[:1] if unranked else shares) or MISSING
+
+    rows = [
+        [method, *(cell(method, *place) for place in at)]
+        + [worse(method, pool) for pool in comparison.pools]
+        for method in comparison.ordered(base)
+    ]
     head = ["method", *(f"{pool} r={rank}" for pool, rank in at)]
+    head += [f"{pool} worse (%)" for pool in comparison.pools]
     return Table(f"{_title(comparison)} on the base {base}", head, rows)
 
 
@@ -86,9 +111,9 @@ def language_table(comparison: Comparison, base: str, pool: str) -> Table:
     for rank, method, line in budgets(comparison, base, pool):
         made = [line.languages.get(name) if line else None for name in languages]
         cells = [comparison.metric.shown(one.mean) if one else MISSING for one in made]
-        rows.append([str(rank), method, *cells])
+        rows.append([str(rank), method, *cells, _worse(line)])
     title = f"{_title(comparison)} by language, base {base}, pool {pool}"
-    return Table(title, ["rank", "method", *languages], rows)
+    return Table(title, ["rank", "method", *languages, WORSE], rows)
 
 
 def further_table(comparison: Comparison, base: str, pool: str) -> Table | None:
@@ -102,9 +127,13 @@ def further_table(comparison: Comparison, base: str, pool: str) -> Table | None:
     for rank, method, line in lines:
         made = [line.further_means.get(name) if line else None for name in names]
         cells = [score(one, METRICS[name]) for one, name in zip(made, names, strict=True)]
-        rows.append([str(rank), method, *cells])
+        rows.append([str(rank), method, *cells, _worse(line)])
     title = f"Perplexity per token, scores of texts in %, base {base}, pool {pool}"
-    return Table(title, ["rank", "method", *names], rows)
+    return Table(title, ["rank", "method", *names, WORSE], rows)
+
+
+def _worse(line: Line | None) -> str:
+    return score(line.worse_than_base, ACCURACY, half=False) if line else MISSING
 
 
 def unit(metric: Metric) -> str:
@@ -134,12 +163,12 @@ def numbers(line: Line, rank: int) -> list[str]:
     ]
 
 
-def score(made: Estimate | None, metric: Metric) -> str:
-    """A value of the metric, with half its interval where it has one."""
+def score(made: Estimate | None, metric: Metric, *, half: bool = True) -> str:
+    """A value of the metric, with half its interval over seeds if it has one and `half` is set."""
     if made is None:
         return MISSING
-    half = "" if made.half_width is None else f" ± {metric.shown(made.half_width)}"
-    return metric.shown(made.mean) + half
+    width = made.half_width if half else None
+    return metric.shown(made.mean) + ("" if width is None else f" ± {metric.shown(width)}")
 
 
 def difference(made: Difference | None, metric: Metric) -> str:

@@ -148,6 +148,29 @@ class Comparison:
                 return line
         return None
 
+    def ordered(self, base: str, pools: Sequence[str] = (), ranks: Sequence[int] = ()) -> list[str]:
+        """Return the methods, the best first: by the mean of what they have at pools and ranks.
+
+        Methods without a number come last.
+
+        Args:
+            base: How the base model was trained.
+            pools: Which pools count. Default: all.
+            ranks: Which budgets count. Default: all.
+        """
+
+        def place(method: str) -> tuple[bool, float]:
+            found = (
+                self.line(base, pool, method, rank)
+                for pool in pools or self.pools
+                for rank in ranks or self.ranks
+            )
+            means = [line.mean.mean for line in found if line]
+            sign = -1 if self.metric.higher else 1
+            return not means, sign * fmean(means) if means else 0.0
+
+        return sorted(self.methods, key=place)
+
     def languages(self, base: str, pool: str) -> list[str]:
         """The languages of a pool, sorted."""
         lines = [line for line in self.lines if (line.base, line.pool) == (base, pool)]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedp2eft.files import write_json, write_text
 from fedp2eft.results.cells import read_cells
-from fedp2eft.results.layout import budgets, notes, tables
+from fedp2eft.results.layout import budgets, gain_text, notes, tables
 from fedp2eft.results.metrics import METRICS
 from fedp2eft.results.statistics import Estimate
 from fedp2eft.results.summary import REFERENCES, Comparison, Line, summarize
@@ -52,8 +52,11 @@ def write_tables(folder: str | Path) -> Comparison:
 
 
 def markdown(comparison: Comparison) -> str:
-    """All tables in Markdown."""
+    """Return where the gain comes from, then all tables, in Markdown."""
     parts = []
+    if comparison.gains:
+        parts.append("## Where the gain comes from")
+        parts += [_markdown_cell(gain_text(comparison, gains)) for gains in comparison.gains]
     for table in tables(comparison):
         head, *rows = [list(map(_markdown_cell, row)) for row in [table.head, *table.rows]]
         ruler = ["---"] * len(head)

@@ -47,10 +47,11 @@ from fedp2eft.runtime.own_base import PrivateParts
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import LogitAdjustment, Settings
 from fedp2eft.settings.profiles import PROFILES, Profile
-from fedp2eft.tasks import Task, make_task
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.generation import check_room
 from fedp2eft.tasks.label_prior import adjusted, label_counts, offset
+from fedp2eft.tasks.make import make_task
+from fedp2eft.tasks.task import Task
 from fedp2eft.tasks.text_scores import check_scorers
 
 LABEL_PRIOR_FILE = "label-prior.json"
