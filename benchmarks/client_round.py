@@ -25,8 +25,9 @@ from fedp2eft.adapters.btlora import BTLora, common_A
 from fedp2eft.client.descent import local_order
 from fedp2eft.client.training import features, train_round
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.models.loading import ModelSource, load_base
+from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
+from fedp2eft.models.sources import ModelSource
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import PAPER
 from fedp2eft.tasks.classification import Classification

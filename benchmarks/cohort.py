@@ -23,8 +23,9 @@ from fedp2eft.client.cohort import CohortClient, train_cohort, why_alone
 from fedp2eft.client.descent import local_order
 from fedp2eft.client.training import Round, train_round
 from fedp2eft.generator import PSG, PSGConfig
-from fedp2eft.models.loading import load_base, resolve_model
+from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
+from fedp2eft.models.sources import resolve_model
 from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import PAPER
 from fedp2eft.tasks.classification import Classification

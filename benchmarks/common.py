@@ -20,7 +20,8 @@ import torch
 
 from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
-from fedp2eft.models.loading import ModelSource, load_tokenizer, resolve_model
+from fedp2eft.models.loading import load_tokenizer
+from fedp2eft.models.sources import ModelSource, resolve_model
 from fedp2eft.settings.data import DataSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded

@@ -19,17 +19,10 @@ from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS, check_trained_for, method_named
-from fedp2eft.models.fit import class_names
-from fedp2eft.models.loading import (
-    ModelSource,
-    load_base,
-    load_config,
-    load_tokenizer,
-    longest_input,
-    prepare_for_length,
-    resolve_model,
-)
+from fedp2eft.models.fit import class_names, longest_input
+from fedp2eft.models.loading import load_base, load_config, load_tokenizer, prepare_for_length
 from fedp2eft.models.precision import choose_device, resolve_precision
+from fedp2eft.models.sources import ModelSource, resolve_model
 from fedp2eft.results.cards import MODEL_FACTS, adapter_card
 from fedp2eft.runtime.one_client import OneClient
 from fedp2eft.settings.data import DataSettings

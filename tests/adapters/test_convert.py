@@ -16,7 +16,8 @@ from fedp2eft.adapters import convert, export
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import CONFIG_FILE, FACTS_FILE, save_adapter
 from fedp2eft.errors import UserError
-from fedp2eft.models.loading import load_base, resolve_model, stored_dtype
+from fedp2eft.models.loading import load_base, stored_dtype
+from fedp2eft.models.sources import resolve_model
 from fedp2eft.settings.experiment import AdapterSettings
 from tiny import disturb
 from tiny_chat import save_llama

@@ -14,7 +14,8 @@ import fedp2eft
 from fedp2eft.cli import main
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
-from fedp2eft.models.loading import ModelSource, load_base, load_tokenizer
+from fedp2eft.models.loading import load_base, load_tokenizer
+from fedp2eft.models.sources import ModelSource
 from fedp2eft.results.metrics import ACCURACY, RESPONSE_LOSS, metric_of
 from fedp2eft.results.rows import Results, read_results, row_of
 from fedp2eft.runtime.workspace import Workspace

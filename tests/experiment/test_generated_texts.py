@@ -14,7 +14,8 @@ from fedp2eft.errors import UserError
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.server.evaluation import scores_of
 from fedp2eft.federation.wire.messages import PERSONALIZE
-from fedp2eft.models.loading import load_tokenizer, resolve_model
+from fedp2eft.models.loading import load_tokenizer
+from fedp2eft.models.sources import resolve_model
 from fedp2eft.results.metrics import METRICS, PERPLEXITY
 from fedp2eft.results.rows import read_results, row_of
 from fedp2eft.tasks.text_scores import METEOR, PLAIN_METEOR, text_scores

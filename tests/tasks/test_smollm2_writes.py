@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fedp2eft.data.registry import load_clients
-from fedp2eft.models.loading import load_base, load_tokenizer, longest_input
+from fedp2eft.models.fit import longest_input
+from fedp2eft.models.loading import load_base, load_tokenizer
 from fedp2eft.models.sources import ModelSource
 from fedp2eft.settings.data import DataSettings
 from fedp2eft.tasks.causal_lm import CausalLM

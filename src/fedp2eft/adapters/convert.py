@@ -24,16 +24,8 @@ from fedp2eft.adapters.export import (
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.errors import UserError
 from fedp2eft.models.fit import class_names, is_generic, longest_input, vocabulary_size
-from fedp2eft.models.loading import (
-    ModelSource,
-    load_base,
-    load_config,
-    load_tokenizer,
-    resolve_model,
-    save_model,
-    stored_dtype,
-)
-from fedp2eft.models.sources import hash_weights
+from fedp2eft.models.loading import load_base, load_config, load_tokenizer, save_model, stored_dtype
+from fedp2eft.models.sources import ModelSource, hash_weights, resolve_model
 from fedp2eft.progress import current
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -195,11 +195,9 @@ def _models(hub: Found) -> list[Found]:
     """Where the models with an offline copy would come from, as `resolve_model` goes about it."""
     try:
         from fedp2eft.models.cache import cache_dir, is_whole
-        from fedp2eft.models.offline.gguf import PARTS
         from fedp2eft.models.sources import OFFLINE_PARTS, in_hub_cache
     except Exception:  # said under torch
         return []
-    terms = {part.hub_name for part in PARTS if not part.accepted}
     found = []
     for name, part in OFFLINE_PARTS.items():
         package, _, wanted = part.revision.partition("==")
@@ -208,7 +206,7 @@ def _models(hub: Found) -> list[Found]:
             source = "the hub"
         elif _safely(lambda name=name: in_hub_cache(name)):  # type: ignore[misc]
             source = "the hub's cache"
-        elif name in terms:
+        elif not part.accepted:
             source, mend = "nowhere yet", "its terms are to be accepted first"
         elif is_whole(cache_dir() / part.folder):
             source = f"the copy of {part.revision} in the cache"

