@@ -116,17 +116,6 @@ def test_logits_equal_those_of_the_base_with_the_product_added_to_its_weights(ki
     assert torch.allclose(got, want, atol=1e-5, rtol=0)
 
 
-def test_a_gate_comes_off_and_leaves_the_plain_parameter() -> None:
-    for kind in KINDS:
-        bt, x = adapted(kind), an_input(kind)
-        layer, A = bt.layers[0], bt.layers[0].A
-        layer.ungate()
-        assert layer.A is A
-        want = by_hand(kind, layer.module.base_layer, x, A, layer.B, torch.ones(4))
-        assert torch.allclose(layer.module(x), want, atol=1e-5, rtol=0)
-        layer.ungate()  # a second time does nothing
-
-
 def test_layers_come_in_module_order_with_the_names_of_the_base() -> None:
     plain, bt = tiny("bert"), BTLora(tiny("bert"), AdapterSettings(r_max=2))
     want = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]

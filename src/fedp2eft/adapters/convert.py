@@ -208,11 +208,9 @@ def probe_rows(model: Any, tokenizer: Any, rows: Sequence[int] = ()) -> list[lis
 def outputs_on(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """Return a model's logits on rows of tokens, one after the other, float32."""
     model.eval()
-    return torch.cat([_flat(model(input_ids=torch.tensor([row])).logits) for row in rows])
-
-
-def _flat(logits: Tensor) -> Tensor:
-    return logits.float().flatten()
+    return torch.cat(
+        [model(input_ids=torch.tensor([row])).logits.float().flatten() for row in rows]
+    )
 
 
 def check_same(made: Tensor, wanted: Tensor, plain: Tensor, dtype: torch.dtype, what: str) -> None:

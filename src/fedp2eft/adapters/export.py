@@ -85,7 +85,7 @@ def save_adapter(
     tensors = {}
     for layer in kept:
         width = R - layer.rank if layout == "portable" or not layer.rank else 0
-        a, b = _keys(layer)
+        a, b = _keys(layer.name, layer.embedding)
         tensors[a] = pad(layer.A, (0, 0, 0, width)).contiguous()
         tensors[b] = pad(layer.B, (0, width)).contiguous()
     for each in weights.rows:
@@ -147,33 +147,22 @@ def auto_mapping(model: object) -> dict[str, str]:
 
 def _same(read: AdapterWeights, folded: AdapterWeights) -> bool:
     """Whether an adapter that was read back is the folded one, ranks of zeros aside."""
-    there = {layer.name: layer for layer in read.layers}
-    for layer in folded.layers:
+    one, other = _content(read), _content(folded)
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def _content(weights: AdapterWeights) -> dict[str, Tensor]:
+    """All numbers of a folded adapter by name, without ranks of zeros."""
+    found: dict[str, Tensor] = {}
+    for layer in weights.layers:
         used = layer.A.abs().sum(dim=1) > 0
-        found = there.pop(layer.name, None)
-        if found is None or not found.rank:
-            if used.any():
-                return False
-        elif not (torch.equal(found.A, layer.A[used]) and torch.equal(found.B, layer.B[:, used])):
-            return False
-    rows = [(each.name, each.rows.tolist(), each.values) for each in (*read.rows, *folded.rows)]
-    half, heads = len(read.rows), (read.head, folded.head)
-    return (
-        not there
-        and all(heads) == any(heads)
-        and all(
-            one.name == other.name
-            and torch.equal(one.weight, other.weight)
-            and torch.equal(one.bias, other.bias)
-            for one, other in [heads]
-            if one and other
-        )
-        and half == len(folded.rows)
-        and all(
-            one[:2] == other[:2] and torch.equal(one[2], other[2])
-            for one, other in zip(sorted(rows[:half]), sorted(rows[half:]), strict=True)
-        )
-    )
+        if used.any():
+            found |= {f"{layer.name} A": layer.A[used], f"{layer.name} B": layer.B[:, used]}
+    for each in weights.rows:
+        found |= {f"{each.name} rows": each.rows, f"{each.name} values": each.values}
+    if head := weights.head:
+        found |= {f"{head.name} weight": head.weight, f"{head.name} bias": head.bias}
+    return found
 
 
 def load_adapter(folder: str | Path) -> AdapterWeights:
@@ -200,7 +189,7 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
     layers = []
     for name in _module_names(folder, tensors):
         embedding = f"{PEFT_PREFIX}{name}.lora_embedding_A" in tensors
-        a, b = _keys(LayerWeights(name, torch.empty(0), torch.empty(0), torch.empty(0), embedding))
+        a, b = _keys(name, embedding)
         if a not in tensors:
             continue
         A, B = tensors[a], tensors.get(b)
@@ -231,9 +220,9 @@ def adapter_facts(folder: str | Path) -> dict[str, object]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _keys(layer: LayerWeights) -> tuple[str, str]:
-    stem = PEFT_PREFIX + layer.name
-    if layer.embedding:
+def _keys(name: str, embedding: bool) -> tuple[str, str]:
+    stem = PEFT_PREFIX + name
+    if embedding:
         return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 

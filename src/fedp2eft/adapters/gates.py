@@ -162,12 +162,6 @@ class AdaptedLayer:
             else:
                 setattr(holder, attribute, value)
 
-    def ungate(self) -> None:
-        """Take the gate off again; PEFT cannot delete an embedding's A while it is gated."""
-        for place in self._places():
-            if parametrize.is_parametrized(*place):
-                parametrize.remove_parametrizations(*place, leave_parametrized=False)
-
 
 def _trained(holder: nn.Module, attribute: str) -> nn.Parameter:
     """The parameter itself, whether or not it is read through a parametrization."""

@@ -6,12 +6,14 @@ authors'. The folders of the languages may stand in the folder itself or up to t
 (`data/hau`, `data/annotated/hau_Latn`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedp2eft.data.clients import Indices
 from fedp2eft.data.delimited import clean
+from fedp2eft.data.known import HubSource
 from fedp2eft.data.table import KINDS, PACKED, Columns, Table, read_columns
 from fedp2eft.errors import UserError, nearest
 
@@ -21,19 +23,39 @@ SPLITS = {
     "test": ("test",),
 }
 """A split's name on the hub -> what its files are called."""
-OtherNames = Mapping[str, Sequence[Sequence[str]]]
-"""Column -> what copies call it: each a list of columns, joined by a blank."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one language and split of a copy, and where each stands."""
+    """Rows of one language and split of a copy, and where each stands.
+
+    Attributes:
+        columns: name -> one value per row.
+        tables: the files that they come from.
+        ids: what names each row's sentence; None where nothing does.
+        names: class names that the files bring: none, as the classes of a copy are words.
+    """
 
     columns: Columns
     tables: tuple[Table, ...]
+    ids: list[Any] | None
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return sum(map(len, self.tables))
+
+    @property
+    def form(self) -> str:
+        """Return delimiter and quoting of the first file."""
+        return self.tables[0].form
+
+    def take(self, rows: Indices) -> Columns:
+        """Return those rows; None where a row holds nothing."""
+        return {name: [values[row] for row in rows] for name, values in self.columns.items()}
+
+    def sentences(self) -> list[str] | None:
+        """Return what names each row's sentence; None where nothing does."""
+        return None if self.ids is None else list(map(str, self.ids))
 
     def where(self, row: int) -> str:
         """Return the place of a row (from 0) for a message."""
@@ -50,11 +72,11 @@ class LocalCopy:
 
     Attributes:
         folder: where it lies.
-        quoted: whether its tab-separated files are quoted; None: found, file by file.
+        source: columns and splits of the data set on the hub, and what copies call them.
     """
 
     folder: Path
-    quoted: bool | None = None
+    source: HubSource
 
     def languages(self) -> tuple[str, ...]:
         """Return the languages that the copy has test rows of, sorted."""
@@ -65,22 +87,12 @@ class LocalCopy:
         home = self._home(language)
         return tuple(part for part in split.split("+") if _files(home, part))
 
-    def read(
-        self,
-        language: str,
-        split: str,
-        columns: Sequence[str],
-        other_names: OtherNames,
-        optional: str = "",
-    ) -> Split:
+    def read(self, language: str, split: str) -> Split:
         """Read a language's split, or several joined by "+".
 
         Args:
             language: the folder's name.
             split: "train", "validation", "test", or several.
-            columns: the columns to read.
-            other_names: see `OtherNames`.
-            optional: a further column, where all files have it.
 
         Raises:
             UserError: the copy lacks the language, the split or a column, or as `read_columns`.
@@ -95,12 +107,13 @@ class LocalCopy:
                     f"{SPLITS.get(part, (part,))[-1]}.tsv or {part}.parquet."
                 )
             tables += [
-                _renamed(read_columns(file, quoted=self.quoted), columns, other_names, optional)
+                _renamed(read_columns(file, quoted=self.source.quoted), self.source)
                 for file in files
             ]
         shared = [n for n in tables[0].columns if all(n in table.columns for table in tables)]
         joined = {name: [v for table in tables for v in table.columns[name]] for name in shared}
-        return Split(joined, tuple(tables))
+        ids = joined.pop(self.source.row_id or "", None)
+        return Split(joined, tuple(tables), ids)
 
     def _homes(self, language: str) -> Iterator[Path]:
         if not self.folder.is_dir():
@@ -154,12 +167,12 @@ def _is_table(path: Path) -> bool:
     return bool(suffixes) and suffixes[-1] in KINDS and path.is_file()
 
 
-def _renamed(table: Table, columns: Sequence[str], other_names: OtherNames, optional: str) -> Table:
+def _renamed(table: Table, source: HubSource) -> Table:
     """A file's columns under the names that they have on the hub."""
     own = {clean(name): values for name, values in table.columns.items()}
     made: Columns = {}
-    for name in columns:
-        ways = [(name,), *other_names.get(name, ())]
+    for name in source.columns:
+        ways = [(name,), *source.other_names.get(name, ())]
         way = next((way for way in ways if set(way) <= set(own)), None)
         if way is None:
             said = " or ".join(" with ".join(map(repr, way)) for way in ways)
@@ -169,8 +182,8 @@ def _renamed(table: Table, columns: Sequence[str], other_names: OtherNames, opti
             )
         parts = [own[part] for part in way]
         made[name] = parts[0] if len(way) == 1 else list(map(_joined, *parts))
-    if optional in own:
-        made[optional] = own[optional]
+    if source.row_id in own:
+        made[source.row_id] = own[source.row_id]
     return Table(table.path, made, table.lines, table.form)
 
 

@@ -99,26 +99,12 @@ def save_partition(data: ClientData, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    clients = [
-        f"    {json.dumps(client.name)}: "
-        + json.dumps(
-            {
-                "language": client.language,
-                "pool": client.pool,
-                "train": client.train.tolist(),
-                "test": client.test.tolist(),
-            },
-            ensure_ascii=False,
-        )
-        for client in data.clients
-    ]
-    head = json.dumps(
-        {
-            "dataset": data.name,
-            "rows": len(data.table),
-            "labels": list(data.labels),
-        },
-        ensure_ascii=False,
-    )
-    text = f'{head[:-1]}, "clients": {{\n' + ",\n".join(clients) + "\n}}\n"
+    clients = []
+    for client in data.clients:
+        facts = {"language": client.language, "pool": client.pool}
+        facts |= {"train": client.train.tolist(), "test": client.test.tolist()}
+        clients.append(f"    {json.dumps(client.name)}: {json.dumps(facts, ensure_ascii=False)}")
+    head = {"dataset": data.name, "rows": len(data.table), "labels": list(data.labels)}
+    start = json.dumps(head, ensure_ascii=False)[:-1]
+    text = f'{start}, "clients": {{\n' + ",\n".join(clients) + "\n}}\n"
     write_text(Path(path), text)

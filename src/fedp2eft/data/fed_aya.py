@@ -16,7 +16,7 @@ import numpy as np
 
 from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData
 from fedp2eft.data.partition import local_validation_split, rng_for
-from fedp2eft.data.table import first_line
+from fedp2eft.data.table import first_line, read_text
 from fedp2eft.errors import UserError, nearest
 from fedp2eft.settings.data import DataSettings
 
@@ -88,9 +88,7 @@ def load_fed_aya(settings: DataSettings) -> ClientData:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raw = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({first_line(error)}): fetch it again."

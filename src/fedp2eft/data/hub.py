@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedp2eft.data.clients import NEW_LANGUAGE, SEEN, UNSEEN, ClientData, Indices
-from fedp2eft.data.copies import LocalCopy
+from fedp2eft.data.copies import LocalCopy, Split
 from fedp2eft.data.known import CONVERTED, HubSource
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.languages import choose_languages
@@ -100,35 +100,7 @@ class _HubSplit:
         return f"{self._what}, row {row}"
 
 
-class _CopySplit:
-    """Rows of one language and split of a local copy."""
-
-    names: tuple[str, ...] = ()
-
-    def __init__(self, copy: LocalCopy, source: HubSource, language: str, split: str) -> None:
-        self._split = copy.read(
-            language, split, source.columns, source.other_names, source.row_id or ""
-        )
-        self._ids = self._split.columns.pop(source.row_id or "", None)
-        self.form = self._split.tables[0].form
-
-    def __len__(self) -> int:
-        return len(self._split)
-
-    def take(self, rows: Indices) -> Columns:
-        """Return those rows; None where a row holds nothing."""
-        return {name: [values[row] for row in rows] for name, values in self._split.columns.items()}
-
-    def sentences(self) -> list[str] | None:
-        """Return what names each row's sentence; None where nothing does."""
-        return None if self._ids is None else list(map(str, self._ids))
-
-    def where(self, row: int) -> str:
-        """Return the place of a row (from 0) for a message."""
-        return self._split.where(row)
-
-
-_Split = _HubSplit | _CopySplit
+_Rows = _HubSplit | Split
 
 
 def load_hub(
@@ -160,7 +132,7 @@ def load_hub(
     import pyarrow as pa
 
     # Which languages there are, on the hub or in the copy, and what each is for.
-    copy = None if folder is None else LocalCopy(folder, source.quoted)
+    copy = None if folder is None else LocalCopy(folder, source)
     known = source.languages if copy is None else copy.languages()
     new_languages = settings.new_languages
     languages = settings.languages or [
@@ -170,7 +142,7 @@ def load_hub(
     data: Columns = {}
     pools: dict[tuple[str, str], tuple[Indices, Indices]] = {}
     classes = source.labels
-    first: dict[str, tuple[str, _Split]] = {}
+    first: dict[str, tuple[str, _Rows]] = {}
     notes: dict[str, list[str]] = {}
     # Halve each split of a language; the same order for all keeps parallel sentences in one pool.
     for language in (*spoken, *new):
@@ -179,11 +151,7 @@ def load_hub(
             where = source.test_split
             if part == "train":
                 where = _train_split(name, source, copy, language, language in new)
-            rows: _Split = (
-                _CopySplit(copy, source, language, where)
-                if copy
-                else _HubSplit(source, language, where)
-            )
+            rows: _Rows = copy.read(language, where) if copy else _HubSplit(source, language, where)
             classes = classes or rows.names
             if rows.names and set(rows.names) != set(classes):
                 raise UserError(
@@ -264,7 +232,7 @@ def _train_split(
 
 
 def _notes(
-    source: HubSource, copy: LocalCopy | None, part: str, split: str, rows: _Split
+    source: HubSource, copy: LocalCopy | None, part: str, split: str, rows: _Rows
 ) -> list[str]:
     """What `fedp2eft data describe` says of a split that was read."""
     notes = [rows.form] if rows.form else []
@@ -276,7 +244,7 @@ def _notes(
 
 
 def _check_parallel(
-    name: str, language: str, rows: _Split, first_language: str, first: _Split
+    name: str, language: str, rows: _Rows, first_language: str, first: _Rows
 ) -> None:
     """Raise `UserError` where row n is not the same sentence in two languages."""
     if len(rows) != len(first):
@@ -296,7 +264,7 @@ def _check_parallel(
 
 
 def _append(
-    data: Columns, split: _Split, rows: Indices, source: HubSource, classes: Sequence[str]
+    data: Columns, split: _Rows, rows: Indices, source: HubSource, classes: Sequence[str]
 ) -> Indices:
     """Copy rows of one split to the end of `data`, classes as names; their row indices there."""
     for column, values in split.take(rows).items():

@@ -5,6 +5,7 @@ flower-supernode … --node-config "client='fr-00' path='/data/fr.jsonl' languag
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 from fedp2eft.data.clients import SEEN, ClientData, check_client_name
 from fedp2eft.data.files import clients_from_files
@@ -73,31 +74,21 @@ def clients_of_node(config: Mapping[str, Value], settings: DataSettings) -> Clie
     text = {key: str(value) for key, value in config.items()}
     name = text["client"]
     check_client_name(name)
-    columns = tuple(text.get("text-columns", ",".join(settings.text_columns)).split(","))
-    if len(columns) != len(settings.text_columns):
+    changes: dict[str, Any] = {"path": None}
+    changes["text_columns"] = text.get("text-columns", ",".join(settings.text_columns)).split(",")
+    if len(changes["text_columns"]) != len(settings.text_columns):
         raise TellableError(
-            f"text-columns of the node config names {len(columns)} columns; the experiment has "
-            f"{len(settings.text_columns)}: {', '.join(settings.text_columns)}."
+            f"text-columns of the node config names {len(changes['text_columns'])} columns; the "
+            f"experiment has {len(settings.text_columns)}: {', '.join(settings.text_columns)}."
         )
-    own = {}
     for key in ("label-column", "target-column"):
-        own[key] = getattr(settings, key.replace("-", "_"))
         if key in text:
-            if own[key] is None:
+            if getattr(settings, key.replace("-", "_")) is None:
                 raise TellableError(f"The node config names a {key}; the experiment has none.")
-            own[key] = text[key]
+            changes[key.replace("-", "_")] = text[key]
     data_without_clients(settings)  # the classes are agreed on, or this raises
-    given = {f.name: text[f.name.replace("_", "-")] for f in fields(ClientFile)
-             if f.name.replace("_", "-") in text}  # fmt: skip
-    data = clients_from_files(
-        replace(
-            settings,
-            path=None,
-            files={name: ClientFile(**{"pool": SEEN, **given})},
-            text_columns=list(columns),
-            label_column=own["label-column"],
-            target_column=own["target-column"],
-        )
-    )
+    given = {f.name: text.get(f.name.replace("_", "-")) for f in fields(ClientFile)}
+    file = ClientFile(**{"pool": SEEN} | {k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    data = clients_from_files(replace(settings, files={name: file}, **changes))
     data = replace(data, name=NODES)
     return hold_out(data, settings) if settings.holdout else data

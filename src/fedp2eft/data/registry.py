@@ -40,17 +40,8 @@ def _load_hub(settings: DataSettings) -> ClientData:
         raise UserError(
             "Set data.path to the data set's name on the hub (owner/name), or a folder."
         )
-    source = HubSource(
-        settings.path,
-        text_columns=tuple(settings.text_columns),
-        label_column=settings.label_column,
-        target_column=settings.target_column,
-        train_split=settings.train_split,
-        test_split=settings.test_split,
-        pool_train=settings.pool_train,
-        pool_test=settings.pool_test,
-        revision=settings.revision,
-    )
+    values = {name: getattr(settings, name) for name in (*_COLUMNS, *_HUB_ONLY)}
+    source = HubSource(**values | {"text_columns": tuple(settings.text_columns)})
     folder = Path(settings.path).expanduser()
     if not folder.is_dir():
         return load_hub(settings.path.replace("/", "-"), source, settings)

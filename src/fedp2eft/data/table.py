@@ -177,10 +177,10 @@ def _read(path: Path, select: Select, needed: Sequence[str], quoted: bool | None
     if kind == ".parquet" and unpack is None:
         return Table(path, _read_parquet(path, select))
     if kind in (".jsonl", ".json"):
-        return _read_json(path, _read_text(path, unpack), select)
+        return _read_json(path, read_text(path, unpack), select)
     if kind in (".csv", ".tsv"):
         usual = "\t" if kind == ".tsv" else ","
-        text = _read_text(path, unpack)
+        text = read_text(path, unpack)
         read = read_delimited(path, text, select, needed, usual, quoted)
         return Table(path, dict(read.columns), read.lines, read.form)
     packed = ", ".join(PACKED)
@@ -190,8 +190,8 @@ def _read(path: Path, select: Select, needed: Sequence[str], quoted: bool | None
     )
 
 
-def _read_text(path: Path, unpack: Callable[[bytes], bytes] | None) -> str:
-    """A file's text: UTF-8, or UTF-16 where a byte order mark says so."""
+def read_text(path: Path, unpack: Callable[[bytes], bytes] | None = None) -> str:
+    """Return a file's text: UTF-8, or UTF-16 where a byte order mark says so."""
     try:
         raw = path.read_bytes()
         if raw and unpack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedp2eft.errors import require
+from fedp2eft.settings.bounds import check_bounds
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,12 @@ class AdaLoraSettings:
     init_multiple: float = 1.5
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"adalora.lr is {self.lr}; give a number above 0.")
-        require(self.orth >= 0, f"adalora.orth is {self.orth}; give 0 or more.")
+        bounds = {"0 or more": "orth", "1 or more": "init_multiple", "above 0": "lr"}
+        check_bounds("adalora", self, bounds)
         require(
             self.tinit >= 0 and self.tfinal >= 0 and self.tinit + self.tfinal < 1,
             "adalora.tinit and adalora.tfinal are shares of the steps: together below 1.",
         )
-        require(self.init_multiple >= 1, "adalora.init_multiple must be 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -58,4 +58,4 @@ class TuningSettings:
                 bool(values) and min(values) > 0,
                 f"tuning.{name} is {values}; give at least one number, all above 0.",
             )
-        require(0 < self.holdout < 1, "tuning.holdout is a share: above 0 and below 1.")
+        check_bounds("tuning", self, {"between 0 and 1": "holdout"})

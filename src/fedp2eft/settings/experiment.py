@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from fedp2eft.errors import require
+from fedp2eft.settings.bounds import check_bounds
 from fedp2eft.settings.data import DataSettings
 from fedp2eft.settings.peers import AggregationSettings, PeerSettings, PrivacySettings
 
@@ -50,8 +51,7 @@ class AdapterSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.r_max >= 1, f"adapter.r_max is {self.r_max}; give a whole number from 1 up.")
-        require(self.scaling > 0, f"adapter.scaling is {self.scaling}; give a number above 0.")
+        check_bounds("adapter", self, {"1 or more": "r_max", "above 0": "scaling"})
         require(
             0 < self.lambda_min < self.lambda_max,
             f"adapter.lambda_min ({self.lambda_min}) must be above 0 and below "
@@ -82,10 +82,8 @@ class GeneratorSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.hidden_multiplier >= 1, "generator.hidden_multiplier must be 1 or more.")
-        require(self.steps >= 0, f"generator.steps is {self.steps}; give 0 or more.")
-        require(self.lr > 0, f"generator.lr is {self.lr}; give a number above 0.")
-        require(self.init_lambda > 0, "generator.init_lambda must be above 0.")
+        bounds = {"0 or more": "steps", "1 or more": "hidden_multiplier"}
+        check_bounds("generator", self, bounds | {"above 0": "lr init_lambda"})
 
 
 @dataclass(frozen=True)
@@ -134,14 +132,12 @@ class LocalSettings:
     eval_batch_size: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "personalize_epochs"):
-            require(getattr(self, name) >= 0, f"local.{name} must be 0 or more.")
-        for name in ("batch_size", "accumulate", "max_length", "eval_batch_size"):
-            require(getattr(self, name) >= 1, f"local.{name} must be 1 or more.")
-        for name in ("lr", "lambda_lr", "personalize_lr", "max_grad_norm"):
-            require(getattr(self, name) > 0, f"local.{name} must be above 0.")
-        for name in ("alpha_task", "alpha_s", "alpha_p"):
-            require(getattr(self, name) >= 0, f"local.{name} must be 0 or more.")
+        bounds = {
+            "0 or more": "epochs personalize_epochs alpha_task alpha_s alpha_p",
+            "1 or more": "batch_size accumulate max_length eval_batch_size",
+            "above 0": "lr lambda_lr personalize_lr max_grad_norm",
+        }
+        check_bounds("local", self, bounds)
 
 
 @dataclass(frozen=True)
@@ -220,15 +216,13 @@ class BaseSettings:
     def __post_init__(self) -> None:
         if self.kind == "off-the-shelf":
             object.__setattr__(self, "kind", "none")  # one stored name, which older runs have
-        require(self.rounds >= 0, "base.rounds must be 0 or more.")
-        require(self.clients_per_round >= 1, "base.clients_per_round must be 1 or more.")
-        require(self.epochs >= 0, "base.epochs must be 0 or more.")
-        require(self.steps is None or self.steps >= 1, "base.steps must be 1 or more, or null.")
-        require(self.batch_size >= 1, "base.batch_size must be 1 or more.")
-        require(self.lr > 0, "base.lr must be above 0.")
-        require(self.lora_rank >= 1, "base.lora_rank must be 1 or more.")
-        require(self.lora_alpha > 0, "base.lora_alpha must be above 0.")
-        require(0 <= self.lora_dropout < 1, "base.lora_dropout must be at least 0 and below 1.")
+        bounds = {
+            "0 or more": "rounds epochs",
+            "1 or more": "clients_per_round steps batch_size lora_rank",
+            "above 0": "lr lora_alpha",
+            "at least 0 and below 1": "lora_dropout",
+        }
+        check_bounds("base", self, bounds)
 
 
 @dataclass(frozen=True)
@@ -266,12 +260,13 @@ class FederationSettings:
     cohort: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 0, "federation.rounds must be 0 or more.")
-        require(self.clients_per_round >= 1, "federation.clients_per_round must be 1 or more.")
-        require(self.keep_checkpoints >= 2, "federation.keep_checkpoints must be 2 or more.")
-        require(self.timeout > 0, "federation.timeout must be above 0.")
-        require(self.min_clients >= 1, "federation.min_clients must be 1 or more.")
-        require(self.wait >= 0, "federation.wait must be 0 or more.")
+        bounds = {
+            "0 or more": "rounds wait",
+            "1 or more": "clients_per_round min_clients",
+            "2 or more": "keep_checkpoints",
+            "above 0": "timeout",
+        }
+        check_bounds("federation", self, bounds)
         require(
             self.cohort == "auto" or self.cohort >= 1,
             f'federation.cohort is {self.cohort}; give a whole number from 1 up, or "auto".',
@@ -308,7 +303,7 @@ class EvaluationSettings:
     max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, "evaluation.max_new_tokens must be 1 or more.")
+        check_bounds("evaluation", self, {"1 or more": "max_new_tokens"})
 
 
 @dataclass(frozen=True)

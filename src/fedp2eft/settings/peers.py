@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedp2eft.errors import require
+from fedp2eft.settings.bounds import check_bounds
 
 Aggregator = Literal[
     "fedavg",
@@ -49,13 +50,9 @@ class PeerSettings:
             0 < self.min_share <= 1,
             f"peers.min_share is {self.min_share}; give a share above 0 and up to 1.",
         )
-        require(self.quarantine >= 0, "peers.quarantine must be 0 or more.")
-        for name in ("max_norm", "max_examples"):
-            value = getattr(self, name)
-            require(
-                value == 0 or value >= 1,
-                f"peers.{name} is {value}; give a multiple from 1 up, or 0 for no limit.",
-            )
+        bounds = {"0 or more": "quarantine"}
+        bounds |= {"1 or more, or 0 for no limit": "max_norm max_examples"}
+        check_bounds("peers", self, bounds)
 
 
 @dataclass(frozen=True)
@@ -90,16 +87,8 @@ class AggregationSettings:
             0 <= self.hostile < 0.5,
             f"aggregation.hostile is {self.hostile}; give a share from 0 up to below 0.5.",
         )
-        require(
-            self.server_lr is None or self.server_lr > 0,
-            f"aggregation.server_lr is {self.server_lr}; give a number above 0.",
-        )
-        for name in ("momentum", "beta1", "beta2"):
-            require(
-                0 <= getattr(self, name) < 1,
-                f"aggregation.{name} is {getattr(self, name)}; give a number from 0 to below 1.",
-            )
-        require(self.tau > 0, f"aggregation.tau is {self.tau}; give a number above 0.")
+        bounds = {"above 0": "server_lr tau", "at least 0 and below 1": "momentum beta1 beta2"}
+        check_bounds("aggregation", self, bounds)
 
 
 @dataclass(frozen=True)
@@ -140,16 +129,8 @@ class PrivacySettings:
     test_seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("noise_multiplier", "clip_norm", "clip_lr"):
-            value = getattr(self, name)
-            require(value > 0, f"privacy.{name} is {value}; give a number above 0.")
-        for name in ("quantile", "delta"):
-            value = getattr(self, name)
-            require(0 < value < 1, f"privacy.{name} is {value}; give a number between 0 and 1.")
-        require(
-            self.epsilon is None or self.epsilon > 0,
-            f"privacy.epsilon is {self.epsilon}; give a number above 0.",
-        )
+        bounds = {"above 0": "noise_multiplier clip_norm clip_lr epsilon"}
+        check_bounds("privacy", self, bounds | {"between 0 and 1": "quantile delta"})
         if self.noise == "client":
             require(
                 self.clipping != "adaptive" and self.clip_on == "client",

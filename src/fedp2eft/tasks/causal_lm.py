@@ -8,13 +8,12 @@ does for every task).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,27 +22,18 @@ from fedp2eft.modes import in_mode
 from fedp2eft.tasks.encoded import Encoded, check_tokens
 from fedp2eft.tasks.generation import Question
 from fedp2eft.tasks.prompts import Prompts
-from fedp2eft.tasks.task import Scores
+from fedp2eft.tasks.task import Indices, Scores, Task
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
-class CausalLM:
+class CausalLM(Task):
     """Prompt and response, one of each per row.
 
-    Args:
-        pad_id: Token id at padding positions.
-        max_length: Longest prompt with its response, in tokens. A longer response is cut; a row
-            whose prompt leaves no room for a response is dropped. Both are counted.
-        device: Where batches go.
-        vocabulary: Token ids that the model has embeddings for; None if that is not known.
+    `max_length` is of a prompt with its response. A longer response is cut; a row whose prompt
+    leaves no room for a response is dropped. Both are counted.
     """
-
-    pad_id: int
-    max_length: int
-    device: torch.device | str = "cpu"
-    vocabulary: int | None = None
 
     def encode(
         self, tokenizer: Any, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
@@ -83,26 +73,11 @@ class CausalLM:
             if len(tokens) < self.max_length:
                 yield Question(shown, tokens, said[-1])
 
-    def batch(self, data: Encoded, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
-        """Model inputs, padded on the right to the longest of these rows; `labels` of that shape.
+    def padded(self, data: Encoded, indices: Indices, length: int | None) -> dict[str, Tensor]:
+        """Return model inputs, padded on the right; `labels` of that shape.
 
         labels: The token at every position of a response, -100 elsewhere.
         """
-        return self._padded(data, indices, None)
-
-    def feature_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
-        """All rows, prompt and response, in large batches of similar length (profile `paper`)."""
-        return (self.batch(data, rows) for rows in data.by_length(batch_size))
-
-    def padded_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
-        """All rows in order, padded to `max_length`, for ξ (profile `reference`)."""
-        for start in range(0, len(data), batch_size):
-            rows = range(start, min(start + batch_size, len(data)))
-            yield self._padded(data, rows, self.max_length)
-
-    def _padded(
-        self, data: Encoded, indices: Sequence[int] | NDArray[np.int64], length: int | None
-    ) -> dict[str, Tensor]:
         batch = data.batch(indices, pad_id=self.pad_id, device=self.device, length=length)
         assert data.starts is not None
         starts = torch.from_numpy(data.starts[np.asarray(indices, dtype=np.int64)])
@@ -115,9 +90,6 @@ class CausalLM:
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy over the response tokens of a batch, float32."""
         return F.cross_entropy(*self._predictions(model, batch))
-
-    def packed_loss(self, model: nn.Module, data: Encoded) -> None:
-        """None: decoders take padded rows."""
 
     def _predictions(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (tokens × vocabulary, float32) and targets (tokens) of all response tokens.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,27 +17,19 @@ from fedp2eft.modes import in_mode
 from fedp2eft.tasks.encoded import Encoded, check_tokens
 from fedp2eft.tasks.first_position import only_first_position
 from fedp2eft.tasks.packed import can_pack, pack, packed_logits
-from fedp2eft.tasks.task import RowsLoss, Scores
+from fedp2eft.tasks.task import Indices, RowsLoss, Scores, Task
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """Sequence classification with one label per row.
 
     Args:
-        pad_id: Token id at padding positions.
-        max_length: Longest input in tokens; the rest of a row is cut.
-        device: Where batches go.
-        vocabulary: Token ids that the model has embeddings for; None if that is not known.
         whole: Pad every batch to `max_length`.
         offset: Added to the logits in training and in prediction, one value per class: a client's
             label prior (`fedp2eft.tasks.label_prior`).
     """
 
-    pad_id: int
-    max_length: int
-    device: torch.device | str = "cpu"
-    vocabulary: int | None = None
     whole: bool = False
     offset: Tensor | None = field(default=None, compare=False)
 
@@ -78,20 +70,10 @@ class Classification:
         check_tokens(rows, self.vocabulary, tokenizer)
         return Encoded.from_rows(rows, answers, types and [each or [0] for each in types])
 
-    def batch(self, data: Encoded, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
-        """Return model inputs, padded to the longest of these rows, or to `max_length`."""
-        length = self.max_length if self.whole else None
-        return data.batch(indices, pad_id=self.pad_id, device=self.device, length=length)
-
-    def feature_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
-        """All rows in large batches of similar length, for ξ (profile `paper`)."""
-        return (self.batch(data, rows) for rows in data.by_length(batch_size))
-
-    def padded_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
-        """All rows in order, padded to `max_length`, for ξ (profile `reference`)."""
-        for start in range(0, len(data), batch_size):
-            rows = range(start, min(start + batch_size, len(data)))
-            yield data.batch(rows, pad_id=self.pad_id, device=self.device, length=self.max_length)
+    def padded(self, data: Encoded, indices: Indices, length: int | None) -> dict[str, Tensor]:
+        """Return model inputs, padded to that length, or to `max_length` if `whole`."""
+        width = self.max_length if self.whole else length
+        return data.batch(indices, pad_id=self.pad_id, device=self.device, length=width)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of a batch, float32."""

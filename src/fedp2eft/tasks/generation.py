@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -102,10 +103,9 @@ def generate(
                 generation_config=wanted,
             )
             for number, tokens in zip(chosen, made[:, width:].tolist(), strict=True):
-                text = tokenizer.decode(
-                    _until(tokens, wanted.eos_token_id), skip_special_tokens=True
-                )
-                answers[number] = text.strip()
+                # What follows on the first token that ends a response is padding.
+                said = list(takewhile(lambda token: token not in wanted.eos_token_id, tokens))
+                answers[number] = tokenizer.decode(said, skip_special_tokens=True).strip()
             if progress:
                 progress((start + len(chosen)) / len(order))
     return answers
@@ -120,11 +120,3 @@ def _defaults_of(base: Any, defaults: Any) -> Iterator[None]:
         yield
     finally:
         base.generation_config = own
-
-
-def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens before the first that ends a response; what follows is padding."""
-    for place, token in enumerate(tokens):
-        if token in ends:
-            return tokens[:place]
-    return tokens

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fedp2eft.tasks.encoded import Encoded
 
+Indices = Sequence[int] | NDArray[np.int64]
 RowsLoss = Callable[[NDArray[np.int64]], Tensor]
 
 
@@ -78,22 +80,23 @@ class Scores:
 NAN = float("nan")
 
 
-class Task(Protocol):
+@dataclass(frozen=True)
+class Task(ABC):
     """A kind of rows, and how a model is trained and scored on them.
 
-    A task is a frozen dataclass: `dataclasses.replace(task, device=…)` gives it for another device.
+    Args:
+        pad_id: Token id at padding positions.
+        max_length: Longest input in tokens.
+        device: Where batches go; `dataclasses.replace(task, device=…)` gives the task for another.
+        vocabulary: Token ids that the model has embeddings for; None if that is not known.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    pad_id: int
+    max_length: int
+    device: torch.device | str = "cpu"
+    vocabulary: int | None = None
 
-    @property
-    def pad_id(self) -> int:
-        """Token id at padding positions."""
-
-    @property
-    def device(self) -> torch.device | str:
-        """Where batches go."""
-
+    @abstractmethod
     def encode(
         self, tokenizer: Any, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
     ) -> Encoded:
@@ -105,15 +108,25 @@ class Task(Protocol):
             answers: What a model shall answer, one per row: class ids, or texts.
         """
 
-    def batch(self, data: Encoded, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
-        """Model inputs and `labels` of those rows, padded to the longest of them."""
+    @abstractmethod
+    def padded(self, data: Encoded, indices: Indices, length: int | None) -> dict[str, Tensor]:
+        """Model inputs and `labels` of those rows, padded to that length or to their longest."""
+
+    def batch(self, data: Encoded, indices: Indices) -> dict[str, Tensor]:
+        """Return model inputs and `labels` of those rows, padded to the longest of them."""
+        return self.padded(data, indices, None)
 
     def feature_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
-        """All rows in large batches of similar length, for ξ (profile `paper`)."""
+        """Return all rows in large batches of similar length, for ξ (profile `paper`)."""
+        return (self.batch(data, rows) for rows in data.by_length(batch_size))
 
     def padded_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
-        """All rows in order, padded to the longest input, for ξ (profile `reference`)."""
+        """Return all rows in order, padded to `max_length`, for ξ (profile `reference`)."""
+        for start in range(0, len(data), batch_size):
+            rows = range(start, min(start + batch_size, len(data)))
+            yield self.padded(data, rows, self.max_length)
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The task loss of a batch, float32."""
 
@@ -122,9 +135,12 @@ class Task(Protocol):
 
         None where this model or device takes no packed rows.
         """
+        return None
 
+    @abstractmethod
     def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:
         """Scores of a model on the rows; at least one row."""
 
+    @abstractmethod
     def unscored(self) -> Scores:
         """What a client without test rows scores."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedp2eft.errors import require
+from fedp2eft.settings.bounds import check_bounds
 from fedp2eft.settings.experiment import Settings
 
 
@@ -41,15 +42,13 @@ class FedL2PSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 0, "fedl2p.rounds must be 0 or more.")
-        for name in ("patience", "rank", "hidden", "steps", "terms"):
-            require(getattr(self, name) >= 1, f"fedl2p.{name} must be 1 or more.")
-        for name in ("hyper_lr", "meta_lr", "lr_lr", "init_lr"):
-            require(getattr(self, name) > 0, f"fedl2p.{name} must be above 0.")
-        require(
-            0 < self.validation < 1,
-            f"fedl2p.validation is {self.validation}; give a share above 0 and below 1.",
-        )
+        bounds = {
+            "0 or more": "rounds",
+            "1 or more": "patience rank hidden steps terms",
+            "above 0": "hyper_lr meta_lr lr_lr init_lr",
+            "between 0 and 1": "validation",
+        }
+        check_bounds("fedl2p", self, bounds)
 
     def check(self, settings: Settings) -> None:
         """Raise `UserError` where the rank is more than the adapter has."""
