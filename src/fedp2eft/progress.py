@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -66,3 +66,16 @@ def report_to(reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         _current.pop()
+
+
+def each_of(steps: int, tell: Callable[[float], None] | None) -> Callable[[float], None]:
+    """Return a callback for each of so many steps, which gets its loss; `tell` gets their share."""
+    done = 0
+
+    def on_step(_loss: float) -> None:
+        nonlocal done
+        done += 1
+        if tell:
+            tell(done / max(1, steps))
+
+    return on_step

@@ -168,12 +168,7 @@ class BTLora:
         """Return λ clamped to its range, gradients straight through."""
         return clamp_straight_through(lam, *self._limits)
 
-    def penalty(
-        self,
-        examples: int,
-        alpha_s: float = 100.0,
-        alpha_p: float = 0.01,
-    ) -> Tensor:
+    def penalty(self, examples: int, alpha_s: float = 100.0, alpha_p: float = 0.01) -> Tensor:
         """Return the penalties of L for N = `examples` training rows.
 
         A layer-wise λ stands for each of its layer's r_max ranks.

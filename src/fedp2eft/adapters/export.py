@@ -32,7 +32,7 @@ from fedp2eft.adapters.gates import PEFT_PREFIX
 from fedp2eft.adapters.head import read_head
 from fedp2eft.adapters.weights import AdapterWeights, EmbeddingRows, LayerWeights
 from fedp2eft.errors import UserError
-from fedp2eft.files import write_folder
+from fedp2eft.files import read_json, write_folder
 
 Layout = Literal["portable", "compact"]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -213,10 +213,7 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
 
 def adapter_facts(folder: str | Path) -> dict[str, object]:
     """What fedp2eft.json says of an adapter folder; empty if absent."""
-    try:
-        facts = json.loads((Path(folder).expanduser() / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    facts = read_json(Path(folder).expanduser() / FACTS_FILE)
     return facts if isinstance(facts, dict) else {}
 
 
@@ -250,9 +247,6 @@ def _module_names(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
 
 def check_replaceable(target: Path) -> None:
     """Raise `UserError` unless an adapter may be written there: nothing, or another adapter."""
-    if target.exists() and not _is_replaceable(target):
+    files = [path.name for path in target.iterdir()] if target.is_dir() else []
+    if target.exists() and not (target.is_dir() and (not files or CONFIG_FILE in files)):
         raise UserError(f"{target} exists and is not an adapter folder: name another place.")
-
-
-def _is_replaceable(target: Path) -> bool:
-    return target.is_dir() and (not any(target.iterdir()) or (target / CONFIG_FILE).exists())

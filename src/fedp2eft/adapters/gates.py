@@ -107,12 +107,7 @@ class AdaptedLayer:
         """B, d_out × r."""
         return _trained(*self._places()[1])
 
-    def gate(
-        self,
-        lam: Tensor,
-        row: int,
-        clamp: tuple[float, float] | None = None,
-    ) -> None:
+    def gate(self, lam: Tensor, row: int, clamp: tuple[float, float] | None = None) -> None:
         """Gate this layer's A by row `row` of λ.
 
         A base in bf16 or fp16 gets its low-rank products in the same numbers; A, B and λ

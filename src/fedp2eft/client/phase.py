@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedp2eft.progress import current
+from fedp2eft.progress import current, each_of
 from fedp2eft.settings.experiment import Settings
 
 if TYPE_CHECKING:
@@ -54,14 +54,8 @@ class Turn:
 
     def each_of(self, steps: int) -> Callable[[float], None]:
         """Return a callback that reports each of so many steps (it gets the step's loss)."""
-        reporter, done = current(), 0
-
-        def on_step(_loss: float) -> None:
-            nonlocal done
-            done += 1
-            reporter.part(self.phase, done / max(1, steps), self.client)
-
-        return on_step
+        reporter = current()
+        return each_of(steps, lambda share: reporter.part(self.phase, share, self.client))
 
 
 @dataclass(frozen=True)

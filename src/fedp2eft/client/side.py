@@ -17,6 +17,7 @@ from fedp2eft.client.training import Fitted, personalize
 from fedp2eft.data.partition import local_validation_split, rng_for
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
+from fedp2eft.progress import each_of
 from fedp2eft.settings.experiment import LocalSettings
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.label_prior import adjusted
@@ -87,15 +88,7 @@ class ClientSide:
 
     def each_of(self, batches: int) -> OnStep:
         """A callback that tells `progress` of each optimizer step over so many mini-batches."""
-        done, steps = 0, math.ceil(batches / self.settings.accumulate)
-
-        def on_step(_loss: float) -> None:
-            nonlocal done
-            done += 1
-            if self.progress:
-                self.progress(done / steps)
-
-        return on_step
+        return each_of(math.ceil(batches / self.settings.accumulate), self.progress)
 
     def part(self, number: int, parts: int) -> ClientSide:
         """This client in the given one of several parts of its work, counted from 0."""

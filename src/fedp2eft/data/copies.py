@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedp2eft.data.clients import Indices
-from fedp2eft.data.delimited import clean
+from fedp2eft.data.delimited import Columns, Table, clean
 from fedp2eft.data.known import HubSource
-from fedp2eft.data.table import KINDS, PACKED, Columns, Table, read_columns
+from fedp2eft.data.table import KINDS, PACKED, read_columns
 from fedp2eft.errors import UserError, nearest
 
 SPLITS = {

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedp2eft.errors import UserError
 
@@ -16,6 +17,7 @@ DELIMITERS = {
     ";": "semicolon-separated",
     "|": "pipe-separated",
 }
+Columns = dict[str, list[Any]]
 Record = tuple[int, list[str]]
 """The line that a row begins in, from 1, and its fields."""
 Select = Callable[[Sequence[str]], dict[str, str]]
@@ -28,18 +30,29 @@ def clean(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Delimited:
-    """The rows of a delimited file, as text.
+class Table:
+    """A file's columns.
 
     Attributes:
+        path: the file.
         columns: name -> one value per row.
-        lines: the line that each row begins in, from 1.
-        form: delimiter and, where there are marks, their quoting: for `fedp2eft data describe`.
+        lines: the line that each row begins in, from 1; None where the file has no lines.
+        form: delimiter and quoting of a delimited file, else "".
     """
 
-    columns: dict[str, list[str]]
-    lines: list[int]
-    form: str
+    path: Path
+    columns: Columns
+    lines: Sequence[int] | None = None
+    form: str = ""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def where(self, row: int) -> str:
+        """Return the place of a row (from 0) for a message: `rows.csv, line 7`."""
+        if self.lines is None:
+            return f"{self.path}, row {row + 1}"
+        return f"{self.path}, line {self.lines[row]}"
 
 
 def read_delimited(
@@ -49,7 +62,7 @@ def read_delimited(
     needed: Sequence[str],
     usual: str,
     quoted: bool | None = None,
-) -> Delimited:
+) -> Table:
     """Read delimited text whose first row names the columns.
 
     The delimiter is the one that Excel's first line `sep=;` names, else the one by which the header
@@ -102,7 +115,7 @@ def read_delimited(
     width = max((number for number, name in enumerate(header, 1) if name), default=0)
     what = DELIMITERS.get(delimiter, f"separated by {delimiter!r}")
     places = {name: header.index(own) for name, own in kept.items()}
-    columns: dict[str, list[str]] = {name: [] for name in kept}
+    columns: Columns = {name: [] for name in kept}
     starts = []
     for line, row in records:
         if not any(field.strip() for field in row):
@@ -118,7 +131,7 @@ def read_delimited(
             columns[name].append(row[place])
     if '"' in text:
         what += ", quoted" if quoted else ", not quoted"
-    return Delimited(columns, starts, what)
+    return Table(path, columns, starts, what)
 
 
 def _delimiter(header: str, needed: Sequence[str], usual: str) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData, Indices
-from fedp2eft.data.delimited import clean
+from fedp2eft.data.delimited import Columns, Table, clean
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.partition import distinct, local_validation_split, rng_for
-from fedp2eft.data.table import Columns, Table, check_text, read_columns
+from fedp2eft.data.table import check_text, read_columns
 from fedp2eft.errors import UserError, visible
 from fedp2eft.settings.data import DataSettings
 

@@ -8,11 +8,12 @@ import numpy as np
 
 from fedp2eft.data.clients import NEW_LANGUAGE, SEEN, UNSEEN, ClientData, Indices
 from fedp2eft.data.copies import LocalCopy, Split
+from fedp2eft.data.delimited import Columns
 from fedp2eft.data.known import CONVERTED, HubSource
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.languages import choose_languages
 from fedp2eft.data.partition import distinct, partition_pools, rng_for
-from fedp2eft.data.table import Columns, first_line
+from fedp2eft.data.table import first_line
 from fedp2eft.errors import UserError, nearest
 from fedp2eft.settings.data import DataSettings
 
@@ -104,10 +105,7 @@ _Rows = _HubSplit | Split
 
 
 def load_hub(
-    name: str,
-    source: HubSource,
-    settings: DataSettings,
-    folder: Path | None = None,
+    name: str, source: HubSource, settings: DataSettings, folder: Path | None = None
 ) -> ClientData:
     """Load a data set from the hub, partitioned as in the paper (arXiv 2502.04387, data protocol).
 

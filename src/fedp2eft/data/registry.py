@@ -137,9 +137,7 @@ DATASETS: dict[str, DatasetEntry] = {
         "partition",
     ),
     "sib-200": _preset(
-        "sib-200",
-        "topics of the same sentences (7 classes) in 205 languages",
-        "CC BY-SA 4.0",
+        "sib-200", "topics of the same sentences (7 classes) in 205 languages", "CC BY-SA 4.0"
     ),
 }
 

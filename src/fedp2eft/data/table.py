@@ -11,17 +11,15 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedp2eft.data.delimited import Select, clean, read_delimited
+from fedp2eft.data.delimited import Columns, Select, Table, clean, read_delimited
 from fedp2eft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Columns = dict[str, list[Any]]
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PACKED: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
@@ -38,32 +36,6 @@ MAGIC = {
     b"\xd0\xcf\x11\xe0": "an old Excel workbook: save it as CSV UTF-8",
 }
 """How files begin that are often given another ending than their own."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A file's columns.
-
-    Attributes:
-        path: the file.
-        columns: name -> one value per row.
-        lines: the line that each row begins in, from 1; None where the file has no lines.
-        form: delimiter and quoting of a delimited file, else "".
-    """
-
-    path: Path
-    columns: Columns
-    lines: Sequence[int] | None = None
-    form: str = ""
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
-
-    def where(self, row: int) -> str:
-        """Return the place of a row (from 0) for a message: `rows.csv, line 7`."""
-        if self.lines is None:
-            return f"{self.path}, row {row + 1}"
-        return f"{self.path}, line {self.lines[row]}"
 
 
 def read_columns(
@@ -181,8 +153,7 @@ def _read(path: Path, select: Select, needed: Sequence[str], quoted: bool | None
     if kind in (".csv", ".tsv"):
         usual = "\t" if kind == ".tsv" else ","
         text = read_text(path, unpack)
-        read = read_delimited(path, text, select, needed, usual, quoted)
-        return Table(path, dict(read.columns), read.lines, read.form)
+        return read_delimited(path, text, select, needed, usual, quoted)
     packed = ", ".join(PACKED)
     raise UserError(
         f"{path} has no known ending: name it {', '.join(KINDS)} (all but the last also with "

@@ -98,9 +98,7 @@ def generate(
                 tokens = torch.tensor(questions[number].tokens)
                 ids[row, width - len(tokens) :], mask[row, width - len(tokens) :] = tokens, 1
             made = base.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=wanted,
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=wanted
             )
             for number, tokens in zip(chosen, made[:, width:].tolist(), strict=True):
                 # What follows on the first token that ends a response is padding.

@@ -290,11 +290,7 @@ def _layout(config: BertConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     hidden, ffn = config.hidden_size, config.intermediate_size
     positions = config.max_position_embeddings
     yield "emb.word", "embeddings.word_embeddings.weight", (config.vocab_size, hidden)
-    yield (
-        "emb.pos",
-        "embeddings.position_embeddings.weight",
-        (positions, hidden),
-    )
+    yield ("emb.pos", "embeddings.position_embeddings.weight", (positions, hidden))
     yield "emb.type", "embeddings.token_type_embeddings.weight", (config.type_vocab_size, hidden)
     yield "emb.ln.w", "embeddings.LayerNorm.weight", (hidden,)
     yield "emb.ln.b", "embeddings.LayerNorm.bias", (hidden,)

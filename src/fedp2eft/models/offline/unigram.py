@@ -48,11 +48,7 @@ def composition_rules(charmap: Mapping[str, str]) -> dict[str, str]:
 
 
 def build_tokenizer(
-    pieces: Sequence[str],
-    scores: Sequence[float],
-    charmap: Mapping[str, str],
-    *,
-    max_length: int,
+    pieces: Sequence[str], scores: Sequence[float], charmap: Mapping[str, str], *, max_length: int
 ) -> PreTrainedTokenizerFast:
     """The tokenizer, in a form that `AutoTokenizer` reloads without the package sentencepiece.
 
