@@ -11,7 +11,6 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -38,6 +37,7 @@ from fedp2eft.settings.experiment import (
 )
 from fedp2eft.settings.words import typed, types_of
 
+PSG_FILES = ["config.json", "model.safetensors", "README.md"]
 GAIN = 1e-6
 HIDDEN_BIAS = 1e-4
 
@@ -245,18 +245,12 @@ class PSG(
             UserError: Not there, not a PSG, damaged, or with numbers that are not finite.
         """
         folder = Path(name).expanduser()
-        if folder.is_dir():
-            config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-        elif str(name).count("/") != 1 or folder.is_absolute():
-            raise UserError(f"No PSG at {name}: give its folder, or a hub id like owner/name.")
-        else:
-            config_path, weights_path = (
-                Path(_download(str(name), file, revision))
-                for file in ("config.json", "model.safetensors")
-            )
-            with suppress(UserError):  # a PSG may come without a card
-                _download(str(name), "README.md", revision)
-        config = _read_config(config_path)
+        if not folder.is_dir():
+            if str(name).count("/") != 1 or folder.is_absolute():
+                raise UserError(f"No PSG at {name}: give its folder, or a hub id like owner/name.")
+            folder = _download(str(name), revision)
+        config = _read_config(folder / "config.json")
+        weights_path = folder / "model.safetensors"
         try:
             phi = load_file(weights_path)
         except FileNotFoundError as error:
@@ -267,7 +261,7 @@ class PSG(
             check_numbers(phi, cls(config).state_dict(), f"φ in {weights_path}")
         psg = cls(config)
         psg.set_phi(phi)
-        psg.card = _read_card(config_path.with_name("README.md"))
+        psg.card = _read_card(folder / "README.md")
         psg.requires_grad_(True)
         return psg.eval()
 
@@ -343,13 +337,13 @@ def _read_card(path: Path) -> ModelCard | None:
         return None
 
 
-def _download(repo: str, file: str, revision: str | None) -> str:
+def _download(repo: str, revision: str | None) -> Path:
     try:
-        return hf_hub_download(repo, file, revision=revision)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=PSG_FILES))
     except HFValidationError as error:
         raise UserError(f"{repo!r} is neither a folder nor a hub id.") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
-            f"Could not get {file} of PSG {repo!r} from the hub ({type(error).__name__}): "
+            f"Could not get PSG {repo!r} from the hub ({type(error).__name__}): "
             "check the name and the connection, or give a local folder."
         ) from error

@@ -10,6 +10,7 @@ import torch
 from one_client import LOCAL, adapted, one_client
 from torch import Tensor
 
+from fedp2eft.client.phase import VALIDATION_LOSS
 from fedp2eft.errors import DivergedError, UserError
 from fedp2eft.methods import METHODS, ClientSide
 from fedp2eft.methods.fedl2p.meta_net import MetaNet
@@ -147,8 +148,8 @@ def test_rounds_find_learning_rates_that_train() -> None:
     first = net(client.features()).mean().item()
     results = [train_round(client, net, fast, seed) for seed in range(5)]
     assert net(client.features()).mean().item() > 5 * first
-    assert results[-1].validation_loss < results[0].validation_loss - 0.05
-    assert results[-1].loss < results[0].loss
+    assert results[-1][VALIDATION_LOSS] < results[0][VALIDATION_LOSS] - 0.05
+    assert results[-1]["loss"] < results[0]["loss"]
 
 
 def test_a_round_depends_on_its_seed_alone_and_leaves_the_adapter() -> None:
@@ -231,7 +232,7 @@ def test_a_single_row_is_both() -> None:
     client = one_client()
     client = replace(client, train=client.train.select([0]))
     result = train_round(client, net_for(client), ONCE, 0)
-    assert result.validation_loss > 0
+    assert result[VALIDATION_LOSS] > 0
 
 
 def test_attention_that_has_no_second_derivative_is_not_taken() -> None:

@@ -88,7 +88,7 @@ def clients_of_node(config: Mapping[str, Value], settings: DataSettings) -> Clie
             changes[key.replace("-", "_")] = text[key]
     data_without_clients(settings)  # the classes are agreed on, or this raises
     given = {f.name: text.get(f.name.replace("_", "-")) for f in fields(ClientFile)}
-    file = ClientFile(**{"pool": SEEN} | {k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    file = ClientFile(**{"pool": SEEN} | {k: v for k, v in given.items() if v is not None})
     data = clients_from_files(replace(settings, files={name: file}, **changes))
     data = replace(data, name=NODES)
     return hold_out(data, settings) if settings.holdout else data

@@ -20,7 +20,7 @@ serves every budget. At the end it is used on all training rows of a client.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def train_turn(turn: Turn) -> Trained:
     """One client's part of a federated round."""
     net = MetaNet.of(turn.parameters)
     settings = turn.workspace.settings.section(FedL2PSettings)
-    result = train_round(turn.side(), net, settings, turn.seed)
-    return Trained(net.eta(), {"loss": result.loss, VALIDATION_LOSS: result.validation_loss})
+    metrics = train_round(turn.side(), net, settings, turn.seed)
+    return Trained(net.eta(), metrics)
 
 
 def fedl2p(client: ClientSide, rank: int) -> Outcome:
@@ -59,20 +59,9 @@ def fedl2p(client: ClientSide, rank: int) -> Outcome:
     return client.fit(*uniform(client.bt, rank), rates=rates)
 
 
-@dataclass(frozen=True)
-class MetaRound:
-    """What a client's round gives beside the meta-net's parameters, which change in place.
-
-    Args:
-        loss: Training loss, mean over all inner steps.
-        validation_loss: Loss on the held-out rows after an inner run, mean over the outer steps.
-    """
-
-    loss: float
-    validation_loss: float
-
-
-def train_round(client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed: int) -> MetaRound:
+def train_round(
+    client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed: int
+) -> dict[str, float]:
     """One client's part of a federated round: inner fine-tuning and one outer step, three times.
 
     Epochs, mini-batches, clip and dropout of the inner run are those of personalization.
@@ -83,6 +72,10 @@ def train_round(client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed
         net: Holds the server's parameters; changed in place.
         settings: FedL2P.
         seed: Seed of mini-batch order and dropout in this round.
+
+    Returns:
+        Training loss, mean over all inner steps; and the loss on the held-out rows after an inner
+        run, mean over the outer steps.
 
     Raises:
         DivergedError: A loss or the hyper-gradient is not finite.
@@ -142,7 +135,8 @@ def train_round(client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed
                 )
             parameter.grad = gradient
         outer_optimizer.step()
-    return MetaRound(sum(losses) / max(1, len(losses)), sum(held_losses) / len(held_losses))
+    loss = sum(losses) / max(1, len(losses))
+    return {"loss": loss, VALIDATION_LOSS: sum(held_losses) / len(held_losses)}
 
 
 @torch.no_grad()
