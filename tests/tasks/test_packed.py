@@ -14,10 +14,10 @@ from transformers import AutoModelForSequenceClassification, DistilBertConfig
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.settings.experiment import AdapterSettings
+from fedp2eft.tasks import packed
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.packed import Block, _Attention, pack
-from fedp2eft.tasks.task import packed
 from tiny import (
     CLASSES,
     ENCODERS,

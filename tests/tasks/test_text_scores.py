@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedp2eft.errors import UserError
-from fedp2eft.tasks.task import text_scores as module
+from fedp2eft.tasks import text_scores as module
 from fedp2eft.tasks.text_scores import METEOR, PLAIN_METEOR, TEXT_SCORES, text_scores, words
 
 
