@@ -12,10 +12,11 @@ import torch
 from toy import CLIENTS, FIRST, Numbers, apart, honest, lines, members, train
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.server.aggregation import memory_of, strategy
+from fedp2eft.federation.server.aggregation import Averaging, strategy
 from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.runtime.phases import PSG_PHASE
+from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import AggregationSettings
-from turns import TRAIN_PSG
 
 HOSTILE = CLIENTS[::5]  # 20 %
 KINDS = ["fedavg", "fedmedian", "trimmed-mean", "krum", "multi-krum", "fedavgm", "fedadagrad",
@@ -138,7 +139,7 @@ def test_krum_sees_small_changes_of_large_numbers(tmp_path: Path) -> None:
         arrays = ArrayRecord({"w": Array((start + change).astype(np.float32))})
         content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})})
         replies.append(Message(content, 2, "train"))
-    made = strategy(AggregationSettings("multi-krum"), members(), 10, 0, TRAIN_PSG)
+    made = strategy(AggregationSettings("multi-krum"))
     arrays, _ = made.aggregate_train(1, replies)
     assert arrays is not None
     assert abs(float((arrays["w"].numpy() - start).mean())) < 3e-5
@@ -153,9 +154,9 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch, kind
     whole = train(tmp_path / "whole", None, 5, **options)
     finish = RunFolder.finish_round
 
-    def stop(self, phase, round_, *rest):
-        finish(self, phase, round_, *rest)
-        if round_ == 3:
+    def stop(self, checkpoint, *rest):
+        finish(self, checkpoint, *rest)
+        if checkpoint.round == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -191,13 +192,12 @@ def test_the_mean_remembers_nothing_and_checkpoints_hold_numbers_only(tmp_path: 
 
     train(tmp_path, None, 2)
     assert set(load_file(max((tmp_path / "checkpoints").iterdir()))) == set(FIRST)
-    made = strategy(AggregationSettings(), members(), 3, 0, TRAIN_PSG)
-    assert memory_of(made) == {}
+    assert Averaging(Settings(), PSG_PHASE, members()).memory() == {}
 
 
 def test_server_optimisers_leave_the_base_alone() -> None:
-    for kind, name in (("fedadam", "SeededFedAvg"), ("fedmedian", "SeededFedMedian")):
-        made = strategy(AggregationSettings(kind), members(), 3, 0, TRAIN_PSG, optimize=False)  # type: ignore[arg-type]
+    for kind, name in (("fedadam", "FedAvg"), ("fedmedian", "FedMedian")):
+        made = strategy(AggregationSettings(kind), optimize=False)  # type: ignore[arg-type]
         assert type(made).__name__ == name
 
 

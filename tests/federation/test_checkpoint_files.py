@@ -10,14 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedp2eft.federation.server.checkpoints import Progress, load_checkpoint, save_checkpoint
+from fedp2eft.federation.server.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 
 NUMBERS = {"w": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([0.1, float("1e-30")])}
 
 
 def save(folder: Path, round_: int, keep: int = 2) -> None:
     numbers = {name: value + round_ for name, value in NUMBERS.items()}
-    save_checkpoint(folder, Progress("psg", round_), numbers, keep)
+    save_checkpoint(folder, Checkpoint("psg", round_, numbers), keep)
 
 
 def test_the_newest_comes_back_bit_for_bit_and_old_ones_go(tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_the_newest_comes_back_bit_for_bit_and_old_ones_go(tmp_path: Path) -> No
     ]
     found = load_checkpoint(tmp_path, "psg")
     assert found is not None
-    assert found[0] == Progress("psg", 3)
-    assert all(torch.equal(found[1][name], NUMBERS[name] + 3) for name in NUMBERS)
+    assert (found.phase, found.round) == ("psg", 3)
+    assert all(torch.equal(found.parameters[name], NUMBERS[name] + 3) for name in NUMBERS)
     assert load_checkpoint(tmp_path, "base") is None
 
 
@@ -64,11 +64,11 @@ def test_a_damaged_newest_one_is_passed_over(
     with caplog.at_level(logging.WARNING):
         found = load_checkpoint(folder, "psg")
     assert found is not None
-    if found[0].round == 1:
+    if found.round == 1:
         assert "psg-000002.safetensors is damaged" in caplog.text
         assert "falling back to the one before" in caplog.text
-    wanted = found[0].round  # a flipped byte that changes no number (a space, say) does no harm
-    assert all(torch.equal(found[1][name], NUMBERS[name] + wanted) for name in NUMBERS)
+    wanted = found.round  # a flipped byte that changes no number (a space, say) does no harm
+    assert all(torch.equal(found.parameters[name], NUMBERS[name] + wanted) for name in NUMBERS)
 
 
 def test_when_all_are_damaged_the_phase_starts_over(tmp_path: Path) -> None:

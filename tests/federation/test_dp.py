@@ -116,7 +116,7 @@ def test_the_noise_has_the_deviation_that_it_should(tmp_path: Path, where: str) 
     changes = {"privacy__noise_multiplier": 2.0, "federation__keep_checkpoints": 100}
     step = lambda _c, _r, sent, _g: {n: v + np.float32(0.01) for n, v in sent.items()}  # noqa: E731
     train(tmp_path, step, 25, 4, **{**options, **changes})
-    phis = [FIRST, *(phi for _, phi in all_checkpoints(tmp_path / "checkpoints", "psg"))]
+    phis = [FIRST, *(c.parameters for c in all_checkpoints(tmp_path / "checkpoints", "psg"))]
     noise = torch.cat([(b[n] - a[n] - 0.01).flatten() for a, b in pairwise(phis) for n in FIRST])
     wanted = 2.0 * 0.5 / (4 if where == "server" else 2)
     assert len(noise) == 25 * 17
@@ -260,7 +260,7 @@ def test_a_client_does_not_agree_to_another_norm(tmp_path: Path, monkeypatch) ->
 @pytest.mark.parametrize("z", [0.7, 1.5, 6.0])
 def test_epsilon_is_that_of_the_client_that_took_part_most_often(tmp_path: Path, z: float) -> None:
     train(tmp_path, None, 6, 5, **{**FIXED, "privacy__noise_multiplier": z})
-    sampling = private(PrivacySettings("fixed"), tmp_path).mean
+    sampling = private(PrivacySettings("fixed"), tmp_path)
     taken: Counter[str] = Counter()
     for round_, line in enumerate(lines(tmp_path), 1):
         taken.update(member.client for member in sampling.sample(round_))
@@ -285,7 +285,7 @@ def test_a_secret_sample_is_accounted_as_one_without_replacement(tmp_path: Path)
 
 
 def test_a_secret_sample_is_another_each_time(tmp_path: Path) -> None:
-    secret = private(PrivacySettings("fixed", sampling="secret"), tmp_path).mean
+    secret = private(PrivacySettings("fixed", sampling="secret"), tmp_path)
     samples = {tuple(member.client for member in secret.sample(1)) for _ in range(20)}
     assert len(samples) > 15
     assert all(len(set(sample)) == 5 for sample in samples)
@@ -329,10 +329,10 @@ def test_a_stopped_run_keeps_its_account(tmp_path: Path, monkeypatch, clipping: 
     whole = train(tmp_path / "whole", None, 5, **options)
     finish = RunFolder.finish_round
 
-    def stop(self, phase, round_, *rest):
-        if round_ == 4:  # in the middle of a round
+    def stop(self, checkpoint, *rest):
+        if checkpoint.round == 4:  # in the middle of a round
             raise KeyboardInterrupt
-        finish(self, phase, round_, *rest)
+        finish(self, checkpoint, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "finish_round", stop)
@@ -350,10 +350,10 @@ def test_a_repeated_round_is_spent_twice_where_clients_add_the_noise(
     options = {**ON_CLIENT, **changes, "privacy__noise_multiplier": 5.0}
     finish = RunFolder.finish_round
 
-    def stop(self, phase, round_, *rest):
-        if round_ == 2:
+    def stop(self, checkpoint, *rest):
+        if checkpoint.round == 2:
             raise KeyboardInterrupt
-        finish(self, phase, round_, *rest)
+        finish(self, checkpoint, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "finish_round", stop)

@@ -458,8 +458,9 @@ def test_a_killed_serverapp_and_a_killed_superlink_go_on_from_their_round(tmp_pa
         there.wait_for(lambda: "started-again" in report(tmp_path / "run")["counts"])
     assert [line["round"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
     assert all(line["clients"] == len(names) for line in lines(tmp_path / "run"))
-    _, kept = load_checkpoint(tmp_path / "run" / "checkpoints", "psg") or (None, {})
-    assert torch.equal(kept["w"], toy_numbers(tmp_path / "whole", names, number))
+    last = load_checkpoint(tmp_path / "run" / "checkpoints", "psg")
+    assert last is not None
+    assert torch.equal(last.parameters["w"], toy_numbers(tmp_path / "whole", names, number))
 
 
 def toy_numbers(folder: Path, names: Sequence[str], number: int) -> torch.Tensor:

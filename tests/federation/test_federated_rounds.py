@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
+from fedp2eft.client.phase import Phase
 from fedp2eft.errors import UserError
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.server.aggregation import Averaging, SeededFedAvg
+from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.exchange import Member, roster
 from fedp2eft.federation.server.rounds import run_rounds
 from fedp2eft.federation.server.run_folder import RunFolder
@@ -30,7 +32,6 @@ from fedp2eft.files import read_lines
 from fedp2eft.progress import LogReporter
 from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.experiment import FederationSettings, Settings
-from turns import TRAIN_PSG
 
 NAMES = [f"c{i:02d}" for i in range(8)]
 FIRST = {"w": torch.zeros(2, 3), "v": torch.zeros(4)}
@@ -41,32 +42,37 @@ def members(first_node: int = 2, turned: bool = False) -> list[Member]:
     return [Member(first_node + i, name, "de", "seen", 10) for i, name in enumerate(names)]
 
 
-def sampled(strategy: SeededFedAvg, round_: int) -> list[str]:
+def sampling(
+    clients: list[Member], size: int = 3, seed: int = 42, phase: Phase = PSG_PHASE
+) -> Averaging:
+    federation = FederationSettings(clients_per_round=size)
+    return Averaging(Settings(seed=seed, federation=federation), phase, clients)
+
+
+def sampled(aggregator: Averaging, round_: int) -> list[str]:
     """Names of the clients that get a message."""
-    by_node = {member.node: member.client for member in strategy.members}
-    grid = LocalGrid(ClientApp(), [], {})
-    messages = strategy.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
+    by_node = {member.node: member.client for member in aggregator.members}
+    messages = aggregator.configure(round_, FIRST, LocalGrid(ClientApp(), [], {}), ())
     assert all(m.content.config_records["config"]["server-round"] == round_ for m in messages)
     return [by_node[message.metadata.dst_node_id] for message in messages]
 
 
 def test_sampling_depends_on_seed_phase_and_round_alone() -> None:
-    here = SeededFedAvg(members(), 3, 42, TRAIN_PSG)
-    there = SeededFedAvg(members(first_node=500, turned=True), 3, 42, TRAIN_PSG)
+    here, there = sampling(members()), sampling(members(first_node=500, turned=True))
     rounds = [sampled(here, r) for r in range(1, 9)]
     # other node ids, another order, and rounds asked for backwards
     assert [sampled(there, r) for r in range(8, 0, -1)][::-1] == rounds
     assert all(len(set(sample)) == 3 and sample == sorted(sample) for sample in rounds)
     assert len({tuple(sample) for sample in rounds}) > 4
     for other in (
-        SeededFedAvg(members(), 3, 43, TRAIN_PSG),
-        SeededFedAvg(members(), 3, 42, "train.base"),
+        sampling(members(), seed=43),
+        sampling(members(), phase=replace(PSG_PHASE, name="base")),
     ):
         assert [sampled(other, r) for r in range(1, 9)] != rounds
 
 
 def test_a_sample_is_never_larger_than_the_federation() -> None:
-    assert sampled(SeededFedAvg(members(), 30, 0, TRAIN_PSG), 1) == NAMES
+    assert sampled(sampling(members(), 30, 0), 1) == NAMES
 
 
 def numbers_of(name: str, round_: int) -> tuple[dict[str, np.ndarray], int]:
@@ -114,7 +120,7 @@ def run(folder: Path, app: ClientApp, rounds: int, turned: bool = False) -> dict
 
 def test_the_average_is_the_mean_weighted_by_examples(tmp_path: Path) -> None:
     got = run(tmp_path / "run", adding_app(), rounds=2)
-    sample = sampled(SeededFedAvg(members(), 3, 42, TRAIN_PSG), 2)
+    sample = sampled(sampling(members()), 2)
     sent = [numbers_of(name, 2) for name in sample]
     total = sum(n for _, n in sent)
     for key in FIRST:
@@ -138,7 +144,7 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
 def test_metrics_are_means_weighted_by_examples(tmp_path: Path) -> None:
     run(tmp_path / "run", adding_app(), rounds=2)
     for line in metrics_of(tmp_path / "run"):
-        sample = sampled(SeededFedAvg(members(), 3, 42, TRAIN_PSG), int(line["round"]))
+        sample = sampled(sampling(members()), int(line["round"]))
         sizes = [numbers_of(name, 1)[1] for name in sample]
         assert line["psg-loss"] == pytest.approx(sum(n * n for n in sizes) / sum(sizes))
         assert line["stage1-task"] == pytest.approx(line["psg-loss"] / 2)
@@ -161,7 +167,7 @@ def test_a_run_without_the_terms_of_stage_1_goes_on(tmp_path: Path) -> None:
 
 
 def test_nan_in_a_reply_stops_the_run_and_names_client_and_round(tmp_path: Path) -> None:
-    spoil = sampled(SeededFedAvg(members(), 3, 42, TRAIN_PSG), 2)[1]
+    spoil = sampled(sampling(members()), 2)[1]
     with pytest.raises(UserError) as caught:
         run(tmp_path / "run", adding_app(spoil), rounds=3)
     message = str(caught.value)

@@ -147,8 +147,8 @@ def test_personalization_takes_the_rates_of_the_meta_net(
     from fedp2eft.federation.server import checkpoints
 
     still = {name: torch.zeros_like(value) for name, value in numbers.items()}
-    progress = checkpoints.Progress("fedl2p", ROUNDS)
-    checkpoints.save_checkpoint(folder / "checkpoints", progress, still, 2)
+    last = checkpoints.Checkpoint("fedl2p", ROUNDS, still)
+    checkpoints.save_checkpoint(folder / "checkpoints", last, 2)
     train(settings(world, three_clients), folder)
     cells = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("cells/*/*")}
     before = json.loads(next(whole.folder.glob("cells/fedl2p-r2/*")).read_text())

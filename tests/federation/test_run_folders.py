@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedp2eft.errors import UserError
+from fedp2eft.federation.server.checkpoints import Checkpoint
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.settings.experiment import (
     AdapterSettings,
@@ -135,7 +136,7 @@ def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path) -> None:
 def test_half_a_line_of_timings_spoils_no_other(tmp_path) -> None:
     run = RunFolder(tmp_path / "run", SETTINGS)
     (run.path / "timings.jsonl").write_text('{"phase": "ps')
-    run.finish_round("psg", 1, {}, {"loss": 1.0}, 2.0)
+    run.finish_round(Checkpoint("psg", 1, {}), {"loss": 1.0}, 2.0)
     run.close()
     lines = (run.path / "timings.jsonl").read_text().splitlines()
     assert lines == ['{"phase": "ps', '{"phase": "psg", "round": 1, "seconds": 2.0}']

@@ -51,10 +51,13 @@ def test_a_stopped_run_sends_the_same_bits_again(world, tmp_path, monkeypatch) -
 
     finish = RunFolder.finish_round
 
-    def stop(self, phase, round_, *rest):
-        if (phase, round_) == ("psg", 3):  # all clients have sent, the server has not kept it
+    def stop(self, checkpoint, *rest):
+        if (checkpoint.phase, checkpoint.round) == (
+            "psg",
+            3,
+        ):  # all clients have sent, the server has not kept it
             raise KeyboardInterrupt
-        finish(self, phase, round_, *rest)
+        finish(self, checkpoint, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "finish_round", stop)

@@ -30,9 +30,8 @@ from fedp2eft.errors import UserError
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.server.admission import offer_of
 from fedp2eft.federation.server.checkpoints import (
-    Progress,
+    Checkpoint,
     load_checkpoint,
-    load_state,
     save_checkpoint,
 )
 from fedp2eft.federation.server.evaluation import alike_answers, scores_of
@@ -198,7 +197,6 @@ def checkpoint(data: bytes) -> None:
     """A damaged one is passed over."""
     file("checkpoints/psg-000001.safetensors", data)
     load_checkpoint(folder() / "checkpoints", "psg")
-    load_state(folder() / "checkpoints", "psg")
 
 
 def kept_back(data: bytes) -> None:
@@ -305,7 +303,7 @@ def seeds(name: str) -> tuple[bytes, ...]:
         return (yaml.safe_dump(made).encode(),)
     if name == "checkpoint":
         home = folder() / "seed-checkpoints"
-        save_checkpoint(home, Progress("psg", 1), LIKE, 2, {"m_t/w": LIKE["w"].clone()})
+        save_checkpoint(home, Checkpoint("psg", 1, LIKE, {"m_t/w": LIKE["w"].clone()}), 2)
         return (next(home.iterdir()).read_bytes(),)
     if name == "kept-back":
         path = folder() / "seed.safetensors"

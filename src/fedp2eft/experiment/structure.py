@@ -94,11 +94,11 @@ def structures(
     languages = {name: workspace.client(name).language for name in clients}
     psg, found = workspace.psg, []
     columns = psg.config.adapter.r_max  # a layer-wise λ stands for each of its layer's ranks
-    for progress, phi in all_checkpoints(run / "checkpoints", "psg"):
-        psg.set_phi(phi)
+    for finished in all_checkpoints(run / "checkpoints", "psg"):
+        psg.set_phi(finished.parameters)
         with torch.no_grad():
             lam = {name: psg(workspace.features(name)).expand(-1, columns) for name in clients}
-        value = structure(progress.round, lam, languages, workspace.bt.names, ranks)
+        value = structure(finished.round, lam, languages, workspace.bt.names, ranks)
         found.append(asdict(value))
     return found
 

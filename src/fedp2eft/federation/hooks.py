@@ -12,7 +12,7 @@ Of Flower 1.41, and what it is used for:
 * `DifferentialPrivacyAdaptiveBase._geometric_update`: `ServerQuantile`, `ClientQuantile`
 * `…._add_noise_to_aggregated_arrays`: the same
 * noise drawn from NumPy's global generator: `noise_from`: seeds it
-* `m_t`, `v_t`, `momentum_vector` of its strategies: `aggregation.memory_of`: kept in checkpoints
+* `m_t`, `v_t`, `momentum_vector` of its strategies: `Averaging.memory`: kept in checkpoints
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -29,69 +29,51 @@ STATE = "#state/"  # no parameter's name has a "#" in it
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a phase has come.
+class Checkpoint:
+    """A phase after a finished round.
 
     Args:
         phase: Its name.
-        round: Last finished round; 0 before the first.
+        round: The round, from 1.
+        parameters: The trained parameters by name.
+        state: What the server remembers beside them (moments, privacy spent), by name.
     """
 
     phase: str
     round: int
+    parameters: dict[str, Tensor]
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save_checkpoint(
-    folder: Path,
-    progress: Progress,
-    parameters: Mapping[str, Tensor],
-    keep: int,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     """Write the checkpoint of a finished round, then remove all but the `keep` newest.
-
-    Args:
-        folder: Of the checkpoints.
-        progress: The round.
-        parameters: The trained parameters by name.
-        keep: How many rounds are kept.
-        state: What the server remembers beside them (moments, privacy spent), by name.
 
     Raises:
         UserError: The disk is full; older checkpoints are untouched.
     """
-    both = {**parameters, **{STATE + name: value for name, value in (state or {}).items()}}
+    phase, round_ = checkpoint.phase, checkpoint.round
+    both = checkpoint.parameters | {STATE + n: value for n, value in checkpoint.state.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in both.items()}
     # One key: safetensors writes several in random order, and a file is the same bits each time
-    header = {HEADER: json.dumps({"progress": asdict(progress), "sha256": _digest(tensors)})}
-    path = folder / f"{progress.phase}-{progress.round:06d}.safetensors"
+    progress = {"phase": phase, "round": round_}
+    header = {HEADER: json.dumps({"progress": progress, "sha256": _digest(tensors)})}
+    path = folder / f"{phase}-{round_:06d}.safetensors"
     write_whole(path, lambda scratch: save_file(tensors, scratch, metadata=header))
-    for old in _newest_first(folder, progress.phase)[keep:]:
+    for old in _newest_first(folder, phase)[keep:]:
         old.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path, phase: str) -> tuple[Progress, dict[str, Tensor]] | None:
+def load_checkpoint(folder: Path, phase: str) -> Checkpoint | None:
     """The newest whole checkpoint of a phase, or None. A damaged one is named in a warning."""
-    return next(_numbers(_newest_first(folder, phase)), None)
+    return next(_whole(_newest_first(folder, phase)), None)
 
 
-def load_state(folder: Path, phase: str) -> dict[str, Tensor]:
-    """What the server remembered beside the parameters in the newest whole checkpoint."""
-    _, tensors = next(_whole(_newest_first(folder, phase)), (None, {}))
-    return {n.removeprefix(STATE): value for n, value in tensors.items() if n.startswith(STATE)}
-
-
-def all_checkpoints(folder: Path, phase: str) -> Iterator[tuple[Progress, dict[str, Tensor]]]:
+def all_checkpoints(folder: Path, phase: str) -> Iterator[Checkpoint]:
     """Every whole checkpoint of a phase, oldest first."""
-    return _numbers(reversed(_newest_first(folder, phase)))
+    return _whole(reversed(_newest_first(folder, phase)))
 
 
-def _numbers(paths: Iterable[Path]) -> Iterator[tuple[Progress, dict[str, Tensor]]]:
-    for progress, tensors in _whole(paths):
-        yield progress, {n: value for n, value in tensors.items() if not n.startswith(STATE)}
-
-
-def _whole(paths: Iterable[Path]) -> Iterator[tuple[Progress, dict[str, Tensor]]]:
+def _whole(paths: Iterable[Path]) -> Iterator[Checkpoint]:
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
@@ -99,13 +81,15 @@ def _whole(paths: Iterable[Path]) -> Iterator[tuple[Progress, dict[str, Tensor]]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if header["sha256"] != _digest(tensors):
                 raise ValueError("its parameters are not those that were written")
-            progress = Progress(**header["progress"])
+            named = [name for name in tensors if name.startswith(STATE)]
+            state = {name.removeprefix(STATE): tensors.pop(name) for name in named}
+            found = Checkpoint(**header["progress"], parameters=tensors, state=state)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning(
                 "Checkpoint %s is damaged (%s); falling back to the one before.", path, error
             )
             continue
-        yield progress, tensors
+        yield found
 
 
 def _newest_first(folder: Path, phase: str) -> list[Path]:

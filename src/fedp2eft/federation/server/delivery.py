@@ -46,12 +46,12 @@ def deliver_base(
     found = load_checkpoint(run.path / "checkpoints", "base")
     trained = s.base.rounds and workspace.base.travelling(workspace.trainable_base, s.base)
     workspace.release_trainable_base()
-    if trained and (found is None or found[0].round != s.base.rounds):
+    if trained and (found is None or found.round != s.base.rounds):
         raise UserError(
             f"{run.path} has no complete checkpoint of the base model's last round: name another "
             "run folder."
         )
-    arrays = to_arrays(found[1] if trained and found else {})
+    arrays = to_arrays(found.parameters if trained and found else {})
     model = hash_weights(Path(workspace.source.path))
     wanted = base_id(array_digest(arrays), model)
     missing = [member for member in members if member.base != wanted]

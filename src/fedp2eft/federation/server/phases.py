@@ -11,7 +11,7 @@ from fedp2eft.client.phase import Phase
 from fedp2eft.data.clients import SEEN
 from fedp2eft.data.nodes import NODES
 from fedp2eft.federation.server.admission import Failures
-from fedp2eft.federation.server.aggregation import Aggregator, Averaging
+from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.delivery import deliver_base
 from fedp2eft.federation.server.evaluation import personalize_all
 from fedp2eft.federation.server.exchange import Member, roster
@@ -111,7 +111,7 @@ def train_phase(
     return parameters
 
 
-def aggregator_of(run: RunFolder, phase: Phase, members: list[Member]) -> Aggregator:
+def aggregator_of(run: RunFolder, phase: Phase, members: list[Member]) -> Averaging:
     """How a phase's rounds are averaged: privately where the settings say so and it is covered."""
     if phase.private and run.settings.privacy.on:
         return Private(run.settings, phase, members, run.path)

@@ -35,6 +35,7 @@ from flwr.serverapp import (
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
     Strategy,
 )
 from torch import Tensor
@@ -43,14 +44,13 @@ from fedp2eft.client.phase import Phase
 from fedp2eft.errors import UserError
 from fedp2eft.federation.hooks import ClientQuantile, ServerQuantile, noise_from
 from fedp2eft.federation.server.admission import Failures, Offer, weigh
-from fedp2eft.federation.server.aggregation import SeededFedAvg
+from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.exchange import Member
-from fedp2eft.federation.wire.messages import to_arrays
+from fedp2eft.federation.wire.messages import EXAMPLES
 from fedp2eft.files import read_json, write_json
 from fedp2eft.runtime.workspace import LABEL_PRIOR_FILE
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.peers import PrivacySettings
 
 ASKED = "privacy.json"
 TAKEN = "privacy/taken/"
@@ -58,32 +58,21 @@ NORM, ROUNDS = "privacy/clip-norm", "privacy/rounds"
 ROUNDING = 1e-3  # how far above the norm a clipped change may come out in fp32
 
 
-class SampledMean(SeededFedAvg):
+class SampledMean(FedAvg):
     """The mean over the sampled clients, those that failed counting as unchanged.
 
     Args:
-        privacy: Says how clients are sampled.
-        others: `Seeded.sample_from`'s.
+        size: How many clients are sampled.
     """
 
-    def __init__(self, privacy: PrivacySettings, *others: Any) -> None:
-        super().__init__(*others)
-        self._privacy = privacy
+    def __init__(self, size: int) -> None:
+        super().__init__(fraction_train=0.0, weighted_by_key=EXAMPLES)
+        self._size = size
         self._sent = ArrayRecord()
-
-    def sample(self, server_round: int) -> list[Member]:
-        """This round's clients; a secret sample is another one each time it is asked for."""
-        if self._privacy.sampling == "seeded":
-            return super().sample(server_round)
-        test = self._privacy.test_seed
-        draw: random.Random = random.SystemRandom()
-        if test is not None:
-            draw = random.Random(derive_seed(test, "sample", server_round))
-        return [self.members[i] for i in sorted(draw.sample(range(len(self.members)), self.size))]
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    ) -> Iterable[Message]:
         """As ever; the numbers are kept for those that fail."""
         self._sent = arrays
         return super().configure_train(server_round, arrays, config, grid)
@@ -94,7 +83,7 @@ class SampledMean(SeededFedAvg):
         """The mean, moved towards what was sent by the share of those that failed."""
         replies = list(replies)
         mean, metrics = super().aggregate_train(server_round, replies)
-        share = len(replies) / self.size
+        share = len(replies) / self._size
         if mean is not None and share < 1:
             sent = {name: array.numpy() for name, array in self._sent.items()}
             mean = ArrayRecord(
@@ -103,7 +92,7 @@ class SampledMean(SeededFedAvg):
         return mean, metrics
 
 
-class Private:
+class Private(Averaging):
     """Clips, averages with noise, and keeps account of it.
 
     Args:
@@ -113,8 +102,7 @@ class Private:
         folder: The run folder.
 
     Attributes:
-        mean: Samples clients and takes their mean.
-        strategy: Clips and adds noise around it.
+        strategy: Clips and adds noise around the mean.
         bit: The metric that tells whether a client clipped, where the norm adapts to that.
 
     Raises:
@@ -124,12 +112,10 @@ class Private:
     def __init__(
         self, settings: Settings, phase: Phase, members: Sequence[Member], folder: Path
     ) -> None:
+        super().__init__(settings, phase, members)
         s = self.settings = settings.privacy
-        size = settings.value(phase.clients)
-        self.mean = SampledMean(s, members, size, settings.seed, phase.kind)
         self.strategy = self._strategy()
-        told = s.clipping == "adaptive" and s.clip_on == "client"
-        self.bit = "norm_bit" if told else None
+        self.bit = "norm_bit" if s.clipping == "adaptive" and s.clip_on == "client" else None
         self._folder = folder
         self._taken: Counter[str] = Counter()
         self._asked: list[str] = []
@@ -140,15 +126,11 @@ class Private:
         if members:
             self.epsilon({"": 1}, 1)  # what is missing is missed before the first round
 
-    @property
-    def members(self) -> Sequence[Member]:
-        """The clients that may be sampled."""
-        return self.mean.members
-
     def _strategy(self) -> Strategy:
-        s, size = self.settings, max(1, self.mean.size)
+        s, size = self.settings, max(1, self.size)
+        mean = SampledMean(size)
         if s.noise == "client":
-            return self.mean  # Flower's LocalDpMod does it all, on the client
+            return mean  # Flower's LocalDpMod does it all, on the client
         # The count of clients below the norm is noised too; this much leaves most of z to φ.
         count_noise = max(size / 20, s.noise_multiplier)
         if s.clipping == "fixed":
@@ -156,13 +138,21 @@ class Private:
                 "server": DifferentialPrivacyServerSideFixedClipping,
                 "client": DifferentialPrivacyClientSideFixedClipping,
             }[s.clip_on]
-            return fixed(self.mean, s.noise_multiplier, s.clip_norm, size)
+            return fixed(mean, s.noise_multiplier, s.clip_norm, size)
         adaptive = {"server": ServerQuantile, "client": ClientQuantile}[s.clip_on]
         return adaptive(
-            self.mean, s.noise_multiplier, size, s.clip_norm, s.quantile, s.clip_lr, count_noise
+            mean, s.noise_multiplier, size, s.clip_norm, s.quantile, s.clip_lr, count_noise
         )
 
     # ── rounds ──────────────────────────────────────────────────────────────────────────────────
+
+    def sample(self, round_: int) -> list[Member]:
+        """Return the round's clients; a secret sample is another one each time it is asked for."""
+        if self.settings.sampling == "seeded":
+            return super().sample(round_)
+        test = self.settings.test_seed
+        seeded = None if test is None else random.Random(derive_seed(test, "sample", round_))
+        return self._drawn(seeded or random.SystemRandom())
 
     def spent(self, round_: int) -> str | None:
         """Why there cannot be this round: it would pass the budget."""
@@ -171,7 +161,7 @@ class Private:
             return None
         taken = self._taken.copy()
         if s.sampling == "seeded":
-            taken.update(member.client for member in self.mean.sample(round_))
+            taken.update(member.client for member in self.sample(round_))
         if self.epsilon(taken, self._rounds + 1) <= s.epsilon:
             return None
         spent = self.epsilon(self._taken, self._rounds)
@@ -188,17 +178,15 @@ class Private:
         Where clients add the noise themselves every answer is out with it, whether or not the round
         is finished: what is asked of them is written down first.
         """
-        arrays = to_arrays(parameters)
-        messages = self.strategy.configure_train(round_, arrays, ConfigRecord(), grid)
-        names = {member.node: member.client for member in self.members}
-        asked = [m for m in messages if names[m.metadata.dst_node_id] not in without]
-        self._asked = [names[message.metadata.dst_node_id] for message in asked]
+        asked = [member for member in self.sample(round_) if member.client not in without]
+        self._asked = [member.client for member in asked]
+        messages = self._messages(round_, parameters, grid, asked)
         self._norm = self._clip_norm
         if self._written_first:
             self._taken.update(self._asked)
             self._asked = []
             write_json(self._folder / ASKED, dict(sorted(self._taken.items())))
-        return asked
+        return messages
 
     @property
     def _written_first(self) -> bool:
@@ -248,23 +236,17 @@ class Private:
 
     def epsilon(self, taken: Mapping[str, int], rounds: int) -> float:
         """ε of so many rounds, in which the clients took part so many times."""
-        s, size, population = self.settings, self.mean.size, len(self.mean.members)
+        s, population = self.settings, len(self.members)
+        secret = s.sampling == "secret"
+        relation, sampling = (
+            (NeighboringRelation.REPLACE_ONE, SamplingMethod.WITHOUT_REPLACEMENT)
+            if secret
+            else (NeighboringRelation.ADD_OR_REMOVE_ONE, SamplingMethod.NO_AMPLIFICATION)
+        )
         try:
             from flwr.serverapp import RdpAccountant
 
-            secret = s.sampling == "secret"
-            accountant = RdpAccountant(
-                PrivacyConfig(
-                    s.delta,
-                    population,
-                    NeighboringRelation.REPLACE_ONE
-                    if secret
-                    else NeighboringRelation.ADD_OR_REMOVE_ONE,
-                    SamplingMethod.WITHOUT_REPLACEMENT
-                    if secret
-                    else SamplingMethod.NO_AMPLIFICATION,
-                )
-            )
+            accountant = RdpAccountant(PrivacyConfig(s.delta, population, relation, sampling))
         except ImportError as error:
             raise UserError(
                 'privacy needs dp-accounting: pip install "fedp2eft[privacy]".'
@@ -274,7 +256,7 @@ class Private:
             return 0.0
         z = s.noise_multiplier / 2 if secret else s.noise_multiplier
         if times:
-            accountant.compose(GaussianPrivacyEvent(z, size, population), times)
+            accountant.compose(GaussianPrivacyEvent(z, self.size, population), times)
         if self._label_answers:  # asked of all clients (`learn_label_prior`): no sampling hides one
             accountant.compose(GaussianPrivacyEvent(z, population, population), self._label_answers)
         return accountant.get_epsilon(s.delta)

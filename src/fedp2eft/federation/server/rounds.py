@@ -18,7 +18,8 @@ from torch import Tensor
 from fedp2eft.client.phase import VALIDATION_LOSS, Phase
 from fedp2eft.errors import UserError
 from fedp2eft.federation.server.admission import Failures, Offer, mean_metrics, offer_of
-from fedp2eft.federation.server.aggregation import Aggregator
+from fedp2eft.federation.server.aggregation import Averaging
+from fedp2eft.federation.server.checkpoints import Checkpoint
 from fedp2eft.federation.server.exchange import exchange
 from fedp2eft.federation.server.presence import wait_for_members
 from fedp2eft.federation.server.run_folder import RunFolder
@@ -38,7 +39,7 @@ def run_rounds(
     grid: Grid,
     run: RunFolder,
     phase: Phase,
-    aggregator: Aggregator,
+    aggregator: Averaging,
     first: Mapping[str, Tensor],
     reporter: Reporter,
 ) -> dict[str, Tensor]:
@@ -60,9 +61,9 @@ def run_rounds(
     s, rounds = run.settings, run.settings.value(phase.rounds)
     # Resume: the rounds before a stop are known from checkpoint and metrics, so a resumed run
     # stops where one in a piece does.
-    done, kept = run.resume(phase.name, rounds)
-    parameters = dict(first) if kept is None else {name: kept[name] for name in first}
-    aggregator.remember(run.state(phase.name))
+    last = run.resume(phase.name, rounds) or Checkpoint(phase.name, 0, dict(first))
+    done, parameters = last.round, {name: last.parameters[name] for name in first}
+    aggregator.remember(last.state)
     watched = [line[VALIDATION_LOSS] for line in run.metrics(phase.name)] if phase.patience else []
     reporter.start(phase.name, rounds, done)
     for round_ in range(done + 1, rounds + 1):
@@ -97,7 +98,8 @@ def run_rounds(
         if failures.reasons:
             metrics["left-out"] = dict(sorted(failures.reasons.items()))
         seconds = time.perf_counter() - start
-        run.finish_round(phase.name, round_, parameters, metrics, seconds, aggregator.memory())
+        finished = Checkpoint(phase.name, round_, parameters, aggregator.memory())
+        run.finish_round(finished, metrics, seconds)
         reporter.advance(phase.name, _shown(phase, metrics))
         watched += [metrics[VALIDATION_LOSS]] if phase.patience else []
     return parameters
@@ -120,7 +122,7 @@ def _offers(
     grid: Grid,
     run: RunFolder,
     phase: Phase,
-    aggregator: Aggregator,
+    aggregator: Averaging,
     messages: Sequence[Message],
     sent: Mapping[str, Tensor],
     what: str,

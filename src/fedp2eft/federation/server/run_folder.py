@@ -29,16 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock
-from torch import Tensor
 
 from fedp2eft.data.clients import check_client_name
 from fedp2eft.errors import UserError
-from fedp2eft.federation.server.checkpoints import (
-    Progress,
-    load_checkpoint,
-    load_state,
-    save_checkpoint,
-)
+from fedp2eft.federation.server.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from fedp2eft.federation.server.faults import Faults
 from fedp2eft.federation.server.tracking import Trackers
 from fedp2eft.files import (
@@ -140,9 +134,7 @@ class RunFolder:
         """The parameters of a finished round cannot be taken back."""
         for phase in shared_phases().values():
             found = load_checkpoint(self.path / "checkpoints", phase.name)
-            if found is None:
-                continue
-            done, rounds = found[0].round, self.settings.value(phase.rounds)
+            done, rounds = found.round if found else 0, self.settings.value(phase.rounds)
             if done > rounds:
                 raise UserError(
                     f"{self.path} has {done} finished rounds, more than {phase.rounds} = {rounds}: "
@@ -166,40 +158,28 @@ class RunFolder:
 
     # ── rounds ──────────────────────────────────────────────────────────────────────────────────
 
-    def finish_round(
-        self,
-        phase: str,
-        round_: int,
-        parameters: dict[str, Tensor],
-        metrics: dict[str, Any],
-        seconds: float,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def finish_round(self, checkpoint: Checkpoint, metrics: dict[str, Any], seconds: float) -> None:
         """Keep a finished round: its metrics, then its checkpoint (which makes it count)."""
+        phase, round_ = checkpoint.phase, checkpoint.round
         at = {"phase": phase, "round": round_}
         append_line(self.path / "metrics.jsonl", at | metrics)
         append_line(self.path / "timings.jsonl", at | {"seconds": round(seconds, 3)})
         keep = self.settings.federation.keep_checkpoints
-        folder = self.path / "checkpoints"
-        save_checkpoint(folder, Progress(phase, round_), parameters, keep, state)
+        save_checkpoint(self.path / "checkpoints", checkpoint, keep)
         if self.trackers:
             self.trackers.round(phase, round_, metrics, seconds)
 
-    def resume(self, phase: str, rounds: int) -> tuple[int, dict[str, Tensor] | None]:
-        """(last finished round, its parameters) of a phase, or (0, None) at its start.
+    def resume(self, phase: str, rounds: int) -> Checkpoint | None:
+        """A phase after its last finished round; None at its start.
 
         Where rounds are left to do, lines of metrics.jsonl behind the last finished round are taken
         out: they belong to a round that was stopped half-way.
         """
         found = load_checkpoint(self.path / "checkpoints", phase)
-        done = found[0].round if found else 0
+        done = found.round if found else 0
         if done < rounds:
             self._cut_metrics(phase, done)
-        return done, found[1] if found else None
-
-    def state(self, phase: str) -> dict[str, Tensor]:
-        """What the server remembered beside the parameters after a phase's last finished round."""
-        return load_state(self.path / "checkpoints", phase)
+        return found
 
     def metrics(self, phase: str) -> list[dict[str, Any]]:
         """What was kept of a phase's rounds, in their order."""
