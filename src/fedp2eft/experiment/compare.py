@@ -26,7 +26,7 @@ from fedp2eft.federation.server.exchange import Member, roster
 from fedp2eft.federation.server.labels import needs_label_prior
 from fedp2eft.federation.server.phases import know_label_prior, train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import alike_arrays, to_arrays
+from fedp2eft.federation.wire.messages import any_arrays, to_arrays
 from fedp2eft.files import read_json, write_json, write_text, write_whole
 from fedp2eft.methods import METHODS, check_task
 from fedp2eft.progress import Reporter, current
@@ -246,7 +246,7 @@ class _Site:
             label_prior=self._label_prior,
         )  # fmt: skip
         if told.prepared:
-            answers = alike_arrays([told.prepared], f"The survey of {cell.method}")[0]
+            answers = any_arrays(told.prepared, f"The survey of {cell.method}")
             write_whole(path, partial(save_file, answers))
         return told
 

@@ -41,9 +41,8 @@ from fedp2eft.federation.wire.messages import (
     EXAMPLES,
     METRICS,
     PREPARED,
-    alike_arrays,
+    any_arrays,
     from_arrays,
-    reply_with,
     the_arrays,
     the_config,
     to_arrays,
@@ -105,7 +104,7 @@ def describe(message: Message, context: Context) -> Message:
     if workspace.node is not None:
         about["base"] = kept_base(workspace)
     counts = MetricRecord({EXAMPLES: len(client.train), "num-tests": len(client.test)})
-    return reply_with(message, RecordDict({ABOUT: about, METRICS: counts}))
+    return Message(RecordDict({ABOUT: about, METRICS: counts}), reply_to=message)
 
 
 @app.query("base")
@@ -115,7 +114,7 @@ def take_base(message: Message, context: Context) -> Message:
     name = client_name(context, workspace)
     about = ConfigRecord({"client": name, "base": keep_base(workspace, message)})
     release_state()  # what was made of another base before
-    return reply_with(message, RecordDict({ABOUT: about}))
+    return Message(RecordDict({ABOUT: about}), reply_to=message)
 
 
 def serve(phase: Phase) -> None:
@@ -141,7 +140,7 @@ def serve(phase: Phase) -> None:
             METRICS: MetricRecord({EXAMPLES: examples, **trained.metrics}),
             ABOUT: ConfigRecord({"client": name}),
         }
-        return reply_with(message, RecordDict(content))  # type: ignore[arg-type]
+        return Message(RecordDict(content), reply_to=message)  # type: ignore[arg-type]
 
 
 def serve_phases() -> None:
@@ -192,7 +191,8 @@ def answer_labels(message: Message, context: Context) -> Message:
         if s.noise == "client":
             answer = answer + noise(s, len(answer), name)
     about = ConfigRecord({"client": name})
-    return reply_with(message, RecordDict({ARRAYS: to_arrays({"labels": answer}), ABOUT: about}))
+    content = RecordDict({ARRAYS: to_arrays({"labels": answer}), ABOUT: about})
+    return Message(content, reply_to=message)
 
 
 @app.query("survey")
@@ -206,7 +206,7 @@ def answer_survey(message: Message, context: Context) -> Message:
     if not 0 <= number < len(surveys):
         raise UserError(f"Method {method!r} does not ask its clients question {number}.")
     answer = surveys[number].ask(client_side(workspace, message, name), rank)
-    return reply_with(message, RecordDict({ARRAYS: to_arrays(answer)}))
+    return Message(RecordDict({ARRAYS: to_arrays(answer)}), reply_to=message)
 
 
 @app.evaluate("personalize")
@@ -258,7 +258,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
             card=adapter_card,
         )
     about = ConfigRecord({"client": name})
-    return reply_with(message, RecordDict({ABOUT: about, METRICS: MetricRecord(metrics)}))
+    return Message(RecordDict({ABOUT: about, METRICS: MetricRecord(metrics)}), reply_to=message)
 
 
 def what_is_asked(message: Message, workspace: Workspace) -> tuple[str, int]:
@@ -284,5 +284,5 @@ def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide
     return replace(
         workspace.side(name, method=method),
         shared=shared,
-        prepared=alike_arrays([the_arrays(message, PREPARED)], "What the server prepared")[0],
+        prepared=any_arrays(the_arrays(message, PREPARED), "What the server prepared"),
     )

@@ -23,10 +23,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
-from flwr.serverapp.strategy import (
-    DifferentialPrivacyClientSideAdaptiveClipping,
-    DifferentialPrivacyServerSideAdaptiveClipping,
-)
+from flwr.serverapp import strategy as flower
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -80,11 +77,11 @@ class _Quantile:
         return noised
 
 
-class ServerQuantile(_Quantile, DifferentialPrivacyServerSideAdaptiveClipping):
+class ServerQuantile(_Quantile, flower.DifferentialPrivacyServerSideAdaptiveClipping):
     """Adaptive clipping on the server."""
 
 
-class ClientQuantile(_Quantile, DifferentialPrivacyClientSideAdaptiveClipping):
+class ClientQuantile(_Quantile, flower.DifferentialPrivacyClientSideAdaptiveClipping):
     """Adaptive clipping on the clients."""
 
 

@@ -26,13 +26,7 @@ from fedp2eft.data.clients import check_client_name
 from fedp2eft.data.nodes import Value
 from fedp2eft.errors import TellableError
 from fedp2eft.federation.server.run_folder import free_settings
-from fedp2eft.federation.wire.messages import (
-    array_digest,
-    base_id,
-    from_arrays,
-    the_arrays,
-    the_config,
-)
+from fedp2eft.federation.wire import messages as wire
 from fedp2eft.files import read_json, sweep, write_text
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.settings.experiment import Settings
@@ -89,8 +83,8 @@ def keep_base(workspace: Workspace, message: Message) -> str:
         UserError: The parameters do not fit the base, the untrained model's weights differ from
             the server's, or the disk is full.
     """
-    record, model = the_arrays(message), hash_weights(Path(workspace.source.path))
-    told = str(the_config(message).get("model", ""))
+    record, model = wire.the_arrays(message), hash_weights(Path(workspace.source.path))
+    told = str(wire.the_config(message).get("model", ""))
     if told != model:
         raise TellableError(
             f"its weights of {workspace.settings.model.name} are {model}, the server's {told}: "
@@ -100,7 +94,7 @@ def keep_base(workspace: Workspace, message: Message) -> str:
     parameters = {}
     if len(record):
         like = workspace.base.travelling(workspace.trainable_base, s)
-        parameters = from_arrays(record, like, "The base from the server")
-    made = base_id(array_digest(record), model)
+        parameters = wire.from_arrays(record, like, "The base from the server")
+    made = wire.base_id(wire.array_digest(record), model)
     workspace.save_base(parameters, {RECEIVED: {"base": made}})
     return made

@@ -31,7 +31,7 @@ from fedp2eft.federation.wire.messages import (
     to_arrays,
     whole,
 )
-from fedp2eft.progress import Reporter
+from fedp2eft.progress import LogReporter, Reporter
 from fedp2eft.settings.experiment import Wire
 from fedp2eft.settings.peers import PeerSettings
 
@@ -108,6 +108,10 @@ class Failures:
                 f"Only {usable} of {asked} clients are usable in {what}, and peers.min_share asks "
                 f"for {least}. The first unusable one: {first}"
             )
+
+
+FIRST_ENDS = Failures(PeerSettings(), stop=True, reporter=LogReporter())
+"""The first failure is an error."""
 
 
 def plain(text: str | None) -> str:

@@ -18,17 +18,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import (
-    FedAdagrad,
-    FedAdam,
-    FedAvg,
-    FedAvgM,
-    FedMedian,
-    FedTrimmedAvg,
-    FedYogi,
-    MultiKrum,
-    Strategy,
-)
+from flwr.serverapp import strategy as flower
 from torch import Tensor
 
 from fedp2eft.client.phase import Phase
@@ -39,11 +29,11 @@ from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import AggregationSettings
 
-ADAPTIVE = (FedAdagrad, FedAdam, FedYogi)
+ADAPTIVE = (flower.FedAdagrad, flower.FedAdam, flower.FedYogi)
 SERVER_OPTIMISERS = {"fedavgm", "fedadagrad", "fedadam", "fedyogi"}
 
 
-class Krum(MultiKrum):
+class Krum(flower.MultiKrum):
     """Flower's Krum and Multi-Krum in float64, for any number of replies.
 
     Args:
@@ -73,7 +63,7 @@ class Krum(MultiKrum):
         return super().aggregate_train(server_round, replies)
 
 
-def strategy(settings: AggregationSettings, optimize: bool = True) -> FedAvg:
+def strategy(settings: AggregationSettings, optimize: bool = True) -> flower.FedAvg:
     """Return Flower's strategy of that name; it samples nobody itself.
 
     Args:
@@ -85,19 +75,19 @@ def strategy(settings: AggregationSettings, optimize: bool = True) -> FedAvg:
     momentum = {"server_learning_rate": s.server_lr or 1.0, "server_momentum": s.momentum}
     adaptive = {"eta": s.server_lr or 1e-3, "tau": s.tau}
     moments = adaptive | {"beta_1": s.beta1, "beta_2": s.beta2}
-    kinds: dict[str, tuple[type[FedAvg], dict[str, Any]]] = {
-        "fedavg": (FedAvg, {}),
-        "fedmedian": (FedMedian, {}),
-        "trimmed-mean": (FedTrimmedAvg, {"beta": s.hostile}),
+    kinds: dict[str, tuple[type[flower.FedAvg], dict[str, Any]]] = {
+        "fedavg": (flower.FedAvg, {}),
+        "fedmedian": (flower.FedMedian, {}),
+        "trimmed-mean": (flower.FedTrimmedAvg, {"beta": s.hostile}),
         "krum": (Krum, {"hostile": s.hostile, "select": "one"}),
         "multi-krum": (Krum, {"hostile": s.hostile, "select": "many"}),
-        "fedavgm": (FedAvgM, momentum),
-        "fedadagrad": (FedAdagrad, adaptive),
-        "fedadam": (FedAdam, moments),
-        "fedyogi": (FedYogi, moments),
+        "fedavgm": (flower.FedAvgM, momentum),
+        "fedadagrad": (flower.FedAdagrad, adaptive),
+        "fedadam": (flower.FedAdam, moments),
+        "fedyogi": (flower.FedYogi, moments),
     }
-    flower, options = kinds[kind]
-    return flower(fraction_train=0.0, weighted_by_key=EXAMPLES, **options)
+    made, options = kinds[kind]
+    return made(fraction_train=0.0, weighted_by_key=EXAMPLES, **options)
 
 
 class Averaging:
@@ -120,7 +110,7 @@ class Averaging:
     def __init__(self, settings: Settings, phase: Phase, members: Iterable[Member]) -> None:
         self.members = sorted(members, key=lambda member: member.client)
         self.size = min(settings.value(phase.clients), len(self.members))
-        self.strategy: Strategy = strategy(settings.aggregation, phase.optimize)
+        self.strategy: flower.Strategy = strategy(settings.aggregation, phase.optimize)
         self._kind, self._seed, self._peers = phase.kind, settings.seed, settings.peers
 
     def sample(self, round_: int) -> list[Member]:
@@ -171,7 +161,7 @@ class Averaging:
             for moment in ("m_t", "v_t"):
                 for name, value in (getattr(self.strategy, moment) or {}).items():
                     kept[f"{moment}/{name}"] = value
-        if isinstance(self.strategy, FedAvgM):
+        if isinstance(self.strategy, flower.FedAvgM):
             for i, value in enumerate(self.strategy.momentum_vector or []):
                 kept[f"momentum/{i:06d}"] = value
         return {name: torch.from_numpy(np.array(value)) for name, value in kept.items()}
@@ -185,6 +175,6 @@ class Averaging:
 
         if isinstance(self.strategy, ADAPTIVE):
             self.strategy.m_t, self.strategy.v_t = part("m_t") or None, part("v_t") or None
-        if isinstance(self.strategy, FedAvgM):
+        if isinstance(self.strategy, flower.FedAvgM):
             momentum = part("momentum")
             self.strategy.momentum_vector = [momentum[i] for i in sorted(momentum)] or None

@@ -17,15 +17,7 @@ from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.checkpoints import load_checkpoint
 from fedp2eft.federation.server.exchange import Member, exchange
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import (
-    ABOUT,
-    ARRAYS,
-    CONFIG,
-    TAKE_BASE,
-    array_digest,
-    base_id,
-    to_arrays,
-)
+from fedp2eft.federation.wire import messages as wire
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.progress import Reporter
 from fedp2eft.runtime.workspace import Workspace
@@ -51,9 +43,9 @@ def deliver_base(
             f"{run.path} has no complete checkpoint of the base model's last round: name another "
             "run folder."
         )
-    arrays = to_arrays(found.parameters if trained and found else {})
+    arrays = wire.to_arrays(found.parameters if trained and found else {})
     model = hash_weights(Path(workspace.source.path))
-    wanted = base_id(array_digest(arrays), model)
+    wanted = wire.base_id(wire.array_digest(arrays), model)
     missing = [member for member in members if member.base != wanted]
     if not missing:
         return
@@ -64,10 +56,10 @@ def deliver_base(
     # A few at a time: the base of a large model on its way to all at once would fill every link.
     for first in range(0, len(missing), AT_ONCE):
         some = {member.node: member for member in missing[first : first + AT_ONCE]}
-        content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({"model": model})})
-        messages = [Message(content, node, TAKE_BASE) for node in some]
+        content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: ConfigRecord({"model": model})})
+        messages = [Message(content, node, wire.TAKE_BASE) for node in some]
         for member, reply in exchange(grid, messages, some, s.federation.timeout, what, failures):
-            told = str(reply.content.config_records.get(ABOUT, ConfigRecord()).get("base", ""))
+            told = str(reply.content.config_records.get(wire.ABOUT, ConfigRecord()).get("base", ""))
             if told != wanted:
                 failures.add(
                     member.client,

@@ -13,25 +13,10 @@ from torch import Tensor
 
 from fedp2eft.data.clients import SEEN
 from fedp2eft.errors import UserError
-from fedp2eft.federation.server.admission import Failures
+from fedp2eft.federation.server.admission import FIRST_ENDS, Failures
 from fedp2eft.federation.server.exchange import Member, exchange
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import (
-    ARRAYS,
-    CONFIG,
-    EXAMPLES,
-    PERSONALIZE,
-    PREPARED,
-    SURVEY,
-    alike_arrays,
-    array_digest,
-    nbytes,
-    scalars,
-    the_arrays,
-    to_arrays,
-    whole,
-    with_label_prior,
-)
+from fedp2eft.federation.wire import messages as wire
 from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter
 from fedp2eft.results.metrics import metric_of
@@ -64,16 +49,11 @@ class Instruction:
     def message(self, node: int, kind: str) -> Message:
         """A message of that kind to one node."""
         config = ConfigRecord({"method": self.method, "rank": self.rank})
-        if kind == SURVEY:
+        if kind == wire.SURVEY:
             config["question"] = self.question
-        config = with_label_prior(config, self.label_prior)
-        content = {ARRAYS: self.shared, PREPARED: self.prepared, CONFIG: config}
+        config = wire.with_label_prior(config, self.label_prior)
+        content = {wire.ARRAYS: self.shared, wire.PREPARED: self.prepared, wire.CONFIG: config}
         return Message(RecordDict(content), node, kind, group_id=f"{self.method}-r{self.rank}")  # type: ignore[arg-type]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays, one client."""
-        return nbytes(self.shared) + nbytes(self.prepared)
 
 
 def prepare(
@@ -83,7 +63,7 @@ def prepare(
     rank: int,
     members: list[Member],
     timeout: float,
-    failures: Failures | None = None,
+    failures: Failures = FIRST_ENDS,
     label_prior: Sequence[float] = (),
 ) -> Instruction:
     """Gather what the clients must be told; asks the seen clients where the method has surveys.
@@ -95,34 +75,33 @@ def prepare(
         rank: The budget.
         members: All clients of the federation.
         timeout: Seconds without any reply after which no more are waited for.
-        failures: Hears of clients that fail; the first one is an error where none is given.
+        failures: Receives clients that fail. Without it, the first one raises.
         label_prior: q; empty if it is not known.
     """
     kind = METHODS[method]
-    parameters = to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
+    parameters = wire.to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
     seen = {member.node: member for member in members if member.pool == SEEN}
     if kind.surveys and not seen:
         raise UserError(f"Method {method} needs seen clients, and there are none: leave it out.")
     prepared: dict[str, Tensor] = {}
     for number, survey in enumerate(kind.surveys):
-        told = Instruction(method, rank, parameters, to_arrays(prepared), number, label_prior)
-        messages = [told.message(node, SURVEY) for node in seen]
+        told = Instruction(method, rank, parameters, wire.to_arrays(prepared), number, label_prior)
+        messages = [told.message(node, wire.SURVEY) for node in seen]
         what = f"survey of {method}"
         replies = {
-            member.client: the_arrays(reply)
+            member.client: wire.the_arrays(reply)
             for member, reply in exchange(
                 grid, messages, seen, timeout, what, failures, renewed=True
             )
         }
         answers = alike_answers(replies, what, failures)
-        if failures:
-            failures.check(len(answers), len(messages), what)
+        failures.check(len(answers), len(messages), what)
         prepared |= survey.combine(answers)
-    return Instruction(method, rank, parameters, to_arrays(prepared), label_prior=label_prior)
+    return Instruction(method, rank, parameters, wire.to_arrays(prepared), label_prior=label_prior)
 
 
 def alike_answers(
-    replies: Mapping[str, ArrayRecord], what: str, failures: Failures | None = None
+    replies: Mapping[str, ArrayRecord], what: str, failures: Failures = FIRST_ENDS
 ) -> list[dict[str, Tensor]]:
     """Answers to one question, in the order of the clients' names.
 
@@ -139,10 +118,8 @@ def alike_answers(
         try:
             if kinds and _kind(replies[client]) != kinds.most_common(1)[0][0]:
                 raise UserError(f"{whose} has other parameters than most.")
-            answers += alike_arrays([replies[client]], whose)
+            answers.append(wire.any_arrays(replies[client], whose))
         except UserError as error:
-            if failures is None:
-                raise
             failures.add(client, str(error), "refused")
     return answers
 
@@ -156,7 +133,7 @@ def personalize(
     told: Instruction,
     members: list[Member],
     timeout: float,
-    failures: Failures | None = None,
+    failures: Failures = FIRST_ENDS,
 ) -> Iterator[tuple[Member, dict[str, Any]]]:
     """Have clients personalize with one method and budget; yields each one's scores as they come.
 
@@ -167,7 +144,7 @@ def personalize(
         timeout: Seconds without any reply after which no more are waited for.
         failures: Receives clients that fail. Without it, the first one raises.
     """
-    messages = [told.message(member.node, PERSONALIZE) for member in members]
+    messages = [told.message(member.node, wire.PERSONALIZE) for member in members]
     by_node = {member.node: member for member in members}
     what = "personalization"
     replies = exchange(grid, messages, by_node, timeout, what, failures, renewed=True)
@@ -175,13 +152,9 @@ def personalize(
         try:
             scores = scores_of(reply)
         except UserError as error:
-            reason = f"Client {member.client}, {what}: {error}"
-            if failures is None:
-                raise UserError(reason) from error
-            failures.add(member.client, reason, "refused")
+            failures.add(member.client, f"Client {member.client}, {what}: {error}", "refused")
         else:
-            if failures:
-                failures.usable(member.client)
+            failures.usable(member.client)
             yield member, scores
 
 
@@ -191,13 +164,13 @@ def scores_of(reply: Message) -> dict[str, Any]:
     Raises:
         UserError: One is missing, or cannot be.
     """
-    metrics = scalars(reply)
+    metrics = wire.scalars(reply)
     units = [name for name in ("correct", "tokens") if name in metrics]
     if len(units) != 1:
         raise UserError("its scores are neither those of a classification nor of a causal LM.")
-    examples = whole(metrics, EXAMPLES)
+    examples = wire.whole(metrics, wire.EXAMPLES)
     scores = {"examples": examples, "loss": _number(metrics, "loss")}
-    scores |= {name: whole(metrics, name) for name in (*units, "parameters")}
+    scores |= {name: wire.whole(metrics, name) for name in (*units, "parameters")}
     scores["seconds"] = _number(metrics, "seconds")
     texts = {name: _number(metrics, name) for name in TEXT_SCORES if name in metrics}
     if max(texts.values(), default=0.0) > examples * (1 + 1e-6):
@@ -221,7 +194,9 @@ def personalize_all(
     """Every client of the chosen pools, with every method and budget; missing cells only."""
     failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
     evaluation, timeout = run.settings.evaluation, run.settings.federation.timeout
-    digests = {name: array_digest(to_arrays(parameters)) for name, parameters in shared.items()}
+    digests = {
+        name: wire.array_digest(wire.to_arrays(parameters)) for name, parameters in shared.items()
+    }
     run.drop_cells_of_other_phi(
         {name: digests[kind.shared] for name, kind in METHODS.items() if kind.shared in digests}
     )

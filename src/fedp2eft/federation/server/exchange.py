@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedp2eft.data.clients import POOLS, check_client_name
 from fedp2eft.errors import UserError, shortened
 from fedp2eft.federation.hooks import UNAVAILABLE
-from fedp2eft.federation.server.admission import Failures, plain
+from fedp2eft.federation.server.admission import FIRST_ENDS, Failures, plain
 from fedp2eft.federation.server.faults import Kind
 from fedp2eft.federation.wire.messages import ABOUT, DESCRIBE, EXAMPLES, scalars, whole
 
@@ -39,7 +39,7 @@ def exchange(
     members: dict[int, Member],
     timeout: float,
     what: str,
-    failures: Failures | None = None,
+    failures: Failures = FIRST_ENDS,
     renewed: bool = False,
 ) -> Iterator[tuple[Member, Message]]:
     """Send messages and yield every reply as it comes, with the client that it is from.
@@ -66,7 +66,7 @@ def exchange(
             waiting[id_] = member
         else:
             reason = f"Client {member.client}, {what}: it could not be sent its message."
-            _refuse(failures, member.client, reason, "lost")
+            failures.add(member.client, reason, "lost")
     end = time.monotonic() + timeout
     while waiting:
         replies = list(grid.pull_messages(list(waiting)))
@@ -74,31 +74,31 @@ def exchange(
             answering = waiting.pop(reply.metadata.reply_to_message_id, None)
             if answering is None:  # nobody waits for it: a second reply, or one to nothing
                 sender = members.get(reply.metadata.src_node_id)
-                if failures and sender:
+                if sender:
                     failures.ignored(sender.client, what)
             elif reply.has_error():
                 kind: Kind = "lost" if reply.error.code in UNAVAILABLE else "failed"
                 reason = f"Client {answering.client}, {what}: {plain(reply.error.reason)}"
-                _refuse(failures, answering.client, reason, kind)
+                failures.add(answering.client, reason, kind)
             else:
                 yield answering, reply
         if replies and renewed:
             end = time.monotonic() + timeout
         if waiting and time.monotonic() > end:
-            if failures is None or failures.stop:
+            if failures.stop:
                 raise UserError(
                     f"{len(waiting)} clients did not reply within {timeout:.0f} s ({what}): start "
                     "again to resume from the last finished round, or raise federation.timeout."
                 )
             for member in waiting.values():
                 reason = f"Client {member.client}, {what}: no reply within {timeout:.0f} s."
-                _refuse(failures, member.client, reason, "late")
+                failures.add(member.client, reason, "late")
             return
         if not replies:
             time.sleep(PULL_SECONDS)
 
 
-def roster(grid: Grid, timeout: float, failures: Failures | None = None) -> list[Member]:
+def roster(grid: Grid, timeout: float, failures: Failures = FIRST_ENDS) -> list[Member]:
     """Ask every node who it is; sorted by client name.
 
     A name that two nodes give is neither's: nobody can tell which of them is the client.
@@ -121,22 +121,16 @@ def roster(grid: Grid, timeout: float, failures: Failures | None = None) -> list
             members.append(_described(asked.node, reply))
         except UserError as error:
             reason = f"Client {asked.client}, at the start: {error}"
-            _refuse(failures, asked.client, reason, "refused")
+            failures.add(asked.client, reason, "refused")
     times = Counter(member.client for member in members)
     for name in sorted(name for name, number in times.items() if number > 1):
         claim = ", ".join(str(m.node) for m in members if m.client == name)
         reason = f"Nodes {claim} all say that they are client {name}: start one."
-        _refuse(failures, name, reason, "refused")
+        failures.add(name, reason, "refused")
     kept = [member for member in members if times[member.client] == 1]
-    if failures is not None and failures.reasons and not kept:
+    if failures.reasons and not kept:
         failures.check(0, len(nodes), "the federation")
     return sorted(kept, key=lambda member: member.client)
-
-
-def _refuse(failures: Failures | None, client: str, reason: str, kind: Kind) -> None:
-    if failures is None:
-        raise UserError(reason)
-    failures.add(client, reason, kind)
 
 
 def _described(node: int, reply: Message) -> Member:

@@ -32,12 +32,7 @@ from flwr.serverapp import (
     PrivacyConfig,
     SamplingMethod,
 )
-from flwr.serverapp.strategy import (
-    DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyServerSideFixedClipping,
-    FedAvg,
-    Strategy,
-)
+from flwr.serverapp import strategy as flower
 from torch import Tensor
 
 from fedp2eft.client.phase import Phase
@@ -58,7 +53,7 @@ NORM, ROUNDS = "privacy/clip-norm", "privacy/rounds"
 ROUNDING = 1e-3  # how far above the norm a clipped change may come out in fp32
 
 
-class SampledMean(FedAvg):
+class SampledMean(flower.FedAvg):
     """The mean over the sampled clients, those that failed counting as unchanged.
 
     Args:
@@ -126,7 +121,7 @@ class Private(Averaging):
         if members:
             self.epsilon({"": 1}, 1)  # what is missing is missed before the first round
 
-    def _strategy(self) -> Strategy:
+    def _strategy(self) -> flower.Strategy:
         s, size = self.settings, max(1, self.size)
         mean = SampledMean(size)
         if s.noise == "client":
@@ -135,8 +130,8 @@ class Private(Averaging):
         count_noise = max(size / 20, s.noise_multiplier)
         if s.clipping == "fixed":
             fixed = {
-                "server": DifferentialPrivacyServerSideFixedClipping,
-                "client": DifferentialPrivacyClientSideFixedClipping,
+                "server": flower.DifferentialPrivacyServerSideFixedClipping,
+                "client": flower.DifferentialPrivacyClientSideFixedClipping,
             }[s.clip_on]
             return fixed(mean, s.noise_multiplier, s.clip_norm, size)
         adaptive = {"server": ServerQuantile, "client": ClientQuantile}[s.clip_on]

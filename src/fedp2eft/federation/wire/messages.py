@@ -15,7 +15,7 @@ from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
@@ -128,22 +128,17 @@ def read_in_place(record: ArrayRecord, names: Iterable[str]) -> ArrayRecord:
     return shared
 
 
-def alike_arrays(records: Sequence[ArrayRecord], whose: str) -> list[dict[str, Tensor]]:
-    """Tensors of several records that must have the same names and shapes.
+def any_arrays(record: ArrayRecord, whose: str) -> dict[str, Tensor]:
+    """Tensors of a record of any names and shapes.
 
     Raises:
-        UserError: As `from_arrays`, the first record deciding what is expected.
+        UserError: As `from_arrays`.
     """
-    if not records:
-        return []
     try:  # "meta": a shape from a peer takes no memory
-        like = {
-            name: torch.empty(tuple(array.shape), device="meta")
-            for name, array in records[0].items()
-        }
+        like = {n: torch.empty(tuple(a.shape), device="meta") for n, a in record.items()}
     except (RuntimeError, TypeError, ValueError) as error:
         raise TellableError(f"{whose} has an array of no possible shape.") from error
-    return [from_arrays(record, like, whose) for record in records]
+    return from_arrays(record, like, whose)
 
 
 def the_arrays(message: Message, name: str = ARRAYS) -> ArrayRecord:
@@ -198,11 +193,6 @@ def whole(metrics: Mapping[str, int | float], name: str, least: int = 0) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"its {name} is {value}, not a whole number from {least} up")
     return value
-
-
-def reply_with(message: Message, content: RecordDict) -> Message:
-    """A reply to `message`."""
-    return Message(content, reply_to=message)
 
 
 def nbytes(record: ArrayRecord) -> int:
