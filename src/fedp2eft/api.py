@@ -7,14 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedp2eft.adapters import convert
 from fedp2eft.adapters.convert import check_same_base, with_adapter
 from fedp2eft.adapters.export import PEFT_TASKS, adapter_facts, auto_mapping, save_adapter
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.data.clients import ClientData
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
@@ -26,10 +22,7 @@ from fedp2eft.models.sources import ModelSource, resolve_model
 from fedp2eft.results.cards import MODEL_FACTS, adapter_card
 from fedp2eft.runtime.one_client import OneClient
 from fedp2eft.settings.data import DataSettings
-from fedp2eft.settings.experiment import (
-    TaskName,
-    check_rank,
-)
+from fedp2eft.settings.experiment import TaskName, check_rank
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.generation import check_room
 from fedp2eft.tasks.generation import generate as generate_texts
@@ -144,17 +137,19 @@ def personalize(
     }
     local = replace(c.local, **{key: value for key, value in given.items() if value is not None})
     # The rows, then the model: a mistake in a file shows before anything is loaded.
-    columns = tuple(text_columns or c.text_columns)
-    spare, name = (
-        (target_column, "target_column")
-        if c.task == "classification"
-        else (label_column, "label_column")
-    )
-    if spare is not None:
+    classes = c.task == "classification"
+    name = "target_column" if classes else "label_column"
+    if (target_column if classes else label_column) is not None:
         raise UserError(f"The PSG is of the task {c.task}, which has no use for {name}: remove it.")
-    answers = _Answers(c.task, label_column or c.label_column, target_column or c.target_column)
-    rows = _rows(data, columns, answers, c.labels)
-    held = rows if test_data is None else _rows(test_data, columns, answers, c.labels, score=True)
+    columns = DataSettings(
+        text_columns=list(text_columns or c.text_columns),
+        label_column=(label_column or c.label_column) if classes else None,
+        target_column=None if classes else target_column or c.target_column,
+        labels=list(c.labels),
+        test_fraction=0.0,
+    )
+    rows = client_from_file(data, columns)
+    held = rows if test_data is None else client_from_file(test_data, columns, only_test=True)
     client = rows.clients[0].name
     workspace = OneClient(
         psg, model, rows, held, local, precision=precision, device=device, seed=seed
@@ -224,19 +219,24 @@ def evaluate(
         raise UserError("Only a causal LM generates: name the column of responses, target_column.")
     if generate:
         check_scorers()
-    labels = () if target_column else class_names(config)
-    answers = _Answers(kind, label_column, target_column or "")
-    rows = _rows(data, tuple(text_columns or ("text",)), answers, labels, score=True)
+    columns = DataSettings(
+        text_columns=list(text_columns or ("text",)),
+        label_column=None if target_column else label_column,
+        target_column=target_column or None,
+        labels=[] if target_column else list(class_names(config)),
+        test_fraction=0.0,
+    )
+    rows = client_from_file(data, columns, only_test=True)
     if adapter is not None:
         check_same_base(adapter, source)
     if max_length is None and adapter is not None:
         known = adapter_facts(adapter).get("max_length")
         max_length = known if isinstance(known, int) else None
-    base, task, tokenizer = _load(source, kind, (), max_length, precision, device)
+    base, task, tokenizer = _load(source, kind, max_length, precision, device)
     longest = longest_input(base)
     if adapter is not None:
         base = with_adapter(base, adapter)
-    asked_for = _texts(rows, rows.clients[0].test)
+    asked_for = rows.texts_and_answers(rows.clients[0].test, kind)
     scores = task.score(base, task.encode(tokenizer, *asked_for), batch_size)
     if not generate:
         return scores
@@ -275,51 +275,14 @@ def export(
         convert.change_layout(adapter, out, layout, model, adapter_card)
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What the rows of a file are answered with: a class, or a text."""
-
-    task: TaskName
-    label_column: str
-    target_column: str
-
-
-def _rows(
-    data: DataFile,
-    columns: tuple[str, ...],
-    answers: _Answers,
-    labels: tuple[str, ...],
-    score: bool = False,
-) -> ClientData:
-    """One client, whose rows train unless the file says otherwise; with `score` they are tested."""
-    classes = answers.task == "classification"
-    return client_from_file(
-        data,
-        DataSettings(
-            text_columns=list(columns),
-            label_column=answers.label_column if classes else None,
-            target_column=None if classes else answers.target_column,
-            labels=list(labels),
-            test_fraction=0.0,
-        ),
-        only_test=score,
-    )
-
-
 def _load(
-    source: ModelSource,
-    kind: TaskName,
-    labels: Sequence[str],
-    max_length: int | None,
-    precision: Any,
-    device: str,
+    source: ModelSource, kind: TaskName, max_length: int | None, precision: Any, device: str
 ) -> tuple[Any, Task, Any]:
     """Model, task and tokenizer; the usual length, if none is given, or what the model reads."""
     where, tokenizer = choose_device(device), load_tokenizer(source)
     base = load_base(
         source,
         kind,
-        labels=labels,
         tokenizer=tokenizer,
         dtype=resolve_precision(precision, where),
         device=where,
@@ -330,8 +293,3 @@ def _load(
         max_length = min(usual, longest_input(base) or usual)
         prepare_for_length(base, max_length, where)
     return base, make_task(kind, tokenizer, max_length, where, base.config), tokenizer
-
-
-def _texts(data: ClientData, rows: NDArray[np.int64]) -> tuple[list[Sequence[Any]], Sequence[Any]]:
-    """The text columns of rows, and their answers."""
-    return data.texts_and_answers(rows, "classification" if data.labels else "causal_lm")

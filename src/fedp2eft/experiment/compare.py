@@ -36,12 +36,7 @@ from fedp2eft.runtime.inputs import check_inputs
 from fedp2eft.runtime.phases import shared_phases
 from fedp2eft.runtime.workspace import LABEL_PRIOR_FILE
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import (
-    SETTINGS_FILE,
-    check_same,
-    settings_of_folder,
-    settings_text,
-)
+from fedp2eft.settings.reading import SETTINGS_FILE, check_same, settings_of_folder, settings_text
 
 FREE = {
     ("evaluation", "methods"),

@@ -71,11 +71,7 @@ def local_engine(
                 client_app,
                 [{"client": name} for name in sorted(workspace.clients)],
                 config,
-                ManyAtOnce(
-                    PSG_PHASE.kind,
-                    settings.federation.cohort_size,
-                    train_psg_ahead,
-                ),
+                ManyAtOnce(PSG_PHASE.kind, settings.federation.cohort_size, train_psg_ahead),
             )
             context = Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), config)
             yield LocalEngine(grid, workspace, context)

@@ -119,11 +119,7 @@ def collect(run: str | Path) -> Results:
 
 
 def row_of(
-    method: str,
-    rank: int,
-    pool: str,
-    cells: Sequence[Mapping[str, Any]],
-    base: Mapping[str, float],
+    method: str, rank: int, pool: str, cells: Sequence[Mapping[str, Any]], base: Mapping[str, float]
 ) -> Row:
     """The scores of one method, budget and pool.
 

@@ -83,7 +83,6 @@ class Workspace:
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._features: dict[str, Tensor] = {}
         self._shapes: dict[str, dict[str, Tensor]] = {}
-        self._trainable: nn.Module | None = None
         self._label_prior: Tensor | None = None
         self.private = PrivateParts(
             self.client_folder,
@@ -226,12 +225,10 @@ class Workspace:
         """How the base is trained."""
         return BASES[self.settings.base.kind]
 
-    @property
+    @cached_property
     def trainable_base(self) -> nn.Module:
         """The base in fp32 with a fresh head, for training the base itself."""
-        if self._trainable is None:
-            self._trainable = self._load_trainable(self.source)
-        return self._trainable
+        return self._load_trainable(self.source)
 
     def save_base(
         self, parameters: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
@@ -251,7 +248,7 @@ class Workspace:
 
     def release_trainable_base(self) -> None:
         """Let the trained base go; the next use loads it anew."""
-        self._trainable = None
+        self.__dict__.pop("trainable_base", None)
 
     @cached_property
     def finished_base(self) -> nn.Module:
@@ -259,26 +256,27 @@ class Workspace:
         return self._load_trainable(self.base_source)
 
     def _load_trainable(self, source: ModelSource) -> nn.Module:
-        model = load_base(
-            source,
-            self.settings.model.task,
-            labels=self.labels,
-            tokenizer=self.tokenizer,
-            seed=self.settings.model.seed,
-            device=self.device,
-            max_length=self.settings.local.max_length,
-            gradient_checkpointing=self.settings.model.gradient_checkpointing,
-        )
-        self._check_dropout(model)
+        model = self._load(source, seed=self.settings.model.seed)
         return self.base.wrap(model, self.settings)
 
-    def _check_dropout(self, model: nn.Module) -> None:
+    def _load(self, source: ModelSource, **options: Any) -> nn.Module:
         s = self.settings
+        model = load_base(
+            source,
+            s.model.task,
+            labels=self.labels,
+            tokenizer=self.tokenizer,
+            device=self.device,
+            max_length=s.local.max_length,
+            gradient_checkpointing=s.model.gradient_checkpointing,
+            **options,
+        )
         if s.model.gradient_checkpointing and not s.local.dropout and has_dropout(model):
             raise UserError(
                 "Gradient checkpointing needs training mode, in which this base model uses "
                 "dropout: set local.dropout to true, or model.gradient_checkpointing to false."
             )
+        return model
 
     @cached_property
     def base_source(self) -> ModelSource:
@@ -294,18 +292,8 @@ class Workspace:
     def bt(self) -> BTLora:
         """The frozen base with its gated adapter."""
         self.release_trainable_base()
-        base = load_base(
-            self.base_source,
-            self.settings.model.task,
-            labels=self.labels,
-            tokenizer=self.tokenizer,
-            dtype=resolve_precision(self.settings.model.precision, self.device),
-            device=self.device,
-            max_length=self.settings.local.max_length,
-            quantize=self.settings.model.quantize,
-            gradient_checkpointing=self.settings.model.gradient_checkpointing,
-        )
-        self._check_dropout(base)
+        dtype = resolve_precision(self.settings.model.precision, self.device)
+        base = self._load(self.base_source, dtype=dtype, quantize=self.settings.model.quantize)
         if self.settings.evaluation.generate:
             new_tokens = self.settings.evaluation.max_new_tokens
             check_room(longest_input(base), self.settings.local.max_length, new_tokens)

@@ -70,12 +70,7 @@ def learn_label_prior(
 
 
 def _asked(
-    grid: Grid,
-    run: RunFolder,
-    source: str,
-    classes: int,
-    members: list[Member],
-    reporter: Reporter,
+    grid: Grid, run: RunFolder, source: str, classes: int, members: list[Member], reporter: Reporter
 ) -> Tensor:
     """The sum of the seen clients' answers."""
     s, what = run.settings, "label prior"

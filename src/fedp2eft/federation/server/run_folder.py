@@ -46,12 +46,7 @@ from fedp2eft.files import (
 )
 from fedp2eft.runtime.phases import shared_phases
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.reading import (
-    SETTINGS_FILE,
-    check_same,
-    settings_of_folder,
-    settings_text,
-)
+from fedp2eft.settings.reading import SETTINGS_FILE, check_same, settings_of_folder, settings_text
 
 # Settings that may change between two starts of one run: they add to it, and change nothing done.
 FREE = {
@@ -134,7 +129,9 @@ class RunFolder:
         """The parameters of a finished round cannot be taken back."""
         for phase in shared_phases().values():
             found = load_checkpoint(self.path / "checkpoints", phase.name)
-            done, rounds = found.round if found else 0, self.settings.value(phase.rounds)
+            if found is None:
+                continue
+            done, rounds = found.round, self.settings.value(phase.rounds)
             if done > rounds:
                 raise UserError(
                     f"{self.path} has {done} finished rounds, more than {phase.rounds} = {rounds}: "

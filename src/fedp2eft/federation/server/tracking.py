@@ -17,11 +17,7 @@ from fedp2eft.progress import current
 from fedp2eft.results.rows import Results
 from fedp2eft.settings.experiment import Settings
 
-_INSTALL = {
-    "tensorboard": "'fedp2eft[trackers]'",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-}
+_INSTALL = {"tensorboard": "'fedp2eft[trackers]'", "wandb": "wandb", "mlflow": "mlflow"}
 _PROJECT = "fedp2eft"
 
 
