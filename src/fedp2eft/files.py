@@ -32,7 +32,7 @@ def take_lock(path: Path) -> BaseFileLock | None:
     return lock
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, flush it to disk, then put it in place of `path`.
 
     Args:
@@ -137,13 +137,12 @@ def _check_disk(path: Path, error: Exception, remedy: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_whole` for JSON, readable by people."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda scratch: _write_text(scratch, text))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """`write_whole` for text."""
-    write_whole(path, lambda scratch: _write_text(scratch, text))
+    write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
@@ -192,7 +191,3 @@ def _value_of(line: bytes) -> dict[str, Any] | None:
 def _ends_line(file: IO[bytes]) -> bool:
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

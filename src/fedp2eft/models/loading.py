@@ -1,8 +1,8 @@
 """Loads base models and tokenizers from local folders; never code, never pickles."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from math import prod
@@ -96,7 +96,8 @@ def load_base(
         auto = AutoModelForCausalLM
     if quantize != "none":
         options |= {"quantization_config": _bits(quantize, dtype), "device_map": {"": device}}
-    with quiet_transformers(), _cpu_seed(seed):
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):  # as it was, afterwards
+        torch.default_generator.manual_seed(seed)
         model, report = _load(source, auto, output_loading_info=True, **options)
     _check_report(model, report, task, source)
     limit = longest_input(model)
@@ -304,17 +305,6 @@ def _other_head(source: ModelSource, found: int, wanted: int) -> UserError:
         f"{source.name} holds a classification head for {found} labels, and {wanted} are needed: "
         "use the base model without a head, or data with its labels."
     )
-
-
-@contextmanager
-def _cpu_seed(seed: int) -> Iterator[None]:
-    """Seeds the CPU generator inside and puts its state back; other devices are not touched."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)

@@ -8,8 +8,7 @@ model's own generation config ends with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from fedp2eft.errors import UserError
-from fedp2eft.modes import in_mode
+from fedp2eft.modes import in_mode, with_values
 from fedp2eft.tasks.prompts import Prompts
 
 
@@ -88,7 +87,9 @@ def generate(
     device = next(model.parameters()).device
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].tokens))
     answers = [""] * len(questions)
-    with in_mode(model, training=False), _defaults_of(base, GenerationConfig()):
+    # What a call leaves open comes from the config: many models ask for sampling and penalties.
+    defaults = GenerationConfig()
+    with in_mode(model, training=False), with_values(base, generation_config=defaults):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = len(questions[chosen[0]].tokens)
@@ -107,14 +108,3 @@ def generate(
             if progress:
                 progress((start + len(chosen)) / len(order))
     return answers
-
-
-@contextmanager
-def _defaults_of(base: Any, defaults: Any) -> Iterator[None]:
-    """Whatever a call leaves open comes from there: many models ask for sampling and penalties."""
-    own = base.generation_config
-    base.generation_config = defaults
-    try:
-        yield
-    finally:
-        base.generation_config = own

@@ -10,9 +10,9 @@ transformers hands attention over to a function of the user's through `Attention
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedp2eft.modes import with_values
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.first_position import only_first_position, reads_first
 
@@ -142,23 +143,19 @@ def packed_logits(model: nn.Module, inputs: dict[str, Tensor], packing: Packing)
     # RoBERTa counts positions from the one after its padding's.
     first = getattr(encoder.embeddings, "padding_idx", -1) + 1
     inputs = {**inputs, "position_ids": inputs["position_ids"] + first}
-    with _attending_packed(encoder.config), only_first_position(model, packing.starts):
+    _register()
+    attending = with_values(encoder.config, _attn_implementation=ATTENTION)
+    with attending, only_first_position(model, packing.starts):
         logits: Tensor = model(**inputs, packing=packing).logits
     return logits
 
 
-@contextmanager
-def _attending_packed(config: Any) -> Iterator[None]:
+@cache
+def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface  # takes a second
 
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, _no_mask)
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def _attend(

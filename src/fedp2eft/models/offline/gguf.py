@@ -8,8 +8,8 @@ model. Reading it takes the package `gguf` and some ten seconds; the folder stay
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -25,6 +25,7 @@ import torch
 from fedp2eft.errors import UserError
 from fedp2eft.models.offline.part import OfflinePart, installed_file
 from fedp2eft.models.quiet import quiet_transformers
+from fedp2eft.modes import with_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +85,17 @@ class GGUFPart(OfflinePart):
             )
 
 
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """Lets transformers parse the file once, not three times, and its names once, not per module.
+def _read_once() -> AbstractContextManager[None]:
+    """Let transformers parse the file once, not three times, and its names once, not per module.
 
     That is half of the time that a conversion takes.
     """
     gguf: Any = import_module("gguf")
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, before)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = before
+    return with_values(
+        gguf,
+        GGUFReader=cache(gguf.GGUFReader),
+        get_tensor_name_map=cache(gguf.get_tensor_name_map),
+    )
 
 
 def join_parts(package: str, count: int, file: Path) -> Path:
