@@ -69,16 +69,14 @@ def class_name(
     Raises:
         UserError: nothing, no text and no whole number, or neither a class name nor an id.
     """
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        found = "nothing" if value is None else f"{type(value).__name__} {value!s}"
-        remedy = "" if value is None else f' Write it as text: "{value}".'
+    is_name = isinstance(value, str | int) and not isinstance(value, bool)
+    name = clean(str(value)) if is_name else ""
+    if not name:
+        empty = is_name or value is None
+        found = "nothing" if empty else f"{type(value).__name__} {value!s}"
+        remedy = "" if empty else f' Write it as text: "{value}".'
         raise UserError(
             f"{where}: column {column!r} holds {found}, not a class name or a whole number.{remedy}"
-        )
-    name = clean(str(value))
-    if not name:
-        raise UserError(
-            f"{where}: column {column!r} holds nothing, not a class name or a whole number."
         )
     if not classes or name in classes:
         return name

