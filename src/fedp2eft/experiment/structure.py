@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,44 +21,14 @@ from fedp2eft.federation.server.checkpoints import all_checkpoints
 from fedp2eft.runtime.workspace import Workspace
 
 
-@dataclass(frozen=True)
-class Structure:
-    """The structures that one φ predicts for a set of clients.
-
-    Args:
-        round: Finished rounds of the PSG's federation.
-        level: Mean λ̂ over clients and ranks.
-        spread: How much λ̂ differs between the ranks of one client: standard deviation over mean,
-            averaged over clients.
-        personal: How much λ̂ of one rank differs between clients: standard deviation over mean,
-            averaged over ranks.
-        overlap: By rank budget: share of its kept ranks that a client has in common with another,
-            averaged over all pairs. Two random structures share r / r_max.
-        overlap_language: The same over pairs of one language; None where there is no such pair.
-        overlap_languages: The same over pairs of two languages; None where there is no such pair.
-        kinds: By rank budget: share of the kept ranks by kind of layer (its name without numbers).
-        clients: Clients looked at.
-    """
-
-    round: int
-    level: float
-    spread: float
-    personal: float
-    overlap: dict[int, float]
-    overlap_language: dict[int, float | None]
-    overlap_languages: dict[int, float | None]
-    kinds: dict[int, dict[str, float]]
-    clients: int
-
-
 def structure(
     round_: int,
     lam: Mapping[str, Tensor],
     languages: Mapping[str, str],
     layers: Sequence[str],
     ranks: Sequence[int],
-) -> Structure:
-    """Compare the structures of clients.
+) -> dict[str, Any]:
+    """Compare the structures that one φ predicts for clients.
 
     Args:
         round_: Finished rounds.
@@ -67,6 +36,19 @@ def structure(
         languages: Language by client.
         layers: Names of the L layers.
         ranks: Budgets.
+
+    Returns:
+        `round` and `clients`: the finished rounds, and how many clients were looked at.
+        `level`: mean λ̂ over clients and ranks.
+        `spread`: how much λ̂ differs between the ranks of one client: standard deviation over mean,
+        averaged over clients.
+        `personal`: how much λ̂ of one rank differs between clients: standard deviation over mean,
+        averaged over ranks.
+        `overlap`, by budget: share of its kept ranks that a client has in common with another,
+        averaged over all pairs. Two random structures share r / r_max.
+        `overlap_language`: the same over pairs of one language; None where there is no such pair.
+        `overlap_languages`: the same over pairs of two languages.
+        `kinds`, by budget: share of the kept ranks by kind of layer (its name without numbers).
     """
     stack = torch.stack([value.double() for value in lam.values()])
     masks = {
@@ -74,17 +56,18 @@ def structure(
     }
     same = [p for p in combinations(lam, 2) if languages[p[0]] == languages[p[1]]]
     other = [p for p in combinations(lam, 2) if languages[p[0]] != languages[p[1]]]
-    return Structure(
-        round=round_,
-        level=float(stack.mean()),
-        spread=float((_deviation(stack.flatten(1), 1) / stack.flatten(1).mean(1)).mean()),
-        personal=float((_deviation(stack, 0) / stack.mean(0)).mean()),
-        overlap={rank: _overlap(masks[rank], same + other) or 0.0 for rank in ranks},
-        overlap_language={rank: _overlap(masks[rank], same) for rank in ranks},
-        overlap_languages={rank: _overlap(masks[rank], other) for rank in ranks},
-        kinds={rank: _kinds(masks[rank], layers) for rank in ranks},
-        clients=len(lam),
-    )
+    flat = stack.flatten(1)
+    return {
+        "round": round_,
+        "level": float(stack.mean()),
+        "spread": float((_deviation(flat, 1) / flat.mean(1)).mean()),
+        "personal": float((_deviation(stack, 0) / stack.mean(0)).mean()),
+        "overlap": {rank: _overlap(masks[rank], same + other) or 0.0 for rank in ranks},
+        "overlap_language": {rank: _overlap(masks[rank], same) for rank in ranks},
+        "overlap_languages": {rank: _overlap(masks[rank], other) for rank in ranks},
+        "kinds": {rank: _kinds(masks[rank], layers) for rank in ranks},
+        "clients": len(lam),
+    }
 
 
 def structures(
@@ -98,8 +81,7 @@ def structures(
         psg.set_phi(finished.parameters)
         with torch.no_grad():
             lam = {name: psg(workspace.features(name)).expand(-1, columns) for name in clients}
-        value = structure(finished.round, lam, languages, workspace.bt.names, ranks)
-        found.append(asdict(value))
+        found.append(structure(finished.round, lam, languages, workspace.bt.names, ranks))
     return found
 
 

@@ -19,11 +19,10 @@ from fedp2eft.report.source import Report, TrainingLog
 from fedp2eft.report.structure import Grid, Matrix
 from fedp2eft.results.cells import scored, values
 from fedp2eft.results.figures import (
-    COLOURS,
-    LINES,
     draw_accuracy,
     draw_differences,
     draw_gain,
+    look_of,
     panels,
     shade,
 )
@@ -187,26 +186,18 @@ Series = dict[str, tuple[list[float], list[float]]]
 """Round and value by name of the line."""
 
 
-def line_chart(series: Series, label: str, across: str = "round") -> Figure:
-    """Lines over rounds."""
-    return line_charts({label: series}, across)
-
-
-def line_charts(charts: Mapping[str, Series], across: str = "round") -> Figure:
+def line_charts(charts: Mapping[str, Series]) -> Figure:
     """Lines of the same names over rounds: a chart per label, one above the other."""
     tall = 2.5 if len(charts) == 1 else 1.4 * len(charts)
     figure = Figure(figsize=(3.4, tall), layout="constrained")
     axes = figure.subplots(len(charts), 1, squeeze=False, sharex=True)[:, 0]
     for ax, (label, series) in zip(axes, charts.items(), strict=True):
         for number, (name, (x, y)) in enumerate(series.items()):
-            style: dict[str, Any] = {
-                "color": COLOURS[number % len(COLOURS)],
-                "ls": LINES[number // len(COLOURS) % len(LINES)],
-            }
-            ax.plot(x, y, label=name, marker="o", ms=2.5, lw=1.2, **style)
+            look = look_of(number, "") | {"marker": "o"}
+            ax.plot(x, y, label=name, ms=2.5, lw=1.2, **look)
         ax.set_ylabel(label)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes[-1].set_xlabel(across)
+    axes[-1].set_xlabel("round")
     figure.align_ylabels(axes)
     handles, names = axes[0].get_legend_handles_labels()
     if len(names) > 1:
@@ -234,23 +225,16 @@ def training_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, str
         ("epsilon", "Privacy: ε spent", "ε", "psg", "epsilon"),
     )
     for name, title, label, phase, key in wanted:
-        found = _series(trainings, lambda t, phase=phase: t.rounds.get(phase, []), key)
-        if found:
-            yield name, title, line_chart(found, label)
-    yield from _terms_chart(trainings)  # taller than the others, which stand in rows
-
-
-def _terms_chart(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, str, Figure]]:
-    """The terms of stage 1's last loss, each on a scale of its own: they differ by magnitudes.
-
-    Runs of earlier versions did not keep them.
-    """
-    found = {
-        term: _series(trainings, lambda t: t.rounds.get("psg", []), f"stage1-{term}")
+        if found := _series(trainings, phase, key):
+            yield name, title, line_charts({label: found})
+    # The terms of stage 1's last loss, each on a scale of its own: they differ by magnitudes. Runs
+    # of earlier versions did not keep them. Last, for it is taller than the others.
+    terms = {
+        term: _series(trainings, "psg", f"stage1-{term}")
         for term in ("task", "significance", "sparsity")
     }
-    if all(found.values()):
-        yield "stage1-terms", "Stage 1: parts of the loss at its last steps", line_charts(found)
+    if all(terms.values()):
+        yield "stage1-terms", "Stage 1: parts of the loss at its last steps", line_charts(terms)
 
 
 def structure_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, str, Figure]]:
@@ -261,8 +245,8 @@ def structure_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, st
         ("personal", "Spread of λ̂ of a rank between clients", "standard deviation / mean"),
     )
     for name, title, label in wanted:
-        if found := _series(trainings, lambda t: t.structure, name):
-            yield name, title, line_chart(found, label)
+        if found := _series(trainings, None, name):
+            yield name, title, line_charts({label: found})
     overlap: Series = {}
     for training in trainings:
         for entry in training.structure:
@@ -273,17 +257,15 @@ def structure_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, st
                 y.append(100 * float(value))
     if overlap:
         title = "Kept ranks that two clients share (mean over pairs)"
-        yield "overlap", title, line_chart(overlap, "%")
+        yield "overlap", title, line_charts({"%": overlap})
 
 
-def _series(trainings: Sequence[TrainingLog], entries: Any, key: str) -> Series:
+def _series(trainings: Sequence[TrainingLog], phase: str | None, key: str) -> Series:
+    """A number of a phase's rounds, or of structure.json."""
     found: Series = {}
     for training in trainings:
-        points = [
-            (entry["round"], entry[key])
-            for entry in entries(training)
-            if isinstance(entry.get(key), int | float)
-        ]
+        entries = training.rounds.get(phase, []) if phase else training.structure
+        points = [(e["round"], e[key]) for e in entries if isinstance(e.get(key), int | float)]
         if points:
             found[training.name or key] = ([p[0] for p in points], [p[1] for p in points])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from fedp2eft.report.source import Report
@@ -50,10 +51,7 @@ def costs(report: Report) -> Iterator[list[str]]:
 
 def fault_counts(report: Report) -> dict[str, int]:
     """Lines of faults.jsonl by kind."""
-    counts: dict[str, int] = {}
-    for line in report.faults:
-        counts[str(line["kind"])] = counts.get(str(line["kind"]), 0) + 1
-    return counts
+    return Counter(str(line["kind"]) for line in report.faults)
 
 
 def left_out(report: Report) -> Iterator[tuple[str, int, str, str]]:

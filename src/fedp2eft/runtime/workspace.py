@@ -261,7 +261,7 @@ class Workspace:
 
     def _load(self, source: ModelSource, **options: Any) -> nn.Module:
         s = self.settings
-        model = load_base(
+        model: nn.Module = load_base(
             source,
             s.model.task,
             labels=self.labels,
