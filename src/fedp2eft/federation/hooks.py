@@ -31,11 +31,8 @@ from fedp2eft.seeding import derive_seed
 
 SERVER_NODE_ID = 1
 CLIENT_APP_RAISED = 2  # ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-UNAVAILABLE = (
-    3,
-    4,
-    5,
-)  # no such message any more, no such reply any more, no heartbeat of the node
+# No such message any more, no such reply any more, no heartbeat of the node.
+UNAVAILABLE = (3, 4, 5)
 CLIP_NORM = "clipping_norm"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from flwr.app import Context
@@ -47,29 +48,23 @@ def main(grid: Grid, context: Context) -> None:
     for method in experiment.evaluation.methods:
         check_trained_for(method, experiment)
     again = (folder / "settings.yaml").exists()
-    run = RunFolder(folder, experiment)
-    try:
+    with ExitStack() as at_the_end:
+        run = at_the_end.enter_context(closing(RunFolder(folder, experiment)))
         run.trackers = Trackers(experiment, folder)
+        at_the_end.callback(run.trackers.finish)
         if not isinstance(grid, LocalGrid):
             log_to_stderr()
             logger.info("Run folder: %s", folder.resolve())
-        try:
-            if again:
-                run.faults.happened("started-again")
-            workspace = shared_state(experiment, folder).workspace
-            check_inputs(folder, workspace)
-            serve(grid, run, workspace, current())
-            results = collect(folder)
-            write_text(
-                run.psg / "README.md", str(psg_card(PSG.from_pretrained(run.psg).config, results))
-            )
-            run.trackers.results(results)
-        finally:
-            tell_faults(run)
-    finally:
-        if run.trackers:
-            run.trackers.finish()
-        run.close()
+        at_the_end.callback(tell_faults, run)
+        if again:
+            run.faults.happened("started-again")
+        workspace = shared_state(experiment, folder).workspace
+        check_inputs(folder, workspace)
+        serve(grid, run, workspace, current())
+        results = collect(folder)
+        card = psg_card(PSG.from_pretrained(run.psg).config, results)
+        write_text(run.psg / "README.md", str(card))
+        run.trackers.results(results)
 
 
 def tell_faults(run: RunFolder) -> None:

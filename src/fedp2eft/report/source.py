@@ -227,14 +227,12 @@ def _missing(report: Report) -> Iterator[str]:
     elif not isinstance(read_json(results), dict | list):  # a list: a run of fedp2eft 0.1.0
         yield "results.json is damaged: the numbers here come from the cells, whose sum it is."
     if report.single:
-        phases = [phase for phase in ("base", "psg") if report.trainings[0].rounds.get(phase)]
-        for phase in ("base", "psg"):
-            done, whole = (
-                len(report.trainings[0].rounds.get(phase, [])),
-                settings.value(PLANNED[phase]),
-            )
+        rounds = report.trainings[0].rounds
+        begun = [phase for phase in PLANNED if rounds.get(phase)]
+        for phase, setting in PLANNED.items():
+            done, whole = len(rounds.get(phase, [])), settings.value(setting)
             stopped = settings.privacy.on and phase == "psg"  # a spent ε ends it sooner
-            if done < whole and (phase in phases or not phases) and not stopped:
+            if done < whole and (phase in begun or not begun) and not stopped:
                 yield f"{done} of {whole} rounds of {phase} are done."
         yield from _partly(report)
     elif comparison.missing:
