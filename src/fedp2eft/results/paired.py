@@ -99,5 +99,5 @@ class Paired:
 
     def difference(self, mine: str, theirs: str, ranks: Sequence[int], seed: int) -> Interval:
         """One method's metric less another's, mean over budgets."""
-        sums = (self.sum_of(method, ranks) for method in (mine, theirs))
-        return paired_difference(*sums, self.units, self.languages, seed)
+        ours, others = self.sum_of(mine, ranks), self.sum_of(theirs, ranks)
+        return paired_difference(ours, others, self.units, self.languages, seed)
