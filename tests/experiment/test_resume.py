@@ -21,7 +21,11 @@ from fedp2eft.progress import LogReporter
 from tiny_run import World, assert_same, outcome
 
 # Few cells, so that a run takes a second or two.
-SMALL = {"evaluation__ranks": [1], "evaluation__pools": ["unseen"]}
+SMALL = {
+    "evaluation__ranks": [1],
+    "evaluation__pools": ["unseen"],
+    "evaluation__methods": ["base", "lora", "fedp2eft"],
+}
 
 
 class PowerCutError(Exception):
