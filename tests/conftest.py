@@ -104,5 +104,6 @@ def all_methods(
         data__path=str(three_clients), base__rounds=1, federation__rounds=2,
         evaluation__methods=names, evaluation__ranks=[2],
         tuning__lrs=[3e-3, 2e-2], tuning__taus=[0.5, 1.0],
+        auto__lrs=[2e-2], auto__epochs=[1], auto__min_rows=4,
     )  # fmt: skip
     return watched(settings, tmp_path_factory.mktemp("all-methods") / "run")

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from fedp2eft.adapters import convert
 from fedp2eft.adapters.convert import check_same_base, with_adapter
 from fedp2eft.adapters.export import PEFT_TASKS, adapter_facts, auto_mapping, save_adapter
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
-from fedp2eft.generator import PSG
+from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.methods import METHODS, check_trained_for, method_named
 from fedp2eft.models.fit import class_names, longest_input
 from fedp2eft.models.loading import load_base, load_config, load_tokenizer, prepare_for_length
@@ -83,7 +86,7 @@ def personalize(
     data: DataFile,
     rank: int,
     *,
-    method: str = "fedp2eft",
+    method: str | None = None,
     test_data: DataFile | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
@@ -105,7 +108,9 @@ def personalize(
         data: The client's rows. All of them train, or, with a column `split`, those it calls
             "train".
         rank: Rank budget r, from 1 to the PSG's r_max.
-        method: One of `METHODS` that needs no federation beside the PSG's, and no survey.
+        method: One of `METHODS` that needs no federation beside the PSG's, and no survey but one
+            whose answers the PSG keeps. Default: "auto" if the PSG keeps a choice for this budget
+            or a smaller one, else "fedp2eft".
         test_data: Rows to score the adapter on. Default: the rows of `data` with
             split "test".
         text_columns: Columns with the text. Default: the PSG's.
@@ -122,9 +127,16 @@ def personalize(
         UserError: Bad rows, a budget outside 1..r_max, or a model that the PSG was not made for.
     """
     # Only methods that one client can run alone.
-    c, made = psg.config, method_named(method)
+    c = psg.config
     check_rank(rank, c.adapter.r_max)
-    if made.shared not in (None, "psg") or made.surveys:
+    method = method or ("auto" if _choice(c, "auto", rank) else "fedp2eft")
+    made, prepared = method_named(method), _choice(c, method, rank)
+    if made.kept and not prepared:
+        raise UserError(
+            f"This PSG keeps no choice of method {method} for rank {rank} or less: train it with "
+            f"{method} among evaluation.methods, or name another method."
+        )
+    if made.shared not in (None, "psg") or (made.surveys and not prepared):
         alone = [name for name, m in METHODS.items() if m.shared in (None, "psg") and not m.surveys]
         raise UserError(
             f"Method {method} starts from what a federation of its own trained or its clients "
@@ -156,7 +168,7 @@ def personalize(
     )
     check_trained_for(method, workspace.settings)
     # The method itself, as the federation's clients run it.
-    side = workspace.side(client, method=made)
+    side = replace(workspace.side(client, method=made), prepared=prepared)
     outcome = made.fit(side, rank)
     if outcome.weights is None:
         raise UserError(
@@ -273,6 +285,21 @@ def export(
         convert.merge(adapter, out, model, precision)
     else:
         convert.change_layout(adapter, out, layout, model, adapter_card)
+
+
+def _choice(config: PSGConfig, method: str, rank: int) -> dict[str, Tensor]:
+    """What the PSG keeps of a method's surveys at the largest budget up to `rank`; empty if none.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        start = f"{method}-r"
+        kept = {int(k.removeprefix(start)): v for k, v in config.choices.items() if start in k}
+        found = kept[max(budgets)] if (budgets := [b for b in kept if b <= rank]) else {}
+        return {name: torch.tensor(values, dtype=torch.float32) for name, values in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"The PSG's choices cannot be read ({error}): fetch it again.") from error
 
 
 def _load(

@@ -65,6 +65,8 @@ class PSGConfig:
             likewise, where the PSG's clients have one.
         label_prior: q, the label distribution that the base was trained on; empty if nothing needed
             it.
+        choices: What seen clients answered that a client alone needs (`Method.kept`), by method and
+            rank budget, "auto-r8" say: tensors as nested lists, by name.
         origin: What its card tells of the experiment (`cards.origin_of`); nothing depends on it.
     """
 
@@ -84,6 +86,7 @@ class PSGConfig:
     local: LocalSettings = field(default_factory=LocalSettings)
     base: BaseSettings = field(default_factory=BaseSettings)
     label_prior: tuple[float, ...] = ()
+    choices: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -34,6 +34,7 @@ LAYERS, RATES, TAUS, HELD_OUT = 14, 2, 2, 3
 # What a client answers to each question of a method. The last two lists are of controls that are
 # never to run in a deployment: they let out λ̂ and label counts.
 ANSWERS: dict[str, list[dict[str, tuple[int, ...]]]] = {
+    "auto": [{"candidates": (5, 4), "sums": (5,), "rows": (1,), "noise": (1,)}],
     "lora-tuned": [{"good": (RATES,)}],
     "fedp2eft-tuned": [{"good": (RATES,)}],
     "fedp2eft-global": [{"lambda": (LAYERS, R_MAX)}],

@@ -147,6 +147,14 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 """Beginning of a setting's name -> what the two runs that differ by it have beside."""
 SHOWN: dict[str, str] = {
+    "auto.kinds": "methods/test_auto.py::test_candidates_come_cheapest_first",
+    "auto.lrs": "methods/test_auto.py::test_candidates_come_cheapest_first",
+    "auto.epochs": "methods/test_auto.py::test_candidates_come_cheapest_first",
+    "auto.ranks": "methods/test_auto.py::test_candidates_come_cheapest_first",
+    "auto.folds": "methods/test_auto.py::test_more_folds_leave_more_rows_to_train_on",
+    "auto.guard": "methods/test_auto.py::test_guard_turns_a_harmful_adapter_down",
+    "auto.min_rows": "methods/test_auto.py::test_clients_answer_sums_alone",
+    "auto.noise": "methods/test_auto.py::test_guard_turns_a_harmful_adapter_down",
     "model.name": "runtime/test_inputs.py::test_a_change_of_the_model_is_named",
     "model.revision": "models/test_model_sources.py::test_branch_is_fixed_to_its_commit_and_found_"
     "again_offline",

@@ -63,9 +63,13 @@ class ClientSide:
     answer: Callable[[nn.Module], Mapping[str, float]] | None = None
 
     def carrying(self, weights: AdapterWeights) -> AdapterWeights:
-        """Return the adapter with the client's label prior, if its logits have one added."""
+        """Return the adapter with the client's label prior, if its logits have one added.
+
+        An adapter that has an offset already keeps it.
+        """
         offset = getattr(self.task, "offset", None)
-        return weights if offset is None else replace(weights, offset=offset)
+        own = offset is None or weights.offset is not None
+        return weights if own else replace(weights, offset=offset)
 
     @property
     def q(self) -> Tensor:

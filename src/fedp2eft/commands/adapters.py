@@ -14,7 +14,7 @@ def personalize_client(
     data: str,
     rank: int,
     out: str,
-    method: str = "fedp2eft",
+    method: str | None = None,
     layout: Literal["portable", "compact"] = "portable",
     test_data: str | None = None,
     text_columns: list[str] | None = None,
@@ -35,8 +35,9 @@ def personalize_client(
         data: The client's rows: JSON, CSV, TSV or Parquet.
         rank: Rank budget r, from 1 to the PSG's r_max: r·L ranks in total, placed by the PSG.
         out: Folder for the adapter.
-        method: How the adapter is fitted: fedp2eft, lora, adalora, … (docs/methods.md); those that
-            need a federation of their own or a survey of its clients are refused.
+        method: How the adapter is fitted: auto, fedp2eft, lora, adalora, … (docs/methods.md); those
+            that need a federation of their own or a survey of its clients are refused. Default:
+            auto if the PSG keeps a choice, else fedp2eft.
         layout: "portable" loads everywhere, "compact" keeps the true ranks.
         test_data: A second file to score the adapter on.
         text_columns: Columns with the text. Default: the PSG's.

@@ -271,8 +271,17 @@ class _Site:
             "seconds": round(time.perf_counter() - start, 3),
             "bytes_up": up,
             "bytes_down": down,
+            **_answers(told, cell.method),
             **environment(self.engine.workspace.device),
         }
+
+
+def _answers(told: Instruction, method: str) -> dict[str, Any]:
+    """What the surveys of a method that keeps them gave, as lists by name."""
+    if not METHODS[method].kept:
+        return {}
+    answers = any_arrays(told.prepared, f"The survey of {method}")
+    return {"prepared": {name: value.tolist() for name, value in answers.items()}}
 
 
 def _lend(there: Path, here: Path) -> None:

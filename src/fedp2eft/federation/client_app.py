@@ -225,7 +225,8 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     }
     # The adapter stays on this machine.
     keep = s.evaluation
-    kept = method == "fedp2eft" or (method == "prior" and workspace.has_head)
+    kept = method in ("fedp2eft", "prior", "auto")
+    kept = kept and bool(weights) and (weights.offset is None or workspace.has_head)
     if weights and kept and keep.save_adapters and workspace.run:
         save_adapter(
             workspace.carried(name, weights),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedp2eft.client.phase import Phase, Trained, Turn, lazy
 from fedp2eft.errors import UserError, nearest
+from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.methods.fedl2p.phase import PHASE as FEDL2P
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.methods.method import METHODS, Method, Survey, register
@@ -54,6 +55,14 @@ _built_in = {
     "lora": Method(_ours("lora:lora")),
     "fedl2p": Method(_ours("fedl2p.method:fedl2p"), phase=FEDL2P, settings=FedL2PSettings),
     "fedp2eft": Method(_ours("fedp2eft:fedp2eft"), shared="psg"),
+    "auto": Method(
+        _ours("auto.guard:auto"),
+        shared="psg",
+        surveys=(Survey(_ours("auto.choice:ask"), _ours("auto.choice:choose")),),
+        label_prior=True,
+        kept=True,
+        settings=AutoSettings,
+    ),
     "adalora": Method(_ours("adalora:adalora"), settings=AdaLoraSettings),
     "bt-lora": Method(_ours("bt_lora:bt_lora")),
     "lora-tuned": Method(

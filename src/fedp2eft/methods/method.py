@@ -57,7 +57,9 @@ class Method:
         surveys: What the server must ask the seen clients first, one after the other: a client
             that is asked the second knows what all answers to the first gave.
         classes: Whether it is for classification alone.
-        label_prior: Whether it needs q, the seen clients' label distribution.
+        label_prior: Whether it needs q, the seen clients' label distribution, in a classification.
+        kept: Whether what the surveys gave is kept with the PSG, so that one client alone can use
+            the method (`fedp2eft.personalize`).
         variant: Settings (section → key → value) that its phase must be trained under.
         settings: Dataclass of its own section of the settings; the client's is `client.own`.
         section: Name of the section; the method's own name, with "_" for "-", if absent.
@@ -70,6 +72,7 @@ class Method:
     surveys: tuple[Survey, ...] = ()
     classes: bool = False
     label_prior: bool = False
+    kept: bool = False
     variant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: type | None = None
     section: str | None = None

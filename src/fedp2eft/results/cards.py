@@ -135,6 +135,7 @@ def psg_card(config: PSGConfig, results: Results | None = None) -> ModelCard:
         max_length=config.local.max_length,
         profile=config.profile,
         prior=_prior(config),
+        choices=_choices(config),
         rows=rows,
         metric=METRICS[rows[0].metric] if rows else None,
     )
@@ -149,6 +150,18 @@ def _prior(config: PSGConfig) -> str:
     if len(q) > _MOST_SHARES:
         shares = f"{len(q)} shares from {min(q):.3g} to {max(q):.3g}"
     return f"{_SOURCES[config.local.label_prior]}: {shares} (in the order of class ids)"
+
+
+def _choices(config: PSGConfig) -> list[tuple[int, str]]:
+    """What method auto chose for each rank budget."""
+    from fedp2eft.methods.auto.candidates import Candidate
+
+    chosen = {
+        int(name.removeprefix("auto-r")): str(Candidate.of(kept["chosen"]))
+        for name, kept in config.choices.items()
+        if name.startswith("auto-r")
+    }
+    return sorted(chosen.items())
 
 
 def _front(

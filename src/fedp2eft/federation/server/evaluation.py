@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -17,6 +19,8 @@ from fedp2eft.federation.server.admission import FIRST_ENDS, Failures
 from fedp2eft.federation.server.exchange import Member, exchange
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire import messages as wire
+from fedp2eft.files import read_json, write_folder, write_json
+from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter
 from fedp2eft.results.metrics import metric_of
@@ -216,7 +220,7 @@ def personalize_all(
         clients = [member for member in without if member.client not in run.faults.quarantined]
         if not clients:
             continue
-        told = prepare(grid, shared, method, rank, members, timeout, failures, run.label_prior)
+        told = _told(grid, run, shared, digests, (method, rank), members, failures)
         federation = METHODS[method].shared
         for member, metrics in personalize(grid, told, clients, timeout, failures):
             about = {"client": member.client, "language": member.language, "pool": member.pool}
@@ -226,3 +230,59 @@ def personalize_all(
             metric = metric_of(metrics)
             score = metric.shown(metric.value([metrics])) if metrics["examples"] else "–"
             reporter.advance("personalize", f"{method} {member.client} {score}")
+    _keep_with_psg(run, digests, wanted)
+
+
+def _told(
+    grid: Grid,
+    run: RunFolder,
+    shared: Shared,
+    digests: Mapping[str, str],
+    wanted: tuple[str, int],
+    members: list[Member],
+    failures: Failures,
+) -> Instruction:
+    """What clients are told; the answers of a method that keeps them are asked for once."""
+    method, rank = wanted
+    kind = METHODS[method]
+    kept = _kept(run, digests, method, rank)
+    if kept is not None:
+        parameters = wire.to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
+        prepared = wire.to_arrays({name: torch.tensor(value) for name, value in kept.items()})
+        return Instruction(method, rank, parameters, prepared, label_prior=run.label_prior)
+    timeout = run.settings.federation.timeout
+    told = prepare(grid, shared, method, rank, members, timeout, failures, run.label_prior)
+    if kind.kept:
+        answers = wire.any_arrays(told.prepared, f"The survey of {method}")
+        values = {name: value.tolist() for name, value in answers.items()}
+        phi = digests.get(kind.shared or "")
+        write_json(_choice_path(run, method, rank), {"phi": phi, "prepared": values})
+    return told
+
+
+def _kept(
+    run: RunFolder, digests: Mapping[str, str], method: str, rank: int
+) -> dict[str, Any] | None:
+    """What the surveys gave for the present parameters, if it was kept."""
+    kind = METHODS[method]
+    found = read_json(_choice_path(run, method, rank)) if kind.kept else None
+    if not isinstance(found, dict) or found.get("phi") != digests.get(kind.shared or ""):
+        return None
+    return dict(found["prepared"])
+
+
+def _choice_path(run: RunFolder, method: str, rank: int) -> Path:
+    return run.path / "surveys" / f"{method}-r{rank}.json"
+
+
+def _keep_with_psg(
+    run: RunFolder, digests: Mapping[str, str], wanted: Sequence[tuple[str, int]]
+) -> None:
+    """Write what the surveys gave into the PSG's config, for clients that come later."""
+    found = {f"{name}-r{rank}": _kept(run, digests, name, rank) for name, rank in wanted}
+    choices = {name: value for name, value in found.items() if value is not None}
+    if choices:
+        trained = PSG.from_pretrained(run.psg)
+        psg = PSG(replace(trained.config, choices=choices))
+        psg.set_phi(trained.phi())
+        write_folder(run.psg, psg.save_pretrained)

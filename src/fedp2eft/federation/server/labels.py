@@ -36,7 +36,10 @@ def needs_label_prior(settings: Settings) -> bool:
         settings.local.logit_adjustment != "none"
         or settings.base.logit_adjustment != "none"
         or settings.generator.label_features
-        or any(METHODS[name].label_prior for name in settings.evaluation.methods)
+        or (
+            settings.model.task == "classification"
+            and any(METHODS[name].label_prior for name in settings.evaluation.methods)
+        )
     )
 
 

@@ -9,6 +9,7 @@ checkpoints/       the newest finished rounds
 base/              the base model, ready for `from_pretrained`
 psg/               the trained PSG
 <phase>/           what a method's own phase trained (`Method.phase`)
+surveys/           what seen clients answered that clients who come later need (`Method.kept`)
 cells/             one small file per client, method and rank budget
 adapters/<client>/ the clients' PEFT adapters
 generations/       what the clients' models answered, where `evaluation.generate` is set

@@ -1,0 +1,1 @@
+"""A personalization strategy that chooses itself: the federation chooses, each client checks."""

@@ -1,0 +1,227 @@
+"""What `auto` chooses from, and how well one candidate predicts rows that it did not see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedp2eft.client.side import ClientSide, Outcome
+from fedp2eft.client.training import personalize
+from fedp2eft.data.partition import rng_for
+from fedp2eft.errors import DivergedError
+from fedp2eft.methods.auto.settings import AutoSettings, Kind
+from fedp2eft.methods.fedp2eft import predicted
+from fedp2eft.methods.lora import uniform
+from fedp2eft.methods.prior import no_ranks
+from fedp2eft.tasks.classification import Classification
+from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.label_prior import adjusted
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FREE: tuple[Kind, ...] = ("base", "prior")
+"""Kinds that train nothing."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to personalize; `lr`, `epochs` and `rank` are 0 where nothing is trained."""
+
+    kind: Kind
+    lr: float = 0.0
+    epochs: int = 0
+    rank: int = 0
+
+    def numbers(self) -> list[float]:
+        """The candidate as four numbers, which travel and are kept with a PSG."""
+        return [KINDS.index(self.kind), self.lr, self.epochs, self.rank]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Candidate:
+        """Return the candidate that `numbers` made, which travelled as float32."""
+        kind, lr, epochs, rank = numbers
+        return cls(KINDS[int(kind)], float(f"{lr:.6g}"), int(epochs), int(rank))
+
+    def __str__(self) -> str:
+        if self.kind in FREE:
+            return self.kind
+        return f"{self.kind}, rank {self.rank}, learning rate {self.lr:g}, {self.epochs} epochs"
+
+
+def candidates(own: AutoSettings, rank: int, classes: bool) -> list[Candidate]:
+    """Return all candidates, cheapest first; those without classes do without the label prior."""
+    ranks = sorted({rank, *(r for r in own.ranks if r < rank)})
+    kinds = sorted(set(own.kinds), key=KINDS.index)
+    free = [Candidate(kind) for kind in kinds if kind in FREE and (classes or kind != "prior")]
+    trained = [kind for kind in kinds if kind not in FREE]
+    choices = product(sorted(set(own.epochs)), trained, ranks, sorted(set(own.lrs)))
+    return free + [Candidate(kind, lr, epochs, r) for epochs, kind, r, lr in choices]
+
+
+def has_classes(client: ClientSide) -> bool:
+    """Return whether the client's task is a classification."""
+    return isinstance(client.task, Classification)
+
+
+def plain(client: ClientSide) -> ClientSide:
+    """Return the client without a label prior on its logits; each candidate says if it has one."""
+    if not has_classes(client):
+        return client
+    return replace(client, task=replace(client.task, offset=None))  # type: ignore[type-var]
+
+
+def with_prior(client: ClientSide) -> ClientSide:
+    """Return the client with its label prior on its logits, if it has classes."""
+    if not has_classes(client):
+        return client
+    return replace(client, task=adjusted(client.task, client.train, client.q))
+
+
+def fit(client: ClientSide, candidate: Candidate) -> Outcome:
+    """Return scores and adapter of one client with a candidate; without ranks if none is trained.
+
+    Raises:
+        DivergedError: The fine-tuning diverged.
+    """
+    side = plain(client) if candidate.kind == "base" else with_prior(client)
+    if candidate.kind in FREE:
+        with side.bt.off():
+            scores = side.score(side.bt.model)
+        weights = no_ranks(side.bt)
+    else:
+        side = replace(side, settings=_settings(side, candidate))
+        outcome = side.fit(*_structure(side, candidate))
+        assert outcome.weights is not None
+        scores, weights = outcome.scores, outcome.weights
+    if has_classes(client):
+        offset = side.task.offset  # type: ignore[attr-defined]
+        if offset is None and client.task.offset is not None:  # type: ignore[attr-defined]
+            offset = torch.zeros_like(client.task.offset)  # type: ignore[attr-defined]
+        weights = replace(weights, offset=offset)
+    return Outcome(scores, weights)
+
+
+def _settings(client: ClientSide, candidate: Candidate) -> Any:
+    s = client.settings
+    return replace(s, personalize_lr=candidate.lr, personalize_epochs=candidate.epochs)
+
+
+def _structure(client: ClientSide, candidate: Candidate) -> tuple[Tensor, Tensor]:
+    """λ and kept ranks, both L × r_max."""
+    if candidate.kind == "lora":
+        return uniform(client.bt, candidate.rank)
+    lam, keep = predicted(client, candidate.rank)
+    return (torch.ones_like(lam) if candidate.kind == "structure" else lam), keep
+
+
+# ── held-out rows ───────────────────────────────────────────────────────────────────────────────
+
+
+def folds(client: ClientSide, number: int) -> list[NDArray[np.int64]]:
+    """Divide the client's training rows by label into so many parts, alike in size and labels."""
+    rows, labels = len(client.train), np.asarray(client.train.labels)
+    shuffled = rng_for(client.seed, "auto folds").permutation(rows)
+    if has_classes(client):
+        shuffled = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    return [np.sort(shuffled[start::number]) for start in range(number)]
+
+
+def held_out(
+    client: ClientSide, tried: Sequence[Candidate], parts: Sequence[NDArray[np.int64]]
+) -> Tensor:
+    """Return the log-likelihood of every training row when its fold is held out.
+
+    Candidates that train nothing share one forward pass over all rows.
+
+    Args:
+        client: The client.
+        tried: C candidates.
+        parts: Row indices of the folds.
+
+    Returns:
+        C × N, float64; −inf in all rows of a candidate whose fine-tuning diverged.
+    """
+    client = replace(plain(client), answer=None)
+    found = torch.zeros(len(tried), len(client.train), dtype=torch.float64)
+    jobs = len(parts) * sum(candidate.kind not in FREE for candidate in tried)
+    base = _unadapted(client) if any(c.kind in FREE for c in tried) else None
+    done = 0
+    for part in parts:
+        rest = np.setdiff1d(np.arange(len(client.train)), part)
+        fold = replace(client, train=client.train.select(rest), test=client.train.select(part))
+        for number, candidate in enumerate(tried):
+            if candidate.kind in FREE:
+                assert base is not None
+                task = client.task if candidate.kind == "base" else with_prior(fold).task
+                found[number, part] = base.rows(task, part)
+                continue
+            found[number, part] = _trained(fold.part(done, jobs), candidate)
+            done += 1
+    diverged = ~torch.isfinite(found).all(dim=1)
+    found[diverged] = -torch.inf
+    return found
+
+
+@dataclass(frozen=True)
+class _Unadapted:
+    """The base on all training rows: logits of a classification, or log-likelihoods."""
+
+    data: Encoded
+    values: Tensor
+
+    def rows(self, task: Any, part: NDArray[np.int64]) -> Tensor:
+        """Log-likelihood of some rows under a task, which may have a label prior."""
+        chosen = self.values[torch.from_numpy(part)]
+        if not isinstance(task, Classification):
+            return chosen
+        offset = 0 if task.offset is None else task.offset
+        return _of_labels(chosen + offset, self.data.select(part))
+
+
+def _unadapted(client: ClientSide) -> _Unadapted:
+    size = client.settings.eval_batch_size
+    with client.bt.off():
+        if isinstance(client.task, Classification):
+            values = client.task.logits(client.bt.model, client.train, size)
+        else:
+            values = row_likelihoods(client.task, client.bt.model, client.train, size)
+    return _Unadapted(client.train, values)
+
+
+def _trained(fold: ClientSide, candidate: Candidate) -> Tensor:
+    """Log-likelihood of the fold's held-out rows after fine-tuning on the others."""
+    side = with_prior(fold)
+    settings = _settings(side, candidate)
+    lam, keep = _structure(side, candidate)
+    order, measured = side.order(settings), []
+    try:
+        personalize(
+            side.bt, side.task, side.train, lam, keep, order, settings,
+            seed=side.seed,
+            on_step=side.each_of(len(order)),
+            measure=lambda model: measured.append(
+                row_likelihoods(side.task, model, side.test, settings.eval_batch_size)
+            ),
+        )  # fmt: skip
+    except DivergedError:
+        return torch.full((len(side.test),), -torch.inf, dtype=torch.float64)
+    return measured[0]
+
+
+def row_likelihoods(task: Any, model: nn.Module, data: Encoded, batch_size: int) -> Tensor:
+    """Return the log-likelihood of each row's class, or of its response's tokens; in float64."""
+    if isinstance(task, Classification):
+        return _of_labels(task.logits(model, data, batch_size), data)
+    sums, _tokens = task.losses(model, data, batch_size)
+    return -torch.as_tensor(sums, dtype=torch.float64)
+
+
+def _of_labels(logits: Tensor, data: Encoded) -> Tensor:
+    labels = torch.from_numpy(data.labels)[:, None]
+    return logits.double().log_softmax(dim=1).gather(1, labels)[:, 0]

@@ -1,0 +1,80 @@
+"""Method `auto` at one client: the federation's choice, unless its own held-out rows object.
+
+The client holds each fold of its training rows out once and compares, row by row, the federation's
+choice with the base and, in a classification, with the label prior alone. With differences d_i over
+N rows it leaves the choice for another one if
+
+    Σ_i d_i > noise · √N · sd(d)
+
+and keeps, in the same PEFT folder, one number per class (prior) or none (base) in place of ranks.
+Where the choice trains nothing, this costs one forward pass over the client's training rows; else
+one fine-tuning per fold on the other folds' rows: with two folds as much as one fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedp2eft.client.side import ClientSide, Outcome
+from fedp2eft.errors import DivergedError
+from fedp2eft.methods.auto.candidates import Candidate, fit, folds, has_classes, held_out
+from fedp2eft.methods.auto.settings import AutoSettings
+from fedp2eft.progress import current
+
+
+def auto(client: ClientSide, rank: int) -> Outcome:
+    """Personalize with the federation's choice, or what the client's own rows prefer to it.
+
+    A client with few rows follows the federation; one without rows has the base alone. An adapter
+    whose fine-tuning diverges is replaced by the label prior, or the base.
+    """
+    chosen = Candidate.of(client.prepared["chosen"].tolist())
+    if not len(client.train):
+        current().note("A client has no training rows: auto leaves it the base model.")
+        return fit(client, Candidate("base"))
+    decided = decide(client, chosen)
+    try:
+        return fit(client, decided)
+    except DivergedError:
+        current().note(f"A client's fine-tuning ({decided}) diverged: auto trains nothing there.")
+        return fit(client, Candidate("prior" if has_classes(client) else "base"))
+
+
+def decide(client: ClientSide, chosen: Candidate) -> Candidate:
+    """Return what the client personalizes with."""
+    own: AutoSettings = client.own
+    if not own.guard:
+        return chosen
+    if len(client.train) < own.min_rows:
+        current().note(
+            f"A client has {len(client.train)} training rows, too few to hold some out "
+            f"(auto.min_rows is {own.min_rows}): it follows the federation's choice, {chosen}."
+        )
+        return chosen
+    free = [Candidate("base"), *([Candidate("prior")] if has_classes(client) else [])]
+    tried = [*(each for each in free if each != chosen), chosen]
+    found = held_out(client, tried, folds(client, own.folds))
+    return preferred(dict(zip(tried, found, strict=True)), chosen, own.noise)
+
+
+def preferred(rows: Mapping[Candidate, Tensor], chosen: Candidate, noise: float) -> Candidate:
+    """Return the candidate that is better than the choice beyond noise by most, else the choice.
+
+    Args:
+        rows: Log-likelihood of every row, by candidate; −inf throughout if it diverged.
+        chosen: The federation's choice, one of them.
+        noise: Standard errors.
+    """
+    if not bool(torch.isfinite(rows[chosen]).all()):
+        return max((each for each in rows if each != chosen), key=lambda c: float(rows[c].sum()))
+    best, most = chosen, 0.0
+    for candidate, values in rows.items():
+        gains = values - rows[chosen]
+        gain, size = float(gains.sum()), len(gains)
+        error = float(gains.std()) * size**0.5 if size > 1 else 0.0
+        if gain > max(most, noise * error):
+            best, most = candidate, gain
+    return best

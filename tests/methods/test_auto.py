@@ -1,0 +1,310 @@
+"""Method auto: the federation's choice by hand, the client's guard by hand, and both in a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from one_client import LOCAL, adapted, one_client
+
+import fedp2eft
+from fedp2eft.errors import UserError
+from fedp2eft.federation.wire.messages import SURVEY
+from fedp2eft.generator import PSG
+from fedp2eft.methods import METHODS
+from fedp2eft.methods.auto import candidates as module
+from fedp2eft.methods.auto.candidates import (
+    Candidate,
+    candidates,
+    fit,
+    folds,
+    held_out,
+    with_prior,
+)
+from fedp2eft.methods.auto.choice import ask, choose
+from fedp2eft.methods.auto.guard import auto, decide, preferred
+from fedp2eft.methods.auto.settings import AutoSettings
+from fedp2eft.methods.tuned import DIVERGED
+from fedp2eft.tasks.causal_lm import CausalLM
+from fedp2eft.tasks.encoded import Encoded
+from tiny import TASK, tiny_rows
+from tiny_run import World, write_jsonl
+from watching import watched
+
+Q = torch.tensor([0.2, 0.3, 0.5])
+BASE, PRIOR = Candidate("base"), Candidate("prior")
+LORA = Candidate("lora", 1e-2, 1, 2)
+OWN = AutoSettings(lrs=[1e-2], epochs=[1])
+
+
+def client_with(own: AutoSettings = OWN, **changes):
+    return replace(
+        one_client(bt=changes.pop("bt", None)), **{"label_prior": Q, "own": own} | changes
+    )
+
+
+# ── candidates ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_candidates_come_cheapest_first() -> None:
+    own = AutoSettings(
+        kinds=["lora", "prior", "base"], lrs=[3e-3, 1e-3], epochs=[4, 2], ranks=[8, 2]
+    )
+    found = candidates(own, 4, True)
+    assert found[:2] == [BASE, PRIOR]
+    assert [(c.epochs, c.rank, c.lr) for c in found[2:]] == [
+        (epochs, rank, lr) for epochs in (2, 4) for rank in (2, 4) for lr in (1e-3, 3e-3)
+    ]
+    assert candidates(own, 4, False) == [BASE, *found[2:]]  # no classes: no label prior
+    for each in found:  # they travel as float32
+        assert Candidate.of(torch.tensor(each.numbers()).tolist()) == each
+
+
+def test_folds_are_parts_of_the_rows_alike_in_labels() -> None:
+    labels = np.arange(24) % 3
+    client = client_with(train=replace(tiny_rows([5] * 24, seed=1), labels=labels))
+    parts = folds(client, 4)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(24))
+    assert [np.bincount(labels[part]).tolist() for part in parts] == [[2, 2, 2]] * 4
+    assert [p.tolist() for p in folds(client, 4)] == [p.tolist() for p in parts]
+
+
+def test_held_out_rows_by_hand() -> None:
+    """The base, the prior of the other rows, and an adapter trained on the other rows."""
+    client = client_with()
+    parts = folds(client, 2)
+    found = held_out(client, [BASE, PRIOR, LORA], parts)
+    with client.bt.off():
+        logits = TASK.logits(client.bt.model, client.train, 64).double()
+    labels = torch.from_numpy(client.train.labels)
+    assert torch.equal(found[0], logits.log_softmax(1)[range(24), labels])
+    for part, rest in (parts, parts[::-1]):
+        fold = replace(client, train=client.train.select(rest), test=client.train.select(part))
+        shift = with_prior(fold).task.offset
+        want = (logits[part] + shift).log_softmax(1)[range(len(part)), labels[part]]
+        assert found[1, part].tolist() == pytest.approx(want.tolist(), rel=1e-6)
+        scores = fit(fold, LORA).scores
+        assert -float(found[2, part].mean()) == pytest.approx(scores.loss, rel=1e-6)
+
+
+def test_a_candidate_that_diverges_predicts_nothing() -> None:
+    client = client_with()
+    found = held_out(client, [BASE, Candidate("lora", 1e30, 2, 2)], folds(client, 2))
+    assert torch.isfinite(found[0]).all()
+    assert (found[1] == -torch.inf).all()
+
+
+# ── the federation's choice ─────────────────────────────────────────────────────────────────────
+
+SUMS = [[-10.0, -8.0, -7.9], [-12.0, -9.0, -9.1], [-11.0, -8.5, -8.4]]
+
+
+def answers(sums: list[list[float]], noise: float = 1.0):
+    known = torch.tensor([each.numbers() for each in (BASE, PRIOR, LORA)])
+    return [
+        {
+            "candidates": known,
+            "sums": torch.tensor(row),
+            "rows": torch.tensor([10.0]),
+            "noise": torch.tensor([noise]),
+        }
+        for row in sums
+    ]
+
+
+def chosen(sums: list[list[float]], noise: float = 1.0) -> Candidate:
+    return Candidate.of(choose(answers(sums, noise))["chosen"].tolist())
+
+
+def test_cheapest_within_noise_is_chosen() -> None:
+    """The adapter is best by 0.1 in sum; the standard error of that sum over clients is 0.2."""
+    assert chosen(SUMS) == PRIOR
+    assert chosen(SUMS, noise=0.4) == LORA
+    table = choose(answers(SUMS))["table"]
+    assert table[:, 4].tolist() == pytest.approx([-33 / 30, -25.5 / 30, -25.4 / 30])
+    assert table[:, 5].tolist() == pytest.approx([7.6 / 30, 0.1 / 30, 0], abs=1e-6)
+    assert table[1, 6].item() == pytest.approx(0.2 / 30, rel=1e-4)
+    assert chosen(SUMS[:1]) == LORA  # of one client nothing is known about noise
+    assert chosen([[0.0, 0.0, 0.0]] * 2) == BASE
+
+
+def test_a_candidate_that_diverged_anywhere_is_never_chosen() -> None:
+    better = [[-10.0, -8.0, -1.0], [-12.0, -9.0, -1.0], [-11.0, -8.5, DIVERGED]]
+    assert chosen(better) == PRIOR
+    worse = [[-10.0, DIVERGED, -8.0], [-12.0, -9.0, -9.0]]
+    assert chosen(worse) == LORA
+
+
+def test_clients_answer_sums_alone() -> None:
+    client = client_with()
+    answer = ask(client, 2)
+    tried = candidates(OWN, 2, True)
+    assert len(tried) == 5
+    assert answer["rows"].tolist() == [24]
+    want = held_out(client, tried, folds(client, 2)).sum(dim=1)
+    assert torch.equal(answer["sums"], want)
+    few = ask(replace(client, own=replace(OWN, min_rows=25)), 2)
+    assert (few["rows"].item(), few["sums"].abs().sum().item()) == (0, 0)
+
+
+def test_more_folds_leave_more_rows_to_train_on() -> None:
+    """The label prior of three quarters of the rows is nearer to that of all than that of half."""
+    client = client_with()
+    own = replace(OWN, kinds=["prior"])
+    for number in (2, 4):
+        answer = ask(replace(client, own=replace(own, folds=number)), 2)
+        want = held_out(client, [PRIOR], folds(client, number)).sum(dim=1)
+        assert torch.equal(answer["sums"], want)
+
+
+# ── the client's guard ──────────────────────────────────────────────────────────────────────────
+
+
+def test_the_choice_is_left_only_beyond_noise() -> None:
+    """Gains of 1 ± 1 over four rows: sum 4, standard error 2·1.1547 = 2.3094."""
+    rows = {BASE: torch.tensor([2.0, 0, 2, 0]), PRIOR: torch.zeros(4), LORA: -torch.ones(4)}
+    assert preferred(rows, PRIOR, 1.0) == BASE
+    assert preferred(rows, PRIOR, 4 / 2.3094 * 1.01) == PRIOR
+    assert preferred(rows, BASE, 0.0) == BASE
+    assert preferred(rows, LORA, 1.0) == BASE  # of several, the one that is better by most
+    rows[LORA] = torch.full((4,), -torch.inf)
+    assert preferred(rows, LORA, 1.0) == BASE
+    assert preferred(rows, PRIOR, 9.0) == PRIOR
+
+
+def told(client, choice: Candidate):
+    return replace(client, prepared={"chosen": torch.tensor(choice.numbers())})
+
+
+def test_guard_turns_a_harmful_adapter_down() -> None:
+    """A rate at which held-out rows get hopeless: the client keeps its prior or the base."""
+    wild = Candidate("lora", 3.0, 4, 2)
+    client = told(client_with(), wild)
+    assert decide(client, wild) in (BASE, PRIOR)
+    kept = auto(client, 2)
+    assert sum(kept.weights.ranks.values()) == 0
+    off = replace(client, own=replace(OWN, guard=False))
+    assert decide(off, wild) == wild
+    assert decide(replace(client, own=replace(OWN, noise=1e9)), wild) == wild
+
+
+def test_a_choice_without_training_costs_one_forward_pass(monkeypatch) -> None:
+    calls = []
+    logits = type(TASK).logits
+
+    def counted(self, model, data, size):
+        calls.append(len(data))
+        return logits(self, model, data, size)
+
+    monkeypatch.setattr(type(TASK), "logits", counted)
+    monkeypatch.setattr(module, "personalize", None)  # nothing is trained
+    client = told(client_with(), PRIOR)
+    decide(client, PRIOR)
+    assert calls == [len(client.train)]
+
+
+def test_clients_with_few_rows_follow_the_federation() -> None:
+    few = told(client_with(train=tiny_rows([5] * 7, seed=3)), LORA)
+    assert decide(few, LORA) == LORA
+    assert auto(few, 2).scores == fit(few, LORA).scores
+    none = told(client_with(train=Encoded.from_rows([], [])), LORA)
+    found = auto(none, 2)
+    assert found.scores == METHODS["base"].fit(none, 2).scores
+    assert found.weights.parameters() == 0
+
+
+def test_a_final_fit_that_diverges_leaves_the_prior() -> None:
+    client = told(client_with(own=replace(OWN, guard=False)), Candidate("lora", 1e30, 2, 2))
+    found = auto(client, 2)
+    assert found.scores == METHODS["prior"].fit(client, 2).scores
+    assert found.weights.parameters() == 3
+
+
+def test_each_kind_is_the_method_of_its_name() -> None:
+    client = client_with()
+    assert fit(client, BASE).scores == METHODS["base"].fit(client, 2).scores
+    prior = fit(client, PRIOR)
+    assert prior.scores == METHODS["prior"].fit(client, 2).scores
+    assert torch.equal(prior.weights.offset, with_prior(client).task.offset)
+    settings = replace(LOCAL, personalize_lr=1e-2, personalize_epochs=1)
+    adjusted = replace(with_prior(client), settings=settings)
+    names = {"lora": "lora", "structure": "fedp2eft-structure", "fedp2eft": "fedp2eft"}
+    for kind, name in names.items():
+        found = fit(client, replace(LORA, kind=kind))
+        assert found.scores == METHODS[name].fit(adjusted, 2).scores
+        assert torch.equal(found.weights.offset, with_prior(client).task.offset)
+
+
+def test_base_has_no_offset_where_the_run_adds_one() -> None:
+    client = with_prior(client_with())
+    found = fit(client, BASE)
+    assert found.scores == METHODS["base"].fit(client_with(), 2).scores
+    assert client.carrying(found.weights).offset.tolist() == [0, 0, 0]
+
+
+def test_causal_lms_choose_without_a_prior() -> None:
+    rows = [[1, 5, 6, 7], [1, 8, 9], [1, 3, 4, 5, 6], [1, 2, 7, 8]] * 2
+    data = Encoded.from_rows(rows, [0] * 8, starts=[2, 1, 3, 2] * 2)
+    bt = adapted("gpt2")
+    client = client_with(bt=bt, task=CausalLM(0, 16), train=data, test=data, label_prior=None)
+    answer = ask(client, 2)
+    assert len(answer["sums"]) == 4
+    with bt.off():
+        scores = client.task.score(bt.model, data, 8)
+    assert float(answer["sums"][0]) == pytest.approx(-scores.loss * scores.tokens, rel=1e-4)
+    found = auto(told(client, LORA), 2)
+    assert found.scores.tokens
+    assert found.weights.offset is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"kinds": []}, {"lrs": [0.0]}, {"epochs": []}, {"folds": 1}, {"min_rows": 1},
+                {"noise": -1.0}, {"ranks": [0]}],
+)  # fmt: skip
+def test_bad_settings_are_named(changes) -> None:
+    with pytest.raises(UserError, match=f"auto.{next(iter(changes))}"):
+        AutoSettings(**changes)
+
+
+# ── in a run ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_choice_is_kept_with_the_psg_and_used_by_default(
+    all_methods, world: World, tmp_path
+) -> None:
+    folder = all_methods.folder
+    kept = json.loads((folder / "surveys" / "auto-r2.json").read_text())["prepared"]
+    psg = PSG.from_pretrained(folder / "psg")
+    assert psg.config.choices == {"auto-r2": kept}
+    assert len(kept["table"]) == 5
+    choice = Candidate.of(kept["chosen"])
+    assert f"| 2 | {choice} |" in (folder / "psg" / "README.md").read_text(encoding="utf-8")
+    data = write_jsonl(tmp_path / "rows.jsonl", world.client_rows("fr-unseen-00", "train"))
+    made = fedp2eft.personalize(psg, folder / "base", data, 3)
+    assert made.facts["method"] == "auto"
+    made.save(tmp_path / "adapter")
+    fedp2eft.evaluate(folder / "base", data, tmp_path / "adapter")
+    with pytest.raises(UserError, match="keeps no choice of method auto for rank 1"):
+        fedp2eft.personalize(psg, folder / "base", data, 1, method="auto")
+    bare = PSG(replace(psg.config, choices={}))
+    bare.set_phi(psg.phi())
+    assert fedp2eft.personalize(bare, folder / "base", data, 2).facts["method"] == "fedp2eft"
+
+
+def test_a_resumed_run_asks_nobody_again(all_methods, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(all_methods.folder, run)
+    cell = run / "cells" / "auto-r2" / "de-unseen-00.json"
+    before = json.loads(cell.read_text())
+    cell.unlink()
+    settings = fedp2eft.read_settings(run / "settings.yaml")
+    again = watched(settings, run)
+    assert not [m for m, _ in again.messages if m.metadata.message_type == SURVEY]
+    after = json.loads(cell.read_text())
+    assert before | {"seconds": 0} == after | {"seconds": 0}
+    old, new = ((p / "psg/config.json").read_text() for p in (all_methods.folder, run))
+    assert old == new
