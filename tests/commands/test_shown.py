@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fedp2eft.cli import main
+from fedp2eft.commands.run import _shown
 from fedp2eft.commands.terminal import BarReporter, LineReporter, show_results, table
 from fedp2eft.errors import UserError, visible
 from fedp2eft.results.rows import Results, Row
@@ -96,3 +97,16 @@ def test_terminals_that_know_few_characters(tmp_path: Path, encoding: str) -> No
         env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
     )  # fmt: skip
     assert listed.stdout.splitlines()[-1] == b"a - b . c"
+
+
+def test_the_adapter_that_is_shown_is_an_unseen_clients_of_fedp2eft(tmp_path: Path) -> None:
+    assert _shown(tmp_path) is None
+    for client, method in [
+        ("fr-unseen-00", "prior-r0"),
+        ("de-seen-00", "fedp2eft-r8"),
+        ("de-unseen-00", "fedp2eft-r2"),
+        ("de-unseen-00", "prior-r0"),
+    ]:
+        (tmp_path / client / method).mkdir(parents=True)
+        (tmp_path / client / method / "adapter_config.json").touch()
+    assert _shown(tmp_path) == tmp_path / "de-unseen-00" / "fedp2eft-r2"

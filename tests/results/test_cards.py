@@ -74,6 +74,23 @@ def test_the_card_of_a_psg(finished, world: World):
     says_nothing_private(str(card), str(world.folder))
 
 
+@pytest.mark.parametrize(
+    ("q", "source", "words"),
+    [
+        ((0.5, 0.3, 0.2), "counts", "summed label counts of the seen clients: 0.500, 0.300, 0.200"),
+        ((0.5, 0.3, 0.2), "predicted", "mean prediction of the base model over the seen"),
+        ((0.02,) * 50, "uniform", "taken as uniform: 50 shares from 0.02 to 0.02"),
+        ((), "counts", ""),
+    ],
+)
+def test_a_psgs_card_names_q_and_its_source(finished, q, source, words) -> None:
+    config = PSG.from_pretrained(finished.folder / "psg").config
+    local = replace(config.local, label_prior=source)
+    text = psg_card(replace(config, label_prior=q, local=local)).text
+    assert ("| label prior q |" in text) == bool(q)
+    assert words in text
+
+
 def test_a_psgs_code_block_runs(finished, world: World, tmp_path: Path, monkeypatch):
     for name in ("psg", "base"):
         (tmp_path / name).mkdir()

@@ -90,11 +90,18 @@ def _run(settings: Any, folder: Path, watch: bool) -> None:
     show_results(results)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     print(f"\nRun folder: {folder}  ({minutes} min {seconds:02d} s in this process)")
-    adapters = sorted((folder / "adapters").glob("*/*/adapter_config.json"))
-    unseen = [path for path in adapters if "-unseen-" in path.parts[-3]]
-    if adapters:
-        adapter = str((unseen or adapters)[-1].parent)
-        show_loading(f"{folder}/base", adapter, settings.model.task)
+    if adapter := _shown(folder / "adapters"):
+        show_loading(f"{folder}/base", str(adapter), settings.model.task)
+
+
+def _shown(adapters: Path) -> Path | None:
+    """Return the adapter to show: FedP²EFT's before the label prior's, unseen clients' first."""
+    found = [path.parent for path in sorted(adapters.glob("*/*/adapter_config.json"))]
+
+    def first(path: Path) -> tuple[bool, bool]:
+        return path.name.startswith("fedp2eft-"), "-unseen-" in path.parent.name
+
+    return max(reversed(found), key=first, default=None)
 
 
 @contextmanager
