@@ -101,25 +101,15 @@ class AdapterWeights:
         return replace(
             self,
             layers=tuple(
-                LayerWeights(
-                    layer.name,
-                    layer.A,
-                    layer.B * (self.scaling * layer.lam),
-                    torch.ones_like(layer.lam),
-                    layer.embedding,
-                )
-                for layer in self.layers
+                replace(each, B=each.B * (self.scaling * each.lam), lam=torch.ones_like(each.lam))
+                for each in self.layers
             ),
             scaling=1.0,
         )
 
     def is_finite(self) -> bool:
         """Whether every number of the adapter is finite."""
-        return all(
-            bool(torch.isfinite(t).all())
-            for t in (
-                *(t for layer in self.layers for t in (layer.A, layer.B, layer.lam)),
-                *(each.values for each in self.rows),
-                *([self.head.weight, self.head.bias] if self.head else []),
-            )
-        )
+        numbers = [value for layer in self.layers for value in (layer.A, layer.B, layer.lam)]
+        numbers += [each.values for each in self.rows]
+        numbers += [self.head.weight, self.head.bias] if self.head else []
+        return all(bool(torch.isfinite(value).all()) for value in numbers)
