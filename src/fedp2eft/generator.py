@@ -175,11 +175,12 @@ class PSG(
             nn.init.xavier_normal_(layer.weight, gain=GAIN, generator=generator)
             nn.init.constant_(layer.bias, bias)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, checked: bool = True) -> Tensor:
         """Return λ̂ for ξ.
 
         Args:
             features: ξ, 2M (or 2M + 1) values.
+            checked: Whether ξ is looked at first, which `torch.func` cannot map over clients.
 
         Returns:
             λ̂ clamped to its range with straight-through gradients: L × r_max, or L × 1 where λ is
@@ -188,17 +189,13 @@ class PSG(
         Raises:
             UserError: ξ has another length, or NaN or infinity in it.
         """
-        if features.shape != (self.config.n_features,):
+        if checked and features.shape != (self.config.n_features,):
             raise UserError(
                 f"ξ has {features.numel()} values, this PSG expects {self.config.n_features}: "
                 "it was made for another model or feature kind."
             )
-        if not bool(torch.isfinite(features).all()):
+        if checked and not bool(torch.isfinite(features).all()):
             raise UserError("ξ holds NaN or infinity: check the client's text and the base model.")
-        return self.predict(features)
-
-    def predict(self, features: Tensor) -> Tensor:
-        """`forward` without its checks, so that `torch.func` can map it over clients."""
         c = self.config
         found = self.last_layer(self.first_layer(features)).reshape(len(c.layer_names), -1)
         return clamp_straight_through(found, c.adapter.lambda_min, c.adapter.lambda_max)

@@ -264,7 +264,7 @@ class StackedPSG(nn.Module):
 
     def __init__(self, psg: PSG, clients: int, device: torch.device) -> None:
         super().__init__()
-        self._one = [_Predict(psg)]  # in a list: its own parameters are not trained
+        self._psg = [psg]  # in a list: its own parameters are not trained
         self._names = list(psg.state_dict())
         self.phi = nn.ParameterList(
             value.to(device).expand(clients, *value.shape).clone()
@@ -273,9 +273,8 @@ class StackedPSG(nn.Module):
 
     def forward(self, xi: Tensor) -> Tensor:
         """λ̂ of every client (C × L × r_max) from its ξ (C × features)."""
-        names = [f"psg.{name}" for name in self._names]
-        predict = vmap(lambda phi, features: functional_call(self._one[0], phi, (features,)))
-        found: Tensor = predict(dict(zip(names, self.phi, strict=True)), xi)
+        predict = vmap(lambda phi, features: functional_call(self._psg[0], phi, (features, False)))
+        found: Tensor = predict(dict(zip(self._names, self.phi, strict=True)), xi)
         return found
 
     def phis(self) -> list[dict[str, Tensor]]:
@@ -285,14 +284,3 @@ class StackedPSG(nn.Module):
             {name: value[c].clone() for name, value in zip(self._names, values, strict=True)}
             for c in range(len(values[0]))
         ]
-
-
-class _Predict(nn.Module):
-    """The PSG without its checks, which look at numbers and so cannot be mapped over clients."""
-
-    def __init__(self, psg: PSG) -> None:
-        super().__init__()
-        self.psg = psg
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.psg.predict(features)
