@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from fedp2eft import api
+from fedp2eft.adapters.convert import with_adapter
 from fedp2eft.bases import BASES
 from fedp2eft.bases.parts import ROWS
 from fedp2eft.client.training import features
@@ -265,7 +266,7 @@ def test_an_exported_adapter_gives_the_clients_logits_under_plain_peft(
             logits = got(input_ids=ids).logits
         assert torch.allclose(logits, told[0], atol=1e-5, rtol=0)
         assert not torch.allclose(logits, common, atol=1e-3, rtol=0)
-        merged = api._with_adapter(
+        merged = with_adapter(
             AutoModelForSequenceClassification.from_pretrained(run.folder / "base"), folder
         ).merge_and_unload()
         with torch.no_grad():
