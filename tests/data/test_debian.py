@@ -130,11 +130,26 @@ def test_600_clients_are_light():
     assert federation.table is load_debian(languages=("fr",)).table
 
 
+def test_new_languages_are_drawn_by_the_seed():
+    def new(seed: int) -> set[str]:
+        federation = load_debian(
+            languages=("fr", "de"), new_languages=("ko", "random 4"), seed=seed,
+            clients_per_language=1,
+        )  # fmt: skip
+        return {c.language for c in federation.clients if c.pool == "new-language"}
+
+    drawn = [new(seed) for seed in range(3)]
+    assert all(len(each) == 5 and "ko" in each and not each & {"fr", "de"} for each in drawn)
+    assert len(set(map(frozenset, drawn))) > 1
+    assert new(0) == drawn[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"languages": ("pt_Br",)}, "'pt_Br' is not in debian-descriptions. Did you mean 'pt_BR'?"),
         ({"new_languages": ("xx",)}, "It has cs, da, de, en"),
+        ({"new_languages": ("random 99",)}, "draws 99 languages, and debian-descriptions has 16"),
         ({"languages": ("fr",), "new_languages": ("fr",)}, "'fr' is in `languages` and"),
         ({"clients_per_language": 60}, "zh_CN, seen pool: 57 test rows cannot be split over 60"),
     ],

@@ -10,6 +10,7 @@ import pytest
 import fedp2eft
 from fedp2eft.bases import BASES
 from fedp2eft.data.known import KNOWN
+from fedp2eft.data.languages import new_languages_of
 from fedp2eft.data.registry import find, load_clients
 from fedp2eft.methods import METHODS, method_named
 from fedp2eft.results.plan import plan, settings_of
@@ -113,15 +114,16 @@ def test_the_debian_comparison_is_wide_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dataset", "seen", "new"), [("masakhanews", 10, 6)], ids=lambda value: str(value)
+    ("dataset", "seen", "new"), [("masakhanews", 10, 6), ("afrisenti", 8, 6), ("sib-200", 12, 40)]
 )
 def test_the_suite_follows_the_papers_protocol(dataset: str, seen: int, new: int) -> None:
     """Languages that nobody trained on, equal clients, Dirichlet 0.5, ranks 2 and 8."""
     settings = read_settings(ROOT / "configs" / dataset / "e5-small.yaml")
     data, found = settings.data, find(settings.data)
     assert len(data.languages) == seen
-    assert len(data.new_languages) == new
-    assert {*data.languages, *data.new_languages} <= set(found.languages)
+    unknown = new_languages_of(dataset, found.languages, data)
+    assert len(unknown) == new
+    assert {*data.languages, *unknown} <= set(found.languages)
     assert not {*data.languages} & {*KNOWN[dataset].without_train}
     assert (data.alpha, settings.evaluation.ranks) == (0.5, [2, 8])
     assert settings.evaluation.pools == ["seen", "unseen", "new-language"]

@@ -11,7 +11,7 @@ from fedp2eft.data.copies import LocalCopy, Split
 from fedp2eft.data.delimited import Columns
 from fedp2eft.data.known import CONVERTED, HubSource
 from fedp2eft.data.labels import check_names, class_name, found_names
-from fedp2eft.data.languages import choose_languages
+from fedp2eft.data.languages import choose_languages, new_languages_of
 from fedp2eft.data.partition import distinct, partition_pools, rng_for
 from fedp2eft.data.table import first_line
 from fedp2eft.errors import UserError, nearest
@@ -132,7 +132,7 @@ def load_hub(
     # Which languages there are, on the hub or in the copy, and what each is for.
     copy = None if folder is None else LocalCopy(folder, source)
     known = source.languages if copy is None else copy.languages()
-    new_languages = settings.new_languages
+    new_languages = new_languages_of(name, known, settings)
     languages = settings.languages or [
         each for each in known if each not in new_languages and _can_train(source, copy, each)
     ]

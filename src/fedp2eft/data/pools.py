@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedp2eft.data.clients import NEW_LANGUAGE, SEEN, UNSEEN, ClientData, Indices
-from fedp2eft.data.languages import choose_languages
+from fedp2eft.data.languages import choose_languages, new_languages_of
 from fedp2eft.data.partition import distinct, partition_pools
 from fedp2eft.settings.data import DataSettings
 
@@ -40,7 +40,9 @@ def clients_of_pools(
     Raises:
         UserError: an unknown language, a language in both lists, or too many clients.
     """
-    spoken, new = choose_languages(name, known, settings.languages, settings.new_languages)
+    spoken, new = choose_languages(
+        name, known, settings.languages, new_languages_of(name, known, settings)
+    )
     texts = [table[column][:] for column in text_columns] if settings.unique else []
     language, pool, split = (np.asarray(table[c][:]) for c in ("language", "pool", "split"))
 

@@ -34,7 +34,8 @@ class DataSettings:
             afrisenti or sib-200 (from the hub or a local copy), fed-aya (from a file), or nodes
             (each SuperNode's own file; docs/deployment.md).
         languages: languages of the seen and unseen clients; empty: all of the data set's.
-        new_languages: languages that no seen client speaks; their clients never train.
+        new_languages: languages that no seen client speaks; their clients never train. "random 40"
+            draws 40 of those that are named nowhere, by the seed.
         clients_per_language: clients per language and pool.
         alpha: concentration of the Dirichlet distribution of labels over a pool's clients.
         max_train: maximum train rows per client.
