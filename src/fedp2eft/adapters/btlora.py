@@ -12,7 +12,7 @@ and rate 100 (BayesTune, NeurIPS 2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -153,6 +153,24 @@ class BTLora:
             layer.A.grad = layer.B.grad = None
         self.set_lambda(lam)
         self._B0 = None
+
+    @contextmanager
+    def directions(self, rows: Sequence[Tensor]) -> Iterator[None]:
+        """Use other rows as the common A of each layer while the block lasts.
+
+        Args:
+            rows: r_max × d_in per layer; rows of zeros stay as the common A has them.
+        """
+        before = self._common_A
+        self._common_A = [
+            torch.where(new.any(dim=1, keepdim=True), new.to(A), A)
+            for new, A in zip(rows, before, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            self._common_A = before
+            self.reset()
 
     @torch.no_grad()
     def set_lambda(self, lam: Tensor | float) -> None:

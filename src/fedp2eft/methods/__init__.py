@@ -65,6 +65,11 @@ _built_in = {
     ),
     "adalora": Method(_ours("adalora:adalora"), settings=AdaLoraSettings),
     "bt-lora": Method(_ours("bt_lora:bt_lora")),
+    "gradient": Method(_ours("gradient:gradient")),
+    "gradient-shared": Method(
+        _ours("gradient:gradient_shared"),
+        surveys=(Survey(_ours("gradient:ask_sketch"), _ours("gradient:mean_directions")),),
+    ),
     "lora-tuned": Method(
         _ours("tuned:of_lora.fit"), surveys=(Survey(_ours("tuned:of_lora.ask"), _best),), **_tuning
     ),
@@ -104,7 +109,15 @@ _built_in |= {
         classes=True,
         variant={"local": {"logit_adjustment": "own"}},
     )
-    for _name in ("lora", "adalora", "bt-lora", "fedl2p", "fedp2eft")
+    for _name in (
+        "lora",
+        "adalora",
+        "bt-lora",
+        "fedl2p",
+        "fedp2eft",
+        "fedp2eft-structure",
+        "gradient",
+    )
 }
 for _name, _method in _built_in.items():
     register(_name, _method)
