@@ -225,9 +225,9 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     }
     # The adapter stays on this machine.
     keep = s.evaluation
-    kept = method in ("fedp2eft", "prior", "auto")
-    kept = kept and bool(weights) and (weights.offset is None or workspace.has_head)
-    if weights and kept and keep.save_adapters and workspace.run:
+    kept = keep.save_adapters and method in ("fedp2eft", "prior", "auto")
+    fits = weights is not None and (weights.offset is None or workspace.has_head)
+    if weights and kept and fits and workspace.run:
         save_adapter(
             workspace.carried(name, weights),
             workspace.run / "adapters" / name / f"{method}-r{rank}",

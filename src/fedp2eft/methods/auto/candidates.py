@@ -71,9 +71,9 @@ def has_classes(client: ClientSide) -> bool:
 
 def plain(client: ClientSide) -> ClientSide:
     """Return the client without a label prior on its logits; each candidate says if it has one."""
-    if not has_classes(client):
+    if not isinstance(client.task, Classification):
         return client
-    return replace(client, task=replace(client.task, offset=None))  # type: ignore[type-var]
+    return replace(client, task=replace(client.task, offset=None))
 
 
 def with_prior(client: ClientSide) -> ClientSide:
