@@ -208,3 +208,43 @@ def test_a_column_of_the_other_task_is_refused(finished, world: World):
         fedp2eft.personalize(psg, base, world.rows, 2, target_column="text")
     with pytest.raises(UserError, match="name label_column or target_column"):
         fedp2eft.evaluate(base, world.rows, label_column="topic", target_column="text")
+
+
+def test_an_adapter_remembers_its_columns(finished, world: World, tmp_path: Path):
+    psg, base = fedp2eft.PSG.from_pretrained(finished.folder / "psg"), finished.folder / "base"
+    rows = world.client_rows("fr-unseen-00", "test")
+    plain = write_jsonl(tmp_path / "plain.jsonl", rows)
+    named = [{"satz": row["text"], "klasse": row["label"], "text": "le"} for row in rows]
+    data = write_jsonl(tmp_path / "named.jsonl", named)
+    columns = {"text_columns": ["satz"], "label_column": "klasse"}
+    fedp2eft.personalize(psg, base, data, 2, **columns).save(tmp_path / "own")
+    scores = fedp2eft.evaluate(base, data, tmp_path / "own")
+    assert scores == fedp2eft.evaluate(base, data, tmp_path / "own", **columns)
+    assert scores == fedp2eft.evaluate(
+        base, plain, tmp_path / "own", text_columns=["text"], label_column="label"
+    )
+    for said in (fedp2eft.evaluate, lambda *a, **k: fedp2eft.personalize(psg, base, data, 2, **k)):
+        with pytest.raises(UserError, match=r"made with 1 text column \(\w+\), and 2 are named"):
+            said(base, data, tmp_path / "own", text_columns=["text", "satz"])
+    of_the_run = finished.folder / "adapters" / "fr-unseen-00" / "fedp2eft-r2" / "fedp2eft.json"
+    facts = json.loads(of_the_run.read_text())
+    assert (facts["text_columns"], facts["label_column"]) == (["text"], "label")
+
+
+def test_texts_that_are_cut_are_said_once(finished, world: World, tmp_path: Path, caplog):
+    psg, base = fedp2eft.PSG.from_pretrained(finished.folder / "psg"), finished.folder / "base"
+    rows = world.client_rows("fr-unseen-00", "test")
+    long = [{**row, "text": row["text"] + " le petit chat" * 5} for row in rows[:2]]
+    data = write_jsonl(tmp_path / "rows.jsonl", [*rows, *long])
+    fedp2eft.personalize(psg, base, data, 2, test_data=data)
+    assert [m for m in caplog.messages if "cut" in m] == [
+        f"Client rows, train: 2 of {len(rows) + 2} texts are longer than local.max_length (12 "
+        "tokens) and are cut there. Other clients' are not listed."
+    ]
+    caplog.clear()
+    fedp2eft.evaluate(base, data, max_length=24)
+    assert not caplog.messages
+    fedp2eft.evaluate(base, data, max_length=12)
+    assert caplog.messages == [
+        f"2 of {len(rows) + 2} rows are longer than max_length (12 tokens) and are cut there."
+    ]

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, fields, replace
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -407,12 +408,17 @@ def test_impossible_values_are_an_error_before_any_memory_is_taken(folder, chang
         PSG.from_pretrained(folder)
 
 
-def test_unknown_facts_of_a_later_version_are_left_out(folder) -> None:
+@pytest.mark.parametrize(
+    "later", [{"odd": 1}, {"base": {"odd": 2}}, {"origin": {"odd": 3}}], ids=str
+)
+def test_a_key_of_a_later_version_is_refused_except_in_what_the_card_tells(folder, later) -> None:
     written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(written | {"invented_later": 1, "base": {"later": 2}})
-    )
-    assert PSG.from_pretrained(folder).config == CONFIG
+    (folder / "config.json").write_text(json.dumps(written | later))
+    if "origin" in later:
+        assert PSG.from_pretrained(folder).config.origin == later["origin"]
+        return
+    with pytest.raises(UserError, match=rf"odd', which fedp2eft {version('fedp2eft')} does not kn"):
+        PSG.from_pretrained(folder)
 
 
 def test_a_psg_of_the_normalized_prior_names_the_last_version_that_had_it(folder) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,13 @@ from torch import Tensor
 
 from fedp2eft.adapters import convert
 from fedp2eft.adapters.convert import check_same_base, with_adapter
-from fedp2eft.adapters.export import PEFT_TASKS, adapter_facts, auto_mapping, save_adapter
+from fedp2eft.adapters.export import (
+    PEFT_TASKS,
+    adapter_facts,
+    auto_mapping,
+    column_facts,
+    save_adapter,
+)
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError
@@ -34,6 +41,7 @@ from fedp2eft.tasks.prompts import Prompts
 from fedp2eft.tasks.task import Scores, Task
 from fedp2eft.tasks.text_scores import check_scorers, text_scores
 
+logger = logging.getLogger(__name__)
 DataFile = str | Path
 """A JSON lines, CSV or Parquet file."""
 
@@ -149,12 +157,14 @@ def personalize(
     }
     local = replace(c.local, **{key: value for key, value in given.items() if value is not None})
     # The rows, then the model: a mistake in a file shows before anything is loaded.
+    text_columns = text_columns or c.text_columns
+    _check_same_columns(text_columns, c.text_columns, "The PSG")
     classes = c.task == "classification"
     name = "target_column" if classes else "label_column"
     if (target_column if classes else label_column) is not None:
         raise UserError(f"The PSG is of the task {c.task}, which has no use for {name}: remove it.")
     columns = DataSettings(
-        text_columns=list(text_columns or c.text_columns),
+        text_columns=list(text_columns),
         label_column=(label_column or c.label_column) if classes else None,
         target_column=None if classes else target_column or c.target_column,
         labels=list(c.labels),
@@ -187,6 +197,7 @@ def personalize(
             "method": method,
             "task": c.task,
             "labels": list(c.labels),
+            **column_facts(columns, c.task),
             "max_length": c.local.max_length,
             **(scores.facts() | {"test_rows": scores.examples} if scores else {}),
             "train_rows": len(workspace.encoded(client, "train")),
@@ -202,7 +213,7 @@ def evaluate(
     adapter: str | Path | None = None,
     *,
     text_columns: Sequence[str] | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     target_column: str | None = None,
     max_length: int | None = None,
     batch_size: int = 64,
@@ -215,41 +226,52 @@ def evaluate(
 
     If the file has a column `split`, score its rows "test", else all rows. Class names are those of
     the model's config. With a `target_column`, the model is a causal LM, scored on the responses in
-    that column. Inputs are cut at `max_length` tokens; the default is the adapter's, or else 128 (a
-    causal LM: 1024) or what the model reads. With `generate`, the causal LM answers every prompt
-    greedily with at most `max_new_tokens` tokens, and the texts are scored too.
+    that column. Columns and `max_length` are the adapter's by default, or else `text`, `label` and
+    128 tokens (a causal LM: 1024) or what the model reads; longer inputs are cut. With `generate`,
+    the causal LM answers every prompt greedily with at most `max_new_tokens` tokens, and the texts
+    are scored too.
 
     Raises:
         UserError: Bad rows, a label that the model does not know, or an adapter that does not fit.
     """
     source = resolve_model(str(model))
     config = load_config(source)
-    kind: TaskName = "causal_lm" if target_column else "classification"
-    if target_column and label_column != "label":
+    facts = {} if adapter is None else adapter_facts(adapter)
+    if target_column and label_column:
         raise UserError("Rows have a class or a response: name label_column or target_column.")
+    text_columns, target_column = _columns(facts, text_columns, label_column, target_column)
+    kind: TaskName = "causal_lm" if target_column else "classification"
     if generate and not target_column:
         raise UserError("Only a causal LM generates: name the column of responses, target_column.")
     if generate:
         check_scorers()
     columns = DataSettings(
-        text_columns=list(text_columns or ("text",)),
-        label_column=None if target_column else label_column,
+        text_columns=list(text_columns),
+        label_column=None
+        if target_column
+        else label_column or _word(facts, "label_column") or "label",
         target_column=target_column or None,
         labels=[] if target_column else list(class_names(config)),
         test_fraction=0.0,
     )
     rows = client_from_file(data, columns, only_test=True)
     if adapter is not None:
-        check_same_base(adapter, source)
-    if max_length is None and adapter is not None:
-        known = adapter_facts(adapter).get("max_length")
-        max_length = known if isinstance(known, int) else None
+        check_same_base(adapter, source, kind)
+    known = facts.get("max_length")
+    if max_length is None and isinstance(known, int):
+        max_length = known
     base, task, tokenizer = _load(source, kind, max_length, precision, device)
     longest = longest_input(base)
     if adapter is not None:
         base = with_adapter(base, adapter)
     asked_for = rows.texts_and_answers(rows.clients[0].test, kind)
-    scores = task.score(base, task.encode(tokenizer, *asked_for), batch_size)
+    encoded = task.encode(tokenizer, *asked_for)
+    if encoded.cut:
+        logger.warning(
+            "%d of %d rows are longer than max_length (%d tokens) and are cut there.",
+            encoded.cut, len(asked_for[1]), task.max_length,
+        )  # fmt: skip
+    scores = task.score(base, encoded, batch_size)
     if not generate:
         return scores
     assert isinstance(task, CausalLM)
@@ -300,6 +322,35 @@ def _choice(config: PSGConfig, method: str, rank: int) -> dict[str, Tensor]:
         return {name: torch.tensor(values, dtype=torch.float32) for name, values in found.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"The PSG's choices cannot be read ({error}): fetch it again.") from error
+
+
+def _columns(
+    facts: Mapping[str, object],
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    target_column: str | None,
+) -> tuple[tuple[str, ...], str]:
+    """Text columns and target column: as named, or else as the adapter was made; "" for none."""
+    known = facts.get("text_columns")
+    made = tuple(map(str, known)) if isinstance(known, list) else ()
+    columns = tuple(text_columns or made or ("text",))
+    _check_same_columns(columns, made, "The adapter")
+    return columns, target_column or ("" if label_column else _word(facts, "target_column"))
+
+
+def _word(facts: Mapping[str, object], name: str) -> str:
+    value = facts.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _check_same_columns(columns: Sequence[str], made: Sequence[str], whose: str) -> None:
+    """Raise `UserError` unless there are as many text columns as something was trained on."""
+    if made and len(columns) != len(made):
+        raise UserError(
+            f"{whose} was made with {len(made)} text column{'s' * (len(made) > 1)} "
+            f"({', '.join(made)}), and {len(columns)} are named: {', '.join(columns)}. "
+            "Name as many, in the same order."
+        )
 
 
 def _load(

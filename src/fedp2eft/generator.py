@@ -12,6 +12,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
+from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -297,8 +298,10 @@ def _read_config(path: Path) -> PSGConfig:
             f"{path}: this PSG predicts {reprlib.repr(raw['target'])}, not λ (local.prior: "
             "normalized). fedp2eft 0.1.0 was the last version that could use it."
         )
+    raw = _nested(raw)
+    _check_known(PSGConfig, raw, path)
     try:
-        config: PSGConfig = typed(PSGConfig, _known(PSGConfig, _nested(raw)), "config")
+        config: PSGConfig = typed(PSGConfig, raw, "config")
     except (UserError, RecursionError) as error:
         raise UserError(f"{path} is not a PSG's: {shortened(str(error), 200)}.") from error
     a, g = config.adapter, config.generator
@@ -312,21 +315,28 @@ def _read_config(path: Path) -> PSGConfig:
 def _nested(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the config with nested sections, as versions after 0.1.0 write it."""
     if "r_max" not in raw:
-        return raw
+        return {key: value for key, value in raw.items() if key != "target"}
     made = {
         section: {name: raw[name] for name in names.split() if name in raw}
         for section, names in _FLAT.items()
     }
     made["adapter"] |= {"seed": raw.get("adapter_seed", 0)}
-    return raw | made
+    flat = {"adapter_seed", "target", *" ".join(_FLAT.values()).split()}
+    return {key: value for key, value in raw.items() if key not in flat} | made
 
 
-def _known(kind: Any, raw: Any) -> Any:
-    """A mapping without the keys that a later version added."""
+def _check_known(kind: Any, raw: Any, path: Path, where: str = "") -> None:
+    """Raise `UserError` for a key that only a later version can know: it may change numbers."""
     if not is_dataclass(kind) or not isinstance(raw, dict):
-        return raw
+        return
     kinds = types_of(kind)
-    return {key: _known(kinds[key], value) for key, value in raw.items() if key in kinds}
+    for key, value in raw.items():
+        if key not in kinds:
+            raise UserError(
+                f"{path} has {shortened(where + key)}, which fedp2eft {version('fedp2eft')} does "
+                "not know: update fedp2eft, or use the version that wrote it."
+            )
+        _check_known(kinds[key], value, path, f"{where}{key}.")
 
 
 def _read_card(path: Path) -> ModelCard | None:

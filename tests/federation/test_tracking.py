@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import posixpath
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +135,37 @@ def test_a_tracker_that_fails_is_left_out(world: World, tmp_path: Path, wandb):
         trackers.finish()
     assert len(notes) == 1
     assert "wandb failed and is left out" in notes[0]
+
+
+def test_mlflow_gets_names_that_it_takes(world: World, tmp_path: Path, monkeypatch):
+    """It takes none of a call's metrics if one name has another character, or is no plain path."""
+    logged: dict[str, float] = {}
+    package = SimpleNamespace(
+        active_run=lambda: None,
+        start_run=lambda **_: None,
+        end_run=lambda: None,
+        set_experiment=lambda **_: SimpleNamespace(experiment_id=1),
+        create_experiment=lambda **_: 1,
+        search_experiments=lambda **_: [],
+        log_param=lambda *_: None,
+        log_params=lambda *_: None,
+        log_metrics=lambda values, step=None: logged.update(values),
+        utils=SimpleNamespace(
+            validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100)
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: name)
+    trackers = Trackers(world.settings(trackers=["mlflow"]), tmp_path / "run")
+    languages = {"zh [/x]": 0.1, "zh {/x}": 0.2, "..": 0.3, "français": 0.4, "a//b": 0.5}
+    trackers.results(
+        Results(tmp_path, (Row("lora", 2, "seen", languages, 0.3, 0.1, 0.2, None, 2, 10.0),))
+    )
+    trackers.finish()
+    assert len(logged) == 2 + len(languages)
+    assert logged["results/seen/lora-r2/français"] == 0.4
+    assert all(re.fullmatch(r"[/\w.\- ]+", name) for name in logged)
+    assert all(posixpath.normpath(name) == name for name in logged)
 
 
 def test_one_that_cannot_start_is_a_line(world: World, tmp_path: Path, wandb, monkeypatch):

@@ -139,6 +139,28 @@ def test_missing_layer_is_not_drawn_at_random(tiny_bert: Path) -> None:
         load_base(source_of(tiny_bert), "classification", num_labels=2)
 
 
+def test_a_head_that_the_config_names_and_the_weights_lack_is_not_drawn(tiny_classifier) -> None:
+    """Drawn at random it would score as if it had been trained."""
+    weights = load_file(tiny_classifier / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, tiny_classifier / "model.safetensors", metadata={"format": "pt"})
+    for labels in (None, 3):
+        with pytest.raises(UserError, match=r"classifier\.weight is missing"):
+            load_base(source_of(tiny_classifier), "classification", num_labels=labels)
+
+
+def test_blocks_that_the_config_has_no_place_for_are_said_once(tiny_llama: Path, caplog) -> None:
+    weights = load_file(tiny_llama / "model.safetensors")
+    norm = "model.layers.0.input_layernorm.weight"
+    weights |= {norm.replace("0", "1"): weights[norm].clone(), "spare_head.weight": torch.zeros(2)}
+    save_file(weights, tiny_llama / "model.safetensors", metadata={"format": "pt"})
+    for _ in range(2):
+        load_base(source_of(tiny_llama), "causal_lm")
+    [said] = caplog.messages
+    assert "1 weights are left out; a LlamaForCausalLM" in said
+    assert "model.layers.1.input_layernorm.weight" in said
+
+
 def test_layer_of_another_size_is_refused(tiny_bert: Path) -> None:
     weights = load_file(tiny_bert / "model.safetensors")
     weights["encoder.layer.0.attention.self.query.weight"] = torch.zeros(8, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fedp2eft.adapters.export import (
     CONFIG_FILE,
+    FACTS_FILE,
     WEIGHTS_FILE,
     Layout,
     adapter_facts,
@@ -23,11 +25,13 @@ from fedp2eft.adapters.export import (
 )
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.errors import UserError
+from fedp2eft.files import read_json
 from fedp2eft.models.fit import class_names, is_generic, longest_input, vocabulary_size
 from fedp2eft.models.loading import load_base, load_config, load_tokenizer, save_model, stored_dtype
 from fedp2eft.models.sources import ModelSource, hash_weights, resolve_model
-from fedp2eft.progress import current
+from fedp2eft.settings.experiment import TaskName
 
+logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Most by which logits may differ, as a share of 1 + the largest, by dtype of the weights."""
 _NOISE = 1e-5  # rounding of float32 products, as a share of the same
@@ -48,7 +52,7 @@ def change_layout(
     try:
         source = resolve_model(base)
     except UserError:
-        current().note(f"The base model {base} is not here: only the weights are compared.")
+        logger.warning("The base model %s is not here: only the weights are compared.", base)
     else:
         probe = _Probe.of(adapter, weights, source, _task(config))
         loads = probe.loads
@@ -133,7 +137,7 @@ class _Probe:
         task: Literal["classification", "causal_lm"],
     ) -> _Probe:
         """Load base and adapter, and compute."""
-        check_same_base(adapter, source)
+        check_same_base(adapter, source, task)
         base = load_base(source, task)
         loads = auto_mapping(base)
         own = [int(token) for each in weights.rows for token in each.rows]
@@ -157,7 +161,9 @@ def with_adapter(base: Any, adapter: str | Path) -> Any:
     try:
         model = PeftModel.from_pretrained(base, str(Path(adapter).expanduser()))
         wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-        odd = wanted ^ set(load_file(Path(adapter).expanduser() / WEIGHTS_FILE))
+        found = set(load_file(Path(adapter).expanduser() / WEIGHTS_FILE))
+        # Others' adapters may bring weights of the base, those of an embedding that they adapt.
+        odd = (wanted - found) | (found - wanted - set(model.state_dict()))
         if odd:  # which PEFT passes over with a warning
             raise ValueError(f"{sorted(odd)[0]} is on one side only")
         return model
@@ -241,19 +247,37 @@ def check_same(made: Tensor, wanted: Tensor, plain: Tensor, dtype: torch.dtype, 
         )
 
 
-def check_same_base(adapter: str | Path, source: ModelSource) -> None:
-    """Raise `UserError` unless an adapter was made for this base model and its classes."""
+def check_same_base(adapter: str | Path, source: ModelSource, task: TaskName) -> None:
+    """Raise `UserError` unless an adapter was made for this base model, its task and its classes.
+
+    Of an adapter that others wrote, not all can be known: one warning says what is not.
+    """
     # Safetensors only: PEFT would also take a pickled file.
     folder = Path(adapter).expanduser()
     if not all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         raise UserError(f"No PEFT adapter in {adapter}: name an adapter folder.")
-    wanted = adapter_facts(adapter).get("base_revision")
+    config, facts = read_json(folder / CONFIG_FILE), adapter_facts(adapter)
+    config = config if isinstance(config, dict) else {}  # PEFT refuses it
+    kind = config.get("task_type")
+    if kind is not None and kind != {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}[task]:
+        raise UserError(
+            f"Adapter {adapter} is of PEFT's task {kind}, and it is used for a "
+            f"{task.replace('_', ' ')}: name the target_column of a causal LM, and none for a "
+            "classification."
+        )
+    wanted = facts.get("base_revision")
+    if not wanted:
+        logger.warning(
+            "Adapter %s has no %s that names its base model's weights: only the names and sizes of "
+            "its layers are compared with %s (%s says it was made for %s).",
+            adapter, FACTS_FILE, source.name, CONFIG_FILE, config.get("base_model_name_or_path"),
+        )  # fmt: skip
     if wanted and wanted != (found := hash_weights(Path(source.path))):
         raise UserError(
             f"Adapter {adapter} was made for another base model: its weights hash to {wanted}, "
             f"those of {source.name} to {found}."
         )
-    labels = adapter_facts(adapter).get("labels")
+    labels = facts.get("labels")
     names = class_names(load_config(source))
     if isinstance(labels, list) and labels and not is_generic(names) and tuple(labels) != names:
         raise UserError(

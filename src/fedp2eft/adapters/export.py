@@ -37,6 +37,8 @@ from fedp2eft.files import read_json, write_folder
 Layout = Literal["portable", "compact"]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FACTS_FILE = "fedp2eft.json"
+_MORE = ("use_dora", "use_rslora", "bias", "modules_to_save")
+"""What makes a PEFT adapter more than B·A."""
 PEFT_TASKS = {"classification": None, "causal_lm": "CAUSAL_LM"}
 """PEFT's task type by task; None for classification, whose head is adapted, not saved."""
 
@@ -184,8 +186,14 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
         raise UserError(f"{folder / CONFIG_FILE} is damaged: fetch it again.") from error
     if not isinstance(config, LoraConfig) or not config.target_modules:
         raise UserError(f"{folder / CONFIG_FILE} does not describe a LoRA adapter: fetch it again.")
-    if config.lora_alpha != config.r or config.alpha_pattern != config.rank_pattern:
-        raise UserError(f"The scale of {folder} is not 1: this package did not write it.")
+    same_scale = config.lora_alpha == config.r and config.alpha_pattern == config.rank_pattern
+    more = [name for name in _MORE if getattr(config, name) not in (None, False, "none", [])]
+    if not same_scale or more:
+        odd = f"with {', '.join(more)}" if more else "of a scale that is not 1"
+        raise UserError(
+            f"{folder} is an adapter {odd}, and export takes those that fedp2eft writes: evaluate "
+            "scores it, and PEFT's merge_and_unload merges it."
+        )
     layers = []
     for name in _module_names(folder, tensors):
         embedding = f"{PEFT_PREFIX}{name}.lora_embedding_A" in tensors
@@ -209,6 +217,12 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
             f"{folder}: its embedding rows or head are incomplete: fetch it again."
         ) from error
     return AdapterWeights(tuple(layers), 1.0, rows, head=head)
+
+
+def column_facts(columns: Any, task: str) -> dict[str, object]:
+    """Return what fedp2eft.json says of the columns of an adapter's `ClientData` or settings."""
+    answer = "label_column" if task == "classification" else "target_column"
+    return {"text_columns": list(columns.text_columns), answer: getattr(columns, answer)}
 
 
 def adapter_facts(folder: str | Path) -> dict[str, object]:

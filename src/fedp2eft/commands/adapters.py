@@ -73,7 +73,7 @@ def evaluate_model(
     data: str,
     adapter: str | None = None,
     text_columns: list[str] | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     target_column: str | None = None,
     max_length: int | None = None,
     batch_size: int = 64,
@@ -88,10 +88,10 @@ def evaluate_model(
         model: Folder or hub id of the base model.
         data: Rows with labels or responses: JSON, CSV, TSV or Parquet.
         adapter: Folder of an adapter. Default: score the base model alone.
-        text_columns: Columns with the text. Default: "text".
-        label_column: Column with the class.
-        target_column: Column with the response. The model is then a causal LM, and classes are
-            ignored.
+        text_columns: Columns with the text. Default: the adapter's, or else "text".
+        label_column: Column with the class. Default: the adapter's, or else "label".
+        target_column: Column with the response: the model is then a causal LM. Default: the
+            adapter's.
         max_length: Maximum input length in tokens. Default: the adapter's, or else 128 (a causal
             LM: 1024).
         batch_size: Rows per batch.

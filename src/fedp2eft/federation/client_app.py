@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, MetricRecordV
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedp2eft.adapters.export import PEFT_TASKS, auto_mapping, save_adapter
+from fedp2eft.adapters.export import PEFT_TASKS, auto_mapping, column_facts, save_adapter
 from fedp2eft.client.phase import Phase
 from fedp2eft.client.side import ClientSide
 from fedp2eft.data.nodes import NODES
@@ -243,6 +243,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
                 "language": workspace.client(name).language,
                 "task": s.model.task,
                 "labels": list(workspace.labels),
+                **column_facts(workspace.data, s.model.task),
                 "max_length": s.local.max_length,
                 **outcome.scores.facts(),
                 "test_rows": outcome.scores.examples,

@@ -1,9 +1,12 @@
 """Loads base models and tokenizers from local folders; never code, never pickles."""
 
+import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
+from functools import cache
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -38,6 +41,8 @@ Task = Literal["classification", "causal_lm"]
 # On a CPU the backward pass of torch's fused attention is slower than plain matrix products until
 # rows get long: a whole training step at 64 tokens takes 1.5 times as long with it.
 _EAGER = 256
+_BLOCK = re.compile(r"\.(layers?|h|blocks?)\.\d+\.")
+logger = logging.getLogger(__name__)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -87,6 +92,7 @@ def load_base(
         raise UserError(f"Task {task!r} is unknown: use classification or causal_lm.")
     config = _load(source, AutoConfig)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
+    declared = declares_head(config)
     if task == "classification":
         _set_labels(config, len(labels) or num_labels, source)
         auto = AutoModelForSequenceClassification
@@ -99,7 +105,7 @@ def load_base(
     with quiet_transformers(), torch.random.fork_rng(devices=[]):  # as it was, afterwards
         torch.default_generator.manual_seed(seed)
         model, report = _load(source, auto, output_loading_info=True, **options)
-    _check_report(model, report, task, source)
+    _check_report(model, report, task == "causal_lm" or declared, task, source)
     limit = longest_input(model)
     if max_length is not None and limit is not None and max_length > limit:
         raise UserError(
@@ -260,8 +266,13 @@ def _load(source: ModelSource, auto: Any, **options: Any) -> Any:
         raise UserError(f"The {what} in {source.path} cannot be loaded: {reason}") from error
 
 
+def declares_head(config: Any) -> bool:
+    """Return whether a folder's config says that a classification head is in its weights."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
 def _set_labels(config: Any, num_labels: int | None, source: ModelSource) -> None:
-    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    trained = declares_head(config)
     if num_labels is None:
         if not trained:
             raise UserError(
@@ -278,21 +289,37 @@ def _set_labels(config: Any, num_labels: int | None, source: ModelSource) -> Non
     config.problem_type = "single_label_classification"
 
 
-def _check_report(model: Any, report: dict[str, Any], task: Task, source: ModelSource) -> None:
-    """Refuses a folder in which anything but a classification head is missing."""
+def _check_report(
+    model: Any, report: dict[str, Any], complete: bool, task: Task, source: ModelSource
+) -> None:
+    """Refuse a folder in which anything is missing, except a head if it is not `complete`.
+
+    Blocks that the config has no place for are said: they are weights that nobody computes with.
+    """
     for name, found, wanted in report["mismatched_keys"]:
         if not name.startswith(model.base_model_prefix + "."):
             raise _other_head(source, found[0], wanted[0])
     bad = sorted(key for key, *_ in report["mismatched_keys"])
     for key in sorted(report["missing_keys"]):
         inside = key.startswith(model.base_model_prefix + ".")
-        if task == "causal_lm" or (inside and ".pooler." not in key):
+        if ".pooler." not in key and (inside or complete):
             bad.append(key)
+    spare = sorted(key for key in report["unexpected_keys"] if _BLOCK.search(key))
+    if spare:
+        _say_spare(source.name, type(model).__name__, len(spare), spare[0])
     if bad:
         raise UserError(
             f"The weights in {source.path} do not fit a {type(model).__name__}: {bad[0]} is "
             f"missing or of another size ({len(bad)} in all). Choose a model for the task {task}."
         )
+
+
+@cache  # once per folder and process
+def _say_spare(name: str, kind: str, count: int, first: str) -> None:
+    logger.warning(
+        "%s: %d weights are left out; a %s with this config.json has no place for them (first: "
+        "%s).", name, count, kind, first,
+    )  # fmt: skip
 
 
 def _has_trained_head(model: Any, report: dict[str, Any]) -> bool:

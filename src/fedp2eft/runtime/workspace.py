@@ -6,6 +6,7 @@ only client. Nothing in here is ever sent.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ from fedp2eft.methods import Method
 from fedp2eft.models.fit import longest_input
 from fedp2eft.models.loading import (
     as_loaded,
+    declares_head,
     has_dropout,
     load_base,
     load_config,
@@ -52,6 +54,7 @@ from fedp2eft.tasks.make import make_task
 from fedp2eft.tasks.task import Task
 from fedp2eft.tasks.text_scores import check_scorers
 
+logger = logging.getLogger(__name__)
 LABEL_PRIOR_FILE = "label-prior.json"
 """In a run folder: q, and where it comes from."""
 
@@ -81,6 +84,7 @@ class Workspace:
         self.run = run
         self.node = node
         self._encoded: dict[tuple[str, str], Encoded] = {}
+        self._said_cut = False
         self._features: dict[str, Tensor] = {}
         self._shapes: dict[str, dict[str, Tensor]] = {}
         self._label_prior: Tensor | None = None
@@ -160,7 +164,9 @@ class Workspace:
         if key not in self._encoded:
             rows = self.texts_and_answers(name, split)
             data = self._encoded[key] = self.task.encode(self.tokenizer, *rows)
-            if data.dropped or data.cut:
+            if self.settings.model.task == "classification":
+                self._say_cut(name, split, data)
+            elif data.dropped or data.cut:
                 current().note(
                     f"Client {name}, {split}: of {len(rows[1])} rows {data.dropped} left out, "
                     f"whose prompt fills local.max_length, and {data.cut} responses cut there."
@@ -206,6 +212,16 @@ class Workspace:
         if self.label_prior is None:
             raise TellableError("The server did not tell the label prior of the seen clients.")
         return self.label_prior
+
+    def _say_cut(self, name: str, split: str, data: Encoded) -> None:
+        """Say once that texts are cut: where they are long, they are so at every client."""
+        if data.cut and not self._said_cut:
+            self._said_cut = True
+            logger.warning(
+                "Client %s, %s: %d of %d texts are longer than local.max_length (%d tokens) and "
+                "are cut there. Other clients' are not listed.",
+                name, split, data.cut, len(data), self.settings.local.max_length,
+            )  # fmt: skip
 
     def seed_of(self, purpose: str, name: str) -> int:
         """A client's seed of one piece of work."""
@@ -257,6 +273,12 @@ class Workspace:
 
     def _load_trainable(self, source: ModelSource) -> nn.Module:
         model = self._load(source, seed=self.settings.model.seed)
+        untrained = self.settings.base.kind == "none" and not declares_head(load_config(source))
+        if untrained and self.settings.model.task == "classification":
+            logger.warning(
+                "%s has no trained classification head and base.kind is none: all adapters sit on "
+                "a head of random weights.", source.name,
+            )  # fmt: skip
         return self.base.wrap(model, self.settings)
 
     def _load(self, source: ModelSource, **options: Any) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,11 @@ class Classification(Task):
         rows = [row or [self.pad_id] for row in wanted["input_ids"]]
         types = wanted.get("token_type_ids")
         check_tokens(rows, self.vocabulary, tokenizer)
-        return Encoded.from_rows(rows, answers, types and [each or [0] for each in types])
+        encoded = Encoded.from_rows(rows, answers, types and [each or [0] for each in types])
+        # Only fast tokenizers tell a row that was cut from one that just fits.
+        full = [n for n, row in enumerate(rows) if len(row) >= self.max_length]
+        known = wanted.encodings or ()
+        return replace(encoded, cut=sum(bool(known[n].overflowing) for n in full if known))
 
     def padded(self, data: Encoded, indices: Indices, length: int | None) -> dict[str, Tensor]:
         """Return model inputs, padded to that length, or to `max_length` if `whole`."""

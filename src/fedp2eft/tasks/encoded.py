@@ -27,7 +27,7 @@ class Encoded:
         starts: Where each row's response starts, counted from the row's own start, int64; for a
             causal LM.
         dropped: Rows left out because their prompt alone fills the longest input.
-        cut: Rows whose response was cut at the longest input.
+        cut: Rows whose text or response was cut at the longest input.
     """
 
     tokens: NDArray[np.int32]

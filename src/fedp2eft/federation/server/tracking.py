@@ -6,6 +6,8 @@ none of a single client by name, and no text. The trackers are accelerate's, imp
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -63,7 +65,7 @@ class Trackers:
 
         def send(name: str, tracker: Any) -> None:
             # wandb has one counter for all phases, which may not go back: it counts by itself.
-            tracker.log(logged, step=None if name == "wandb" else round_)
+            tracker.log(_named(name, logged), step=None if name == "wandb" else round_)
 
         self._each(send)
 
@@ -75,7 +77,7 @@ class Trackers:
             logged[f"{where}/mean"] = row.mean
             logged[f"{where}/worst-language"] = row.worst_language
             logged |= {f"{where}/{language}": v for language, v in row.languages.items()}
-        self._each(lambda _, tracker: tracker.log(logged))
+        self._each(lambda name, tracker: tracker.log(_named(name, logged)))
 
     def finish(self) -> None:
         """Close all of them."""
@@ -100,6 +102,25 @@ def _make(name: str, run: Path) -> Any:
     if name == "wandb":
         return tracking.WandBTracker(_PROJECT, name=run.name, dir=str(run))
     return tracking.MLflowTracker(_PROJECT, run_name=run.name)
+
+
+def _named(tracker: str, logged: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics by names that a tracker takes; a language may be called anything.
+
+    MLflow refuses all metrics of a call if one name holds more than letters, digits and `_-. /`,
+    or if it is no plain path.
+    """
+    if tracker != "mlflow":
+        return dict(logged)
+    named: dict[str, float] = {}
+    for name, value in logged.items():
+        parts = [re.sub(r"[^\w.\- ]", "_", part) for part in name.split("/")]
+        plain = "/".join(part if part.strip(".") else "_" for part in parts)[:200]
+        again = itertools.count(2)
+        while plain in named:  # two languages that differ in odd characters alone
+            plain = f"{plain} {next(again)}"
+        named[plain] = value
+    return named
 
 
 def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
