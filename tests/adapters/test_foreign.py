@@ -97,7 +97,6 @@ def test_an_embedding_that_peft_saves_beside_its_adapter_is_no_odd_weight(tmp_pa
         ({"lora_alpha": 4}, "of a scale that is not 1"),
         ({"lora_alpha": 2, "use_rslora": True}, "with use_rslora"),
         ({"lora_alpha": 2, "use_dora": True}, "with use_dora"),
-        ({"lora_alpha": 2, "modules_to_save": ["classifier"]}, "with modules_to_save"),
     ],
 )
 def test_what_is_more_than_the_product_of_b_and_a_is_not_exported(finished, tmp_path, options, odd):

@@ -16,7 +16,8 @@ from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import save_adapter
 from fedp2eft.cli import main
 from fedp2eft.commands.warned import show_what_concerns_numbers
-from fedp2eft.models.loading import load_base, resolve_model
+from fedp2eft.models.loading import load_base
+from fedp2eft.models.sources import resolve_model
 from fedp2eft.settings.experiment import AdapterSettings
 from tiny import disturb
 from tiny_chat import save_llama

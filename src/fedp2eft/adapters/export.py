@@ -37,7 +37,7 @@ from fedp2eft.files import read_json, write_folder
 Layout = Literal["portable", "compact"]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FACTS_FILE = "fedp2eft.json"
-_MORE = ("use_dora", "use_rslora", "bias", "modules_to_save")
+_MORE = ("use_dora", "use_rslora", "bias")
 """What makes a PEFT adapter more than B·A."""
 PEFT_TASKS = {"classification": None, "causal_lm": "CAUSAL_LM"}
 """PEFT's task type by task; None for classification, whose head is adapted, not saved."""
