@@ -1,7 +1,7 @@
 """Answer many clients in one batch, each with its own adapter (PEFT's mixed batches).
 
     fedp2eft quickstart                     # once: trains base, PSG and every client's adapter
-    python examples/serve_many.py [--run RUN] [--method fedp2eft-r8]
+    python examples/serve_many.py [--run RUN] [--method fedp2eft-r2]
 
 The base model is in memory once, and every row of a batch names the adapter that it goes through.
 The folders are `portable`: all modules at one rank and the scale folded in, as mixed batches want
@@ -10,7 +10,7 @@ them. It takes about ten seconds, most of them for starting up.
 A causal LM's adapters are served by vLLM from the same folders, one name a client:
 
     vllm serve RUN/base --enable-lora --max-lora-rank 16 --max-loras 8 \\
-      --lora-modules fr=RUN/adapters/fr-seen-00/fedp2eft-r8 de=RUN/adapters/de-seen-00/fedp2eft-r8
+      --lora-modules ru=RUN/adapters/ru-seen-00/fedp2eft-r2 de=RUN/adapters/de-seen-00/fedp2eft-r2
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TEXTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--method", default="fedp2eft-r8")
+    parser.add_argument("--method", default="fedp2eft-r2")
     options = parser.parse_args()
 
     folders = {

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 TINY = [
     "--data.languages=[de,fr]", "--data.max_train=12", "--data.max_test=6", "--base.rounds=1",
     "--federation.rounds=1", "--adapter.r_max=8", "--local.max_length=12",
+    "--adapter.target_modules=all-linear", "--base.target_modules=null",
+    "--data.clients_per_language=1",
     "--model.precision=fp32", "--model.device=cpu",
 ]  # fmt: skip
 

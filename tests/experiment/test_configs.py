@@ -136,10 +136,11 @@ def test_the_suite_follows_the_papers_protocol(dataset: str, seen: int, new: int
 
 
 def test_the_quickstart_is_what_it_says() -> None:
-    """Six languages in at least four scripts, seen and unseen clients, two budgets."""
+    """Three scripts, seen and unseen clients, two per language (an interval needs them)."""
     settings = read_settings(ROOT / "src/fedp2eft/presets/quickstart.yaml")
-    assert len(settings.data.languages) == 6
-    assert {"de", "ja", "ko", "ru"} <= set(settings.data.languages)
+    assert settings.data.languages == ["de", "ja", "ru"]
+    assert settings.data.clients_per_language == 2
     assert settings.evaluation.pools == ["seen", "unseen"]
-    assert len(settings.evaluation.ranks) == 2
+    assert settings.evaluation.methods == ["majority", "base", "prior", "lora", "fedp2eft"]
+    assert len(settings.evaluation.ranks) <= 2
     assert settings.local.lr == settings.local.personalize_lr

@@ -14,6 +14,7 @@ from fedp2eft.settings.reading import read_settings
 
 if TYPE_CHECKING:
     from fedp2eft.progress import Reporter
+    from fedp2eft.settings.experiment import Settings
 
 
 def train_run(
@@ -63,8 +64,8 @@ def quickstart(
 ) -> None:
     """Run the whole pipeline on real text in a few minutes.
 
-    It uses Debian package descriptions in six languages, multilingual-e5-small, and seen and unseen
-    clients.
+    It uses Debian package descriptions in German, Japanese and Russian, multilingual-e5-small, and
+    seen and unseen clients. At the start it says how long this machine will take.
 
     Args:
         run: The run folder.
@@ -72,7 +73,25 @@ def quickstart(
         watch: Keep report.html of the folder up to date during the run.
     """
     preset = files("fedp2eft") / "presets" / "quickstart.yaml"
-    _run(read_settings(str(preset), options), Path(run).expanduser(), watch)
+    settings, folder = read_settings(str(preset), options), Path(run).expanduser()
+    if settings.model.task == "classification" and not folder.exists():
+        _say_time(settings)
+    _run(settings, folder, watch)
+
+
+def _say_time(settings: Settings) -> None:
+    """Print how long the run will take here, after a probe of a few seconds."""
+    import torch
+
+    from fedp2eft.commands.probe import seconds_needed
+    from fedp2eft.models.precision import choose_device, resolve_precision
+
+    device = choose_device(settings.model.device)
+    dtype = str(resolve_precision(settings.model.precision, device)).removeprefix("torch.")
+    seconds = seconds_needed(settings)
+    shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    where = f"{device}, {torch.get_num_threads()} threads, {dtype}"
+    print(f"About {shown} on this machine as it is now ({where}).", flush=True)
 
 
 def _folder(run: str | None, config: str) -> Path:
