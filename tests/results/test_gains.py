@@ -81,7 +81,10 @@ def test_an_adapter_with_the_prior_stands_on_top_of_it():
 def test_methods_that_are_not_there_have_no_step():
     some = {key: value for key, value in cells().items() if key[0] in ("base", "lora", "fedp2eft")}
     found = gains_of("standard-fl", "seen", some)
-    assert [s.name for s in found.steps] == ["LoRA at uniform ranks", "FedP²EFT's ranks and λ"]
+    assert [s.name for s in found.steps] == [
+        "LoRA at uniform ranks",
+        "FedP²EFT's choice of ranks and λ",
+    ]
     assert gains_of("standard-fl", "seen", {("base", 0): {42: clients(RIGHT["base"])}}) is None
     some["fedp2eft", 4] = {52: clients(RIGHT["fedp2eft"])}  # another seed than the others so far
     found = gains_of("standard-fl", "seen", some)

@@ -169,7 +169,11 @@ def _name(before: str, after: str, adjusted: bool) -> str:
         )
     if after == "fedp2eft-structure":
         return "FedP²EFT's choice of ranks"
-    return "the size of its λ" if before == "fedp2eft-structure" else "FedP²EFT's ranks and λ"
+    return (
+        "the size of its λ"
+        if before == "fedp2eft-structure"
+        else "FedP²EFT's choice of ranks and λ"
+    )
 
 
 def _text(
