@@ -87,7 +87,7 @@ def strategy(settings: AggregationSettings, optimize: bool = True) -> flower.Fed
         "fedyogi": (flower.FedYogi, moments),
     }
     made, options = kinds[kind]
-    return made(fraction_train=0.0, weighted_by_key=EXAMPLES, **options)
+    return made(weighted_by_key=EXAMPLES, **options)
 
 
 class Averaging:

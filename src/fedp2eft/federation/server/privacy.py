@@ -61,7 +61,7 @@ class SampledMean(flower.FedAvg):
     """
 
     def __init__(self, size: int) -> None:
-        super().__init__(fraction_train=0.0, weighted_by_key=EXAMPLES)
+        super().__init__(weighted_by_key=EXAMPLES)
         self._size = size
         self._sent = ArrayRecord()
 
