@@ -99,3 +99,11 @@ def test_every_method_has_its_line_in_the_docs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     lines = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| `")]
     assert sorted(lines) == sorted(f"`{name}`" for name in METHODS)
+
+
+def test_the_papers_rates_are_those_of_a_run_without_settings() -> None:
+    """1e-4 for A and B, 1e-2 for λ, λ̂ starts at 1e-4, 1e-4 for φ."""
+    local = {"lr": 1e-4, "lambda_lr": 1e-2, "personalize_lr": 1e-4}
+    generator = {"init_lambda": 1e-4, "lr": 1e-4}
+    assert METHODS["fedp2eft-paper"].variant == {"local": local, "generator": generator}
+    assert METHODS["lora-paper"].variant == {"local": {"personalize_lr": 1e-4}}

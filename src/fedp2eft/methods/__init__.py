@@ -17,7 +17,7 @@ from fedp2eft.methods.fedl2p.phase import PHASE as FEDL2P
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.methods.method import METHODS, Method, Survey, register
 from fedp2eft.methods.settings import AdaLoraSettings, TuningSettings
-from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.experiment import GeneratorSettings, LocalSettings, Settings
 
 if TYPE_CHECKING:
     from fedp2eft.client.side import ClientSide, Outcome
@@ -48,6 +48,14 @@ def _ours(target: str) -> Any:
 _best = _ours("tuned:best")
 _tuning: dict[str, Any] = {"settings": TuningSettings, "section": "tuning"}
 
+_rates: dict[str, Any] = {
+    "local": {
+        name: getattr(LocalSettings(), name) for name in ("lr", "lambda_lr", "personalize_lr")
+    },
+    "generator": {name: getattr(GeneratorSettings(), name) for name in ("init_lambda", "lr")},
+}
+"""The paper's, which are the defaults, whatever the run's are."""
+
 _built_in = {
     "base": Method(_ours("base:base"), ranked=False),
     "majority": Method(_ours("prior:majority"), ranked=False, classes=True),
@@ -65,6 +73,11 @@ _built_in = {
     ),
     "adalora": Method(_ours("adalora:adalora"), settings=AdaLoraSettings),
     "bt-lora": Method(_ours("bt_lora:bt_lora")),
+    "lora-paper": Method(
+        _ours("lora:lora"),
+        variant={"local": {"personalize_lr": _rates["local"]["personalize_lr"]}},
+    ),
+    "fedp2eft-paper": Method(_ours("fedp2eft:fedp2eft"), shared="psg", variant=_rates),
     "gradient": Method(_ours("gradient:gradient")),
     "gradient-shared": Method(
         _ours("gradient:gradient_shared"),
