@@ -312,7 +312,7 @@ def test_nan_in_a_psg(personalize, finished, tmp_path: Path):
     ("psg", "says"),
     [
         ("/no/such/psg", "No PSG at /no/such/psg"),
-        ("someone/some-psg", "Could not get config.json of PSG 'someone/some-psg' from the hub"),
+        ("someone/some-psg", "Could not get PSG 'someone/some-psg' from the hub"),
         ("psg", "No PSG at psg"),
     ],
 )

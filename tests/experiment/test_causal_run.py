@@ -117,7 +117,7 @@ def test_the_psg_knows_its_task_and_the_output_head(done: Path):
     assert (config.task, config.text_columns, config.target_column) == (
         "causal_lm", ("prompt",), "response",
     )  # fmt: skip
-    assert (config.batch_size, config.accumulate, config.labels) == (2, 2, ())
+    assert (config.local.batch_size, config.local.accumulate, config.labels) == (2, 2, ())
     assert config.linear_names[-1] == "lm_head"  # ξ hears its input; it is tied and not adapted
     assert set(config.linear_names) - set(config.layer_names) == {"lm_head"}
 

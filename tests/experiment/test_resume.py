@@ -170,7 +170,7 @@ def test_more_cells_leave_the_old_ones_alone(world: World, small: Path, tmp_path
     folder = tmp_path / "run"
     shutil.copytree(small, folder)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*.json")}
-    train(world.settings(evaluation__ranks=[1, 2], evaluation__pools=["unseen"]), folder)
+    train(world.settings(**SMALL | {"evaluation__ranks": [1, 2]}), folder)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(list(folder.glob("cells/*/*.json"))) == len(before) + 4
 

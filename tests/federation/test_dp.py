@@ -372,11 +372,11 @@ def test_a_repeated_round_is_spent_twice_where_clients_add_the_noise(
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"noise_multiplier": 0.0}, "privacy.noise_multiplier is 0.0"),
-        ({"clip_norm": -1.0}, "privacy.clip_norm is -1.0"),
-        ({"delta": 0.0}, "privacy.delta is 0.0"),
-        ({"epsilon": 0.0}, "privacy.epsilon is 0.0"),
-        ({"quantile": 1.0}, "privacy.quantile is 1.0"),
+        ({"noise_multiplier": 0.0}, "privacy.noise_multiplier must be above 0, not 0.0"),
+        ({"clip_norm": -1.0}, "privacy.clip_norm must be above 0, not -1.0"),
+        ({"delta": 0.0}, "privacy.delta must be between 0 and 1, not 0.0"),
+        ({"epsilon": 0.0}, "privacy.epsilon must be above 0, not 0.0"),
+        ({"quantile": 1.0}, "privacy.quantile must be between 0 and 1, not 1.0"),
         ({"noise": "client"}, "needs clipping: fixed and clip_on: client"),
         ({"noise": "client", "clip_on": "client", "sampling": "secret"}, "sampling is seeded"),
     ],

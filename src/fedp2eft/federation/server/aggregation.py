@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import AggregationSettings
 
+S = TypeVar("S", bound=flower.FedAvg)
 ADAPTIVE = (flower.FedAdagrad, flower.FedAdam, flower.FedYogi)
 SERVER_OPTIMISERS = {"fedavgm", "fedadagrad", "fedadam", "fedyogi"}
 
@@ -87,7 +88,16 @@ def strategy(settings: AggregationSettings, optimize: bool = True) -> flower.Fed
         "fedyogi": (flower.FedYogi, moments),
     }
     made, options = kinds[kind]
-    return made(weighted_by_key=EXAMPLES, **options)
+    return sampling_nobody(made(weighted_by_key=EXAMPLES, **options))
+
+
+def sampling_nobody(strategy: S) -> S:
+    """Return a strategy of Flower's that no longer samples clients, nor waits for them.
+
+    Its constructor takes the same share, and warns that nothing is trained: `Averaging` samples.
+    """
+    strategy.fraction_train = 0.0
+    return strategy
 
 
 class Averaging:

@@ -39,7 +39,7 @@ from fedp2eft.client.phase import Phase
 from fedp2eft.errors import UserError
 from fedp2eft.federation.hooks import ClientQuantile, ServerQuantile, noise_from
 from fedp2eft.federation.server.admission import Failures, Offer, weigh
-from fedp2eft.federation.server.aggregation import Averaging
+from fedp2eft.federation.server.aggregation import Averaging, sampling_nobody
 from fedp2eft.federation.server.exchange import Member
 from fedp2eft.federation.wire.messages import EXAMPLES
 from fedp2eft.files import read_json, write_json
@@ -62,6 +62,7 @@ class SampledMean(flower.FedAvg):
 
     def __init__(self, size: int) -> None:
         super().__init__(weighted_by_key=EXAMPLES)
+        sampling_nobody(self)
         self._size = size
         self._sent = ArrayRecord()
 
