@@ -61,7 +61,11 @@ def load_words(text: str) -> Any:
         UserError: A key occurs twice in one mapping.
         yaml.YAMLError: Not YAML.
     """
-    return yaml.load(text, _Loader)  # a SafeLoader
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
