@@ -60,14 +60,14 @@ def learn_label_prior(
         q = torch.full((classes,), 1 / classes)
         write_json(path, {"source": source, "q": q.tolist()})
         return q.tolist()
-    if s.privacy.on:  # an answer counts once it may have been given
-        write_json(path, {"source": source, "asked": int(kept.get("asked", 0)) + 1})
+    asked = {"asked": int(kept.get("asked", 0)) + 1} if s.privacy.on else {}
+    if asked:  # an answer counts once it may have been given
+        write_json(path, {"source": source, **asked})
     total = _asked(grid, run, source, classes, members, reporter)
     if s.privacy.on and s.privacy.noise == "server":
         total += noise(s.privacy, classes, "server")
     # Noise can leave less than nothing of a class.
     q = smoothed(total.clamp(min=0.0))
-    asked = {"asked": int(kept.get("asked", 0)) + 1} if s.privacy.on else {}
     write_json(path, {"source": source, **asked, "q": q.tolist()})
     return q.tolist()
 
