@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedp2eft.data.allocation import allocate
+from fedp2eft.data.allocation import allocate, fit_to_both
 from fedp2eft.data.partition import (
     dirichlet_partition,
     local_validation_split,
@@ -123,6 +123,66 @@ def test_train_and_test_agree_also_where_labels_run_short():
     pools = np.bincount(train) / len(train) - np.bincount(test) / len(test)
     assert np.mean(distances) < np.abs(pools).sum() / 2 + 0.05
     assert np.max(distances) < 0.35
+
+
+def test_shares_are_fitted_to_the_scarcer_stock():
+    """Test rows limit the first label to 0.4 of two clients, train rows the second to 1.0."""
+    wanted, many = np.array([[0.8, 0.2], [0.2, 0.8]]), np.array([100, 100])
+    found = fit_to_both(wanted, many, np.array([4, 16]), 10, 10)
+    np.testing.assert_allclose(found.sum(axis=0), [0.4, 1.6], atol=1e-3)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    odds = found[:, 0] / found[:, 1]
+    assert odds[0] / odds[1] == pytest.approx((0.8 / 0.2) / (0.2 / 0.8), rel=1e-4)
+    found = fit_to_both(wanted, np.array([100, 10]), many, 10, 10)
+    np.testing.assert_allclose(found.sum(axis=0), [1, 1], atol=1e-3)
+    # Where the stocks leave room for 1.6 of 2 clients, each label's room grows by a quarter.
+    found = fit_to_both(wanted, np.array([4, 100]), np.array([100, 12]), 10, 10)
+    np.testing.assert_allclose(found.sum(axis=0), [0.5, 1.5], atol=1e-3)
+    # No label that both parts have: nothing to fit.
+    np.testing.assert_array_equal(
+        fit_to_both(wanted, np.array([9, 0]), np.array([0, 9]), 4, 4), wanted
+    )
+
+
+def test_where_test_rows_run_short_both_parts_give_way():
+    """Few test rows, all of them dealt: by train rows alone they go where they can."""
+    train, test = np.arange(400) % 4, np.arange(40) // 10
+    counts = {
+        kind: [
+            (np.bincount(train[mine], minlength=4).tolist(), np.bincount(test[held], minlength=4))
+            for mine, held in draw(train, test, 4, 0.5, max_train=20, proportions=kind)
+        ]
+        for kind in ("train", "both")
+    }
+    assert [mine for mine, _ in counts["train"]] == [
+        [5, 0, 11, 4], [2, 6, 8, 4], [14, 1, 0, 5], [6, 7, 7, 0],
+    ]  # fmt: skip
+    assert [held.tolist() for _, held in counts["train"]] == [
+        [2, 0, 5, 3], [0, 4, 3, 3], [5, 1, 0, 4], [3, 5, 2, 0],
+    ]  # fmt: skip
+    assert [mine for mine, _ in counts["both"]] == [
+        [4, 0, 9, 7], [1, 8, 6, 5], [11, 1, 0, 8], [4, 10, 6, 0],
+    ]  # fmt: skip
+    for mine, held in counts["both"]:
+        assert (np.abs(np.array(mine) / 2 - held) <= 0.5).all()
+
+
+@split
+@given(labels, labels, st.integers(1, 12), st.sampled_from([0.05, 0.5, 5.0]), st.integers(0, 99))
+def test_fitting_to_both_changes_nothing_without_shortage(train, test, clients, alpha, seed):
+    rows = np.repeat(np.arange(7), 40)
+    plain, fitted = (
+        draw(rows, rows, 2, alpha, seed, max_train=9, max_test=9, proportions=kind)
+        for kind in ("train", "both")
+    )
+    for one, other in zip(plain, fitted, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
+    parts = draw(train, test, clients, alpha, seed, proportions="both")
+    for side, rows in enumerate((train, test)):
+        used = np.concatenate([part[side] for part in parts])
+        assert {len(part[side]) for part in parts} == {len(rows) // clients}
+        assert len(np.unique(used)) == len(used)
 
 
 def test_small_alpha_is_skewed_and_large_alpha_alike():

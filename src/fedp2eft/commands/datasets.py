@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from fedp2eft.settings.data import DataSettings
+from typing import TYPE_CHECKING
+
+from fedp2eft.settings.reading import read_settings, settings_from
+
+if TYPE_CHECKING:
+    from fedp2eft.settings.experiment import Settings
 
 
 def list_datasets() -> None:
@@ -22,12 +27,18 @@ def list_datasets() -> None:
     Console().print(table)
 
 
-def describe(data: DataSettings, classes: bool = False) -> None:
+def describe(
+    config: str | None = None, classes: bool = False, options: list[str] | None = None
+) -> None:
     """Show clients, rows and labels of a data set.
 
+    Label shift is the total variation between a client's train and test labels, 0 to 1: its mean
+    and its largest value over the clients of a language and pool.
+
     Args:
-        data: The clients and their rows.
+        config: An experiment's YAML file. Default: all settings at their defaults.
         classes: Also print how many rows of each class every client has.
+        options: Settings that override the file's.
     """
     from rich.table import Table
 
@@ -37,7 +48,7 @@ def describe(data: DataSettings, classes: bool = False) -> None:
     from fedp2eft.data.registry import load_clients
     from fedp2eft.errors import require
 
-    loaded = load_clients(data)
+    loaded = load_clients(_settings(config, options).data)
     rows = rows_of(loaded)
     require(bool(rows), "The rows of data.dataset nodes are on the SuperNodes: ask their owners.")
     table = Table(*[str(name).replace("_", " ") for name in rows[0]])
@@ -51,26 +62,33 @@ def describe(data: DataSettings, classes: bool = False) -> None:
         console().print(cell(line))
 
 
-def partition(data: DataSettings, out: str) -> None:
+def partition(out: str, config: str | None = None, options: list[str] | None = None) -> None:
     """Write which row belongs to which client, as JSON.
 
     Args:
-        data: The clients and their rows.
         out: The JSON file.
+        config: An experiment's YAML file. Default: all settings at their defaults.
+        options: Settings that override the file's.
     """
     from pathlib import Path
 
     from fedp2eft.data.describe import save_partition
     from fedp2eft.data.registry import load_clients
 
-    loaded = load_clients(data)
+    loaded = load_clients(_settings(config, options).data)
     save_partition(loaded, Path(out).expanduser())
     print(f"{len(loaded.clients)} clients: {out}")
+
+
+def _settings(config: str | None, options: list[str] | None) -> Settings:
+    return read_settings(config, options) if config else settings_from({}, options)
 
 
 def _shown(value: object) -> str:
     if isinstance(value, dict):
         return _most_frequent(value, 3)
+    if isinstance(value, list):
+        return ", largest ".join(f"{each:.2f}" for each in value)
     return f"{value:.0f}" if isinstance(value, float) else str(value)
 
 

@@ -51,6 +51,37 @@ def allocate(wanted: NDArray[np.float64], stock: NDArray[np.int64], size: int) -
     return counts
 
 
+def fit_to_both(
+    wanted: NDArray[np.float64],
+    train_stock: NDArray[np.int64],
+    test_stock: NDArray[np.int64],
+    train_size: int,
+    test_size: int,
+) -> NDArray[np.float64]:
+    """Return shares near the wanted ones that the train and the test rows can both give.
+
+    A label has room for as many clients as the scarcer of its two stocks has: the smaller one of
+    `train_stock / train_size` and `test_stock / test_size`. Shares are fitted to that as in
+    `allocate`. Where there is not room for all clients, since labels are distributed differently in
+    the two stocks, it is raised by the same factor for every label.
+
+    Args:
+        wanted: each client's shares over the labels, shape (clients, labels), rows sum to 1.
+        train_stock: train rows of each label, shape (labels,).
+        test_stock: test rows of each label, shape (labels,).
+        train_size: train rows for each client.
+        test_size: test rows for each client.
+
+    Returns:
+        Shares, shape (clients, labels), rows sum to 1.
+    """
+    room = np.minimum(train_stock / train_size, test_stock / test_size)
+    if not room.any():  # no label has both train and test rows
+        return wanted
+    room *= max(1.0, len(wanted) / room.sum())
+    return _fit(wanted, room * test_size, test_size) / test_size
+
+
 def _fit(wanted: NDArray[np.float64], stock: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """Scale clients and labels in turn until each client has `size` and no label is overdrawn."""
     clients = len(wanted)

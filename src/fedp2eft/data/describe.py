@@ -4,11 +4,13 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from fedp2eft.data.clients import Client, ClientData
+from fedp2eft.data.label_shift import label_shift
 from fedp2eft.files import write_text
 
 
@@ -17,11 +19,12 @@ def describe(data: ClientData) -> list[dict[str, Any]]:
 
     Each has `language`, `pool`, `clients`, `train` and `test` (rows of all its clients), `labels`
     (class name -> rows, train and test together; empty without classes) and `characters` (mean
-    length of a row's text columns together, in characters).
+    length of a row's text columns together, in characters). With classes also `label_shift`: mean
+    and largest total variation between a client's train and test labels; empty without test rows.
     """
     columns = [data.table[name][:] for name in data.text_columns]
     lengths = np.sum([[_characters(text) for text in column] for column in columns], axis=0)
-    rows = []
+    shift, rows = label_shift(data), []
     for language, pool in sorted({(c.language, c.pool) for c in data.clients}):
         mine = [c for c in data.clients if (c.language, c.pool) == (language, pool)]
         used = np.concatenate([part for c in mine for part in (c.train, c.test)])
@@ -36,6 +39,9 @@ def describe(data: ClientData) -> list[dict[str, Any]]:
                 "characters": round(float(lengths[used].mean()), 1),
             }
         )
+        if data.label_column:
+            values = [shift[client.name] for client in mine if client.name in shift]
+            rows[-1]["label_shift"] = [fmean(values), max(values)] if values else []
     return rows
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from fedp2eft.data.ablation import without_text
 from fedp2eft.data.clients import SEEN, ClientData, check_client_name
 from fedp2eft.data.files import clients_from_files
 from fedp2eft.data.partition import hold_out
@@ -91,4 +92,5 @@ def clients_of_node(config: Mapping[str, Value], settings: DataSettings) -> Clie
     file = ClientFile(**{"pool": SEEN} | {k: v for k, v in given.items() if v is not None})
     data = clients_from_files(replace(settings, files={name: file}, **changes))
     data = replace(data, name=NODES)
-    return hold_out(data, settings) if settings.holdout else data
+    data = hold_out(data, settings) if settings.holdout else data
+    return without_text(data) if settings.texts == "one-token" else data

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedp2eft.data.allocation import allocate
+from fedp2eft.data.allocation import allocate, fit_to_both
 from fedp2eft.data.clients import SEEN, Client, ClientData, Indices
 from fedp2eft.errors import UserError
-from fedp2eft.settings.data import DataSettings
+from fedp2eft.settings.data import DataSettings, Proportions
 
 
 def rng_for(seed: int, *key: str) -> np.random.Generator:
@@ -33,6 +33,7 @@ def dirichlet_partition(
     *,
     max_train: int | None = None,
     max_test: int | None = None,
+    proportions: Proportions = "train",
 ) -> list[tuple[Indices, Indices]]:
     """Split a pool over clients of equal size whose label proportions differ.
 
@@ -44,7 +45,9 @@ def dirichlet_partition(
 
     Shortage: where the clients together ask for more rows of a label than there are, `allocate`
     scales that label down alike for all of them and their other labels up. No client is served
-    before another, so none is left with what nobody else wanted.
+    before another, so none is left with what nobody else wanted. Where the test rows alone run
+    short, the test parts differ from the train parts, unless `proportions` is "both": the drawn
+    proportions are then fitted to what train and test rows can both give before rows are dealt.
 
     Args:
         train_labels: label of every train row of the pool, shape (N,).
@@ -54,6 +57,7 @@ def dirichlet_partition(
         rng: the only source of chance; the same state gives the same split.
         max_train: at most this many train rows a client.
         max_test: at most this many test rows a client.
+        proportions: "train" or "both"; the split is the same where no test rows run short.
 
     Returns:
         (train positions, test positions) per client, each ascending, into `train_labels` and
@@ -68,10 +72,14 @@ def dirichlet_partition(
     train_size = _client_size("train", len(train), clients, max_train)
     test_size = _client_size("test", len(test), clients, max_test)
     labels, codes = np.unique(np.concatenate([train, test]), return_inverse=True)
-    proportions = rng.dirichlet(np.full(len(labels), float(alpha)), size=clients)
+    shares = rng.dirichlet(np.full(len(labels), float(alpha)), size=clients)
     train_stock = _stock(codes[: len(train)], len(labels), rng)
     test_stock = _stock(codes[len(train) :], len(labels), rng)
-    counts = allocate(proportions, _sizes(train_stock), train_size)
+    counts = allocate(shares, _sizes(train_stock), train_size)
+    asked = (counts / train_size * test_size).sum(axis=0)
+    if proportions == "both" and (asked > _sizes(test_stock)).any():
+        shares = fit_to_both(shares, _sizes(train_stock), _sizes(test_stock), train_size, test_size)
+        counts = allocate(shares, _sizes(train_stock), train_size)
     test_counts = allocate(counts / train_size, _sizes(test_stock), test_size)
     return list(zip(_deal(train_stock, counts), _deal(test_stock, test_counts), strict=True))
 
@@ -113,6 +121,7 @@ def partition_pools(
                 rng_for(settings.seed, *key),
                 max_train=settings.max_train,
                 max_test=settings.max_test,
+                proportions=settings.proportions,
             )
         except UserError as error:
             raise UserError(f"{language}, {pool} pool: {error}") from None

@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from fedp2eft.data import debian, fed_aya, libreoffice
+from fedp2eft.data.ablation import merge_clients, without_text
 from fedp2eft.data.clients import ClientData
 from fedp2eft.data.files import clients_from_files
 from fedp2eft.data.hub import load_hub
 from fedp2eft.data.known import KNOWN, HubSource
+from fedp2eft.data.label_shift import warn_of_label_shift
 from fedp2eft.data.nodes import NODES, data_without_clients
 from fedp2eft.data.partition import hold_out
 from fedp2eft.errors import UserError, nearest
@@ -58,7 +60,10 @@ def _load_preset(name: str, settings: DataSettings) -> ClientData:
 _HUB_ONLY = ("train_split", "test_split", "pool_train", "pool_test", "revision")
 _COLUMNS = ("path", "text_columns", "label_column", "target_column")
 _FILES_ONLY = ("files", "labels", "test_fraction")
-_SPLIT = ("languages", "new_languages", "clients_per_language", "alpha", "max_train", "max_test")
+_SPLIT = (
+    *("languages", "new_languages", "clients_per_language"),
+    *("alpha", "max_train", "max_test", "proportions"),
+)
 
 
 def _preset(name: str, description: str, licence: str, *unused: str) -> DatasetEntry:
@@ -109,7 +114,7 @@ DATASETS: dict[str, DatasetEntry] = {
         (),
         "theirs",
         data_without_clients,
-        (*_SPLIT, *_HUB_ONLY, "partition", "path", "files"),
+        (*_SPLIT, *_HUB_ONLY, "partition", "path", "files", "merge_clients"),
     ),
     "hub": DatasetEntry(
         "any data set of the Hugging Face Hub that has one configuration a language",
@@ -169,5 +174,11 @@ def load_clients(settings: DataSettings) -> ClientData:
     Raises:
         UserError: an unknown data set, a setting that it has no use for, or as its loader does.
     """
-    data = find(settings).loader(settings)
-    return hold_out(data, settings) if settings.holdout else data
+    entry = find(settings)
+    data = entry.loader(settings)
+    data = hold_out(data, settings) if settings.holdout else data
+    if "alpha" not in entry.unused:  # the rows were dealt out here, not by whoever owns them
+        warn_of_label_shift(data)
+    if settings.merge_clients:
+        data = merge_clients(data)
+    return without_text(data) if settings.texts == "one-token" else data

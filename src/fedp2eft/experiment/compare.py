@@ -272,6 +272,7 @@ class _Site:
             "bytes_up": up,
             "bytes_down": down,
             **_answers(told, cell.method),
+            **({"ablations": ablations} if (ablations := self.settings.data.ablations) else {}),
             **environment(self.engine.workspace.device),
         }
 

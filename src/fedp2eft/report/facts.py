@@ -11,7 +11,8 @@ from fedp2eft.report.source import Report
 def facts(report: Report) -> Iterator[tuple[str, str]]:
     """What was run, name and text."""
     s, c = report.settings, report.comparison
-    yield "data", s.data.dataset + (f" ({s.data.path})" if s.data.path else "")
+    named = s.data.dataset + (f" ({s.data.path})" if s.data.path else "")
+    yield "data", ", ".join([named, *s.data.ablations])
     languages = sorted({name for line in c.lines for name in line.languages})
     if languages:
         yield "languages", f"{len(languages)}: {_words(languages)}"

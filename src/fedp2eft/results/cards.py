@@ -61,7 +61,7 @@ def origin_of(settings: Settings, source: ModelSource) -> dict[str, Any]:
         "base": settings.base.kind if settings.base.rounds else "none",
         "base_rounds": settings.base.rounds if settings.base.kind != "none" else 0,
         "quantize": settings.model.quantize,
-        "dataset": data.dataset,
+        "dataset": ", ".join([data.dataset, *data.ablations]),
         "hub_dataset": hub.get(data.dataset) or "",
         "data_licence": find(data).licence,
     }

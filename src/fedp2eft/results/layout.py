@@ -201,6 +201,8 @@ def notes(comparison: Comparison) -> list[str]:
     """What the reader of the tables must know."""
     seeds = ", ".join(map(str, comparison.seeds))
     lines = [*NOTES, f"Seeds: {seeds}. * fewer seeds than these."]
+    if comparison.ablations:
+        lines.append(f"A diagnostic: {', '.join(comparison.ablations)}.")
     if comparison.missing:
         lines.append(f"{len(comparison.missing)} cells of the comparison are not computed yet.")
     return lines

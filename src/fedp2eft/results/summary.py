@@ -122,6 +122,7 @@ class Comparison:
         missing: Names of the cells that are not there.
         machines: Machines that computed the cells.
         versions: Versions of the packages that computed them.
+        ablations: What was done to the clients' rows for a diagnostic (see `DataSettings`).
     """
 
     bases: list[str]
@@ -134,6 +135,7 @@ class Comparison:
     missing: list[str]
     machines: list[str]
     versions: list[dict[str, str]]
+    ablations: list[str] = field(default_factory=list)
 
     @property
     def metric(self) -> Metric:
@@ -232,6 +234,7 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
         missing=[name for name in planned if name not in found],
         machines=sorted({facts["machine"] for facts in found.values()}),
         versions=[dict(items) for items in sorted(versions)],
+        ablations=settings.data.ablations,
     )
 
 

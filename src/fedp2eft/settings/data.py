@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 PartitionKind = Literal["per-pool", "reference"]
+Proportions = Literal["train", "both"]
+Texts = Literal["keep", "one-token"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class DataSettings:
         max_train: maximum train rows per client.
         max_test: maximum test rows per client.
         seed: seed of the partition.
+        proportions: what limits a pool's label proportions where a label runs short. train: its train
+            rows alone; a test part then follows its train part as far as the test rows last. both:
+            its train and its test rows, so that the two parts agree.
         partition: xnli, sib-200: per-pool draws one partition per language and pool; reference
             draws one from the seen labels and repeats it in all, like the paper's public
             implementation.
@@ -64,6 +69,10 @@ class DataSettings:
             fed-aya) or per language.
         holdout: share of each client's train rows to hold out and score on, instead of its test
             rows, which stay untouched: for choosing settings.
+        texts: one-token: every text is replaced by the same token, so that what personalization
+            still gains is not in the text.
+        merge_clients: merge the clients of a language and pool after the partition: a bound, on
+            the same train and test rows.
     """
 
     dataset: str = "debian-descriptions"
@@ -74,6 +83,7 @@ class DataSettings:
     max_train: int | None = None
     max_test: int | None = None
     seed: int = 0
+    proportions: Proportions = "train"
     partition: PartitionKind = "per-pool"
     path: str | None = None
     files: dict[str, ClientFile] = field(default_factory=dict)
@@ -89,6 +99,8 @@ class DataSettings:
     revision: str | None = None
     unique: bool = False
     holdout: float = 0.0
+    texts: Texts = "keep"
+    merge_clients: bool = False
 
     def __post_init__(self) -> None:
         # jsonargparse leaves the values of a mapping as it parsed them
@@ -96,3 +108,13 @@ class DataSettings:
             name: file if isinstance(file, ClientFile) else ClientFile(**vars(file))
             for name, file in self.files.items()
         }
+
+    @property
+    def ablations(self) -> list[str]:
+        """What was done to the rows for a diagnostic, in words."""
+        found = []
+        if self.texts == "one-token":
+            found.append("every text replaced by one token")
+        if self.merge_clients:
+            found.append("the clients of a language and pool merged into one")
+        return found

@@ -43,7 +43,8 @@ class Parser(ArgumentParser):
     def add_function(self, function: Callable[..., None], positional: bool = False) -> None:
         """Add a function's arguments as options; a switch may be named without a value.
 
-        An argument `options` stands for all settings, whose words are handed over as they are.
+        An argument `options` stands for all settings, whose words are handed over as they are. One
+        named `config` that has a default is a word that may be left out.
 
         Args:
             function: Its signature and docstring say what there is.
@@ -59,9 +60,17 @@ class Parser(ArgumentParser):
                 action.nargs, action.const = "?", True
             if action.dest in FOLDERS:
                 action.metavar = "DIR"
+            if action.dest == "config" and action.option_strings:
+                for name in action.option_strings:
+                    del self._option_string_actions[name]
+                action.option_strings, action.nargs, action.metavar = [], "?", "CONFIG"
         if "options" in self._names:
             own = self._known_options()
-            named = [a.dest.upper() for a in self._actions if not a.option_strings]
+            named = [
+                f"[{a.metavar}]" if a.nargs == "?" else a.dest.upper()
+                for a in self._actions
+                if not a.option_strings
+            ]
             self.usage = " ".join([self.prog, *named, "[OPTIONS]"])
             self.add_class_arguments(settings_class(), as_group=False)
             for action in self._actions:  # `--x+ VALUE` adds to a list; settings take whole ones
