@@ -41,7 +41,8 @@ def merge_clients(data: ClientData) -> ClientData:
             f"{language}-{pool}-all",
             language,
             pool,
-            *(np.sort(np.concatenate(parts)) for parts in zip(*((c.train, c.test) for c in mine))),
+            np.sort(np.concatenate([client.train for client in mine])),
+            np.sort(np.concatenate([client.test for client in mine])),
         )
         for (language, pool), mine in groups.items()
     ]

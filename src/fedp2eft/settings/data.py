@@ -43,9 +43,9 @@ class DataSettings:
         max_train: maximum train rows per client.
         max_test: maximum test rows per client.
         seed: seed of the partition.
-        proportions: what limits a pool's label proportions where a label runs short. train: its train
-            rows alone; a test part then follows its train part as far as the test rows last. both:
-            its train and its test rows, so that the two parts agree.
+        proportions: what limits a pool's label proportions where a label runs short. train: its
+            train rows alone; a test part then follows its train part as far as the test rows last.
+            both: its train and its test rows, so that the two parts agree.
         partition: xnli, sib-200: per-pool draws one partition per language and pool; reference
             draws one from the seen labels and repeats it in all, like the paper's public
             implementation.
