@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedp2eft.commands.catalogue import COMMANDS, GROUPS, function_of, overview, parser_of
-from fedp2eft.commands.warned import show_what_concerns_numbers
+from fedp2eft.commands.warned import show_what_concerns_results
 from fedp2eft.errors import InterruptedRunError, UserError, nearest
 
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     # bitsandbytes warns at import about a faster kernel that it could fetch, needed or not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
-        show_what_concerns_numbers()
+        show_what_concerns_results()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Waiting threads spin only briefly before they yield their core: next to other processes, long

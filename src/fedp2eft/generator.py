@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedp2eft.adapters.clamp import clamp_straight_through
+from fedp2eft.adapters.gates import clamp_straight_through
 from fedp2eft.errors import UserError, shortened
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import (
@@ -233,7 +233,7 @@ class PSG(
         Raises:
             UserError: It does not fit this PSG; the PSG is as it was before.
         """
-        check_numbers(phi, self.state_dict(), whose)
+        check_parameters(phi, self.state_dict(), whose)
         self.load_state_dict(phi)
 
     @classmethod
@@ -259,7 +259,7 @@ class PSG(
         except (SafetensorError, OSError) as error:
             raise UserError(f"{weights_path} is damaged ({error}): fetch it again.") from error
         with torch.device("meta"):  # sizes first: a wrong config must not ask for all memory
-            check_numbers(phi, cls(config).state_dict(), f"φ in {weights_path}")
+            check_parameters(phi, cls(config).state_dict(), f"φ in {weights_path}")
         psg = cls(config)
         psg.set_phi(phi)
         psg.card = _read_card(folder / "README.md")
@@ -267,7 +267,7 @@ class PSG(
         return psg.eval()
 
 
-def check_numbers(phi: Mapping[str, Tensor], like: Mapping[str, Tensor], whose: str) -> None:
+def check_parameters(phi: Mapping[str, Tensor], like: Mapping[str, Tensor], whose: str) -> None:
     """Raise `UserError` unless `phi` has the names, shapes and finite floats of `like`."""
     if set(phi) != set(like):
         odd = sorted(set(phi) ^ set(like))

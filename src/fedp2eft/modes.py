@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 
 @contextmanager
@@ -31,3 +32,17 @@ def with_values(holder: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(holder, name, value)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar and nothing below an error inside; as before afterwards."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

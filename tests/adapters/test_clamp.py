@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedp2eft.adapters.clamp import clamp_straight_through
+from fedp2eft.adapters.gates import clamp_straight_through
 
 LOW, HIGH = 1e-4, 1000.0
 BELOW = [-3.0, 0.0, 5e-5]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
-from fedp2eft.bases import BASES, Base, LocalWork, copy_parameters, rate
+from fedp2eft.bases import BASES, BaseTraining, LocalWork, copy_parameters, rate
 from fedp2eft.bases.fedit import lora_layers
 from fedp2eft.bases.parts import ROWS, Overlay, Replacement, own_rows
 from fedp2eft.client.descent import adamw
@@ -38,7 +38,7 @@ def work(s: Settings, client: str = "c0", seed: int = 0) -> LocalWork:
     return LocalWork(client, TASK, tiny_rows(ROWS_OF_CLIENT, seed), s, torch.float32, 5)
 
 
-def wrapped(s: Settings, model: str = "bert") -> tuple[Base, nn.Module]:
+def wrapped(s: Settings, model: str = "bert") -> tuple[BaseTraining, nn.Module]:
     base = BASES[s.base.kind]
     return base, base.wrap(tiny(model, dropout=0.0).eval(), s)
 
@@ -242,7 +242,7 @@ def test_merging_keeps_the_logits(model_kind: str, tmp_path) -> None:
 # ── FedDPA-T's local LoRA ───────────────────────────────────────────────────────────────────────
 
 
-def local_part(client: str, seed: int) -> tuple[Base, nn.Module, dict[str, Tensor]]:
+def local_part(client: str, seed: int) -> tuple[BaseTraining, nn.Module, dict[str, Tensor]]:
     s = settings("feddpa-t")
     base, model = wrapped(s)
     part = base.own_part(lambda: model, work(s, client, seed))

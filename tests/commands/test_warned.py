@@ -15,7 +15,7 @@ from peft.utils import save_and_load
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import save_adapter
 from fedp2eft.cli import main
-from fedp2eft.commands.warned import show_what_concerns_numbers
+from fedp2eft.commands.warned import show_what_concerns_results
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.sources import resolve_model
 from fedp2eft.settings.experiment import AdapterSettings
@@ -65,7 +65,7 @@ def test_tied_layers_are_said_once_in_one_line_and_the_merged_model_is_right(
     ],
 )
 def test_only_what_concerns_numbers_is_shown(caplog, warning: str, shown: bool):
-    show_what_concerns_numbers()
+    show_what_concerns_results()
     for _ in range(2):
         warnings.warn(warning, stacklevel=1)
     assert caplog.messages == ([" ".join(warning.split())] if shown else [])

@@ -21,7 +21,7 @@ from fedp2eft.federation.local import LocalGrid
 from tiny_run import environment
 
 CHILD = (
-    "import signal, sys, time; from fedp2eft.federation.orphan import end_with_parent; "
+    "import signal, sys, time; from fedp2eft.federation.hooks import end_with_parent; "
     "{early}end_with_parent(); print('watching', flush=True); time.sleep(100)"
 )
 PARENT = (

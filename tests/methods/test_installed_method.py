@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fedp2eft.client.phase import lazy
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS, Method, method, register
-from fedp2eft.methods.fedl2p.phase import PHASE as FEDL2P
+from fedp2eft.methods.fedl2p import PHASE as FEDL2P
 from tiny_run import World
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from fedp2eft.experiment.train import train
-from fedp2eft.settings.sections import settings_class
+from fedp2eft.settings.reading import settings_class
 from tiny_run import World, outcome
 
 TESTS = Path(__file__).parents[1]

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.adapters.clamp import clamp_straight_through
-from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers
+from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers, clamp_straight_through
 from fedp2eft.adapters.low_rank import fuse
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.errors import UserError

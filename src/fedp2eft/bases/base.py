@@ -75,7 +75,7 @@ class LocalWork:
         return float(sum(losses) / max(1, len(losses)))
 
 
-class Base:
+class BaseTraining:
     """Off the shelf: the model as it is, nothing trained; the others say where they differ."""
 
     private = False

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedp2eft.adapters.btlora import common_A
 from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers
-from fedp2eft.bases.base import Base
+from fedp2eft.bases.base import BaseTraining
 from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import BaseSettings, Settings
@@ -18,7 +18,7 @@ from fedp2eft.settings.experiment import BaseSettings, Settings
 ADAPTER = "default"
 
 
-class FedIT(Base):
+class FedIT(BaseTraining):
     """Plain PEFT LoRA on every linear layer, or those named, merged into the model at the end.
 
     A classification head is adapted as any linear layer, its own weights stay as they are; a causal

@@ -6,12 +6,12 @@ import re
 
 from torch import nn
 
-from fedp2eft.bases.base import Base
+from fedp2eft.bases.base import BaseTraining
 from fedp2eft.errors import UserError
 from fedp2eft.settings.experiment import BaseSettings
 
 
-class StandardFL(Base):
+class StandardFL(BaseTraining):
     """All weights are trained, travel and are averaged."""
 
     def trained(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:

@@ -10,7 +10,7 @@ from fedp2eft.errors import visible
 
 logger = logging.getLogger(__name__)
 
-ABOUT_NUMBERS = (
+ABOUT_RESULTS = (
     r"Model (with|has) `tie_word_embeddings=True`",
     r"Found missing adapter keys",
     r"Unexpected keyword arguments .* are ignored",  # of an adapter's config, by a later PEFT
@@ -26,13 +26,13 @@ ABOUT_NUMBERS = (
 _MOST = 300
 
 
-def show_what_concerns_numbers() -> None:
+def show_what_concerns_results() -> None:
     """Show those warnings once each, as one line on stderr, and keep all others quiet.
 
     The others are advice to developers. PYTHONWARNINGS and -W still show them.
     """
     warnings.simplefilter("ignore")
-    for beginning in ABOUT_NUMBERS:
+    for beginning in ABOUT_RESULTS:
         warnings.filterwarnings("always", message=f"(?s){beginning}")
     shown = set()
 

@@ -18,8 +18,7 @@ from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
 
 from fedp2eft.errors import UserError
-from fedp2eft.experiment.engine import LocalEngine, local_engine
-from fedp2eft.experiment.environment import environment
+from fedp2eft.experiment.engine import LocalEngine, environment, local_engine
 from fedp2eft.experiment.lambdas import keep_lambdas
 from fedp2eft.federation.server.evaluation import Instruction, Shared, personalize, prepare
 from fedp2eft.federation.server.exchange import Member, roster
@@ -167,14 +166,14 @@ class _Site:
     @cached_property
     def shared(self) -> Shared:
         """The parameters that the methods start from, as they were written when training ended."""
-        return {name: load_file(self._numbers(name)) for name in self._federations}
+        return {name: load_file(self._parameters(name)) for name in self._federations}
 
     @property
     def _federations(self) -> list[str]:
         kinds = (METHODS[name].shared for name in self.settings.evaluation.methods)
         return sorted({kind for kind in kinds if kind})
 
-    def _numbers(self, federation: str) -> Path:
+    def _parameters(self, federation: str) -> Path:
         return self.run / "shared" / f"{federation}.safetensors"
 
     @property
@@ -183,7 +182,7 @@ class _Site:
         ready = (self.run / "base" / "config.json").exists()
         known = not needs_label_prior(self.settings) or self._label_prior
         return bool(
-            ready and known and all(self._numbers(name).exists() for name in self._federations)
+            ready and known and all(self._parameters(name).exists() for name in self._federations)
         )
 
     @property
@@ -210,7 +209,7 @@ class _Site:
                 self.engine.grid, run, self.engine.workspace, self.members, self.reporter
             )
             for name in self._federations:
-                if not self._numbers(name).exists():
+                if not self._parameters(name).exists():
                     self._train_federation(name, run)
 
     def _train_federation(self, name: str, run: RunFolder) -> None:
@@ -223,7 +222,7 @@ class _Site:
             clients = [member.client for member in self.members]
             keep_lambdas(engine.workspace, self.run, clients, s.evaluation.ranks)
         tensors = {key: value.contiguous() for key, value in parameters.items()}
-        write_whole(self._numbers(name), partial(save_file, tensors))
+        write_whole(self._parameters(name), partial(save_file, tensors))
 
     def told(self, cell: Cell) -> Instruction:
         """What clients are told; surveys are taken once for all pools and kept."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedp2eft.experiment.engine import local_engine
-from fedp2eft.experiment.environment import FILE, environment
+from fedp2eft.experiment.engine import MACHINE_FILE, environment, local_engine
 from fedp2eft.experiment.lambdas import keep_lambdas_of
 from fedp2eft.federation.server_app import app as server_app
 from fedp2eft.files import write_json
@@ -35,5 +34,5 @@ def train(settings: Settings, run: str | Path, reporter: Reporter | None = None)
     with local_engine(settings, run, reporter) as engine:
         server_app(engine.grid, engine.context)
         keep_lambdas_of(settings, run, engine.workspace)
-        write_json(run / FILE, environment(engine.workspace.device))
+        write_json(run / MACHINE_FILE, environment(engine.workspace.device))
     return read_results(run)

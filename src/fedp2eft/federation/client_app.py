@@ -18,20 +18,21 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedp2eft.adapters.export import PEFT_TASKS, auto_mapping, column_facts, save_adapter
-from fedp2eft.client.phase import Phase
+from fedp2eft.client.phase import Phase, Turn
 from fedp2eft.client.side import ClientSide
 from fedp2eft.data.nodes import NODES
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation.client.mods import end_with_supernode, keep_private, tell_errors
 from fedp2eft.federation.client.node import keep_base, kept_base, own_folder
-from fedp2eft.federation.client.round import learn, turn_of
 from fedp2eft.federation.client.state import ClientState, release_state, shared_state
 from fedp2eft.federation.client.texts import answering
 from fedp2eft.federation.server.labels import noise
+from fedp2eft.federation.wire.compression import DOWN, unpack
 from fedp2eft.federation.wire.messages import (
     ABOUT,
     ARRAYS,
     EXAMPLES,
+    LABEL_PRIOR,
     METRICS,
     PREPARED,
     any_arrays,
@@ -44,6 +45,7 @@ from fedp2eft.methods import METHODS, method_named
 from fedp2eft.results.cards import adapter_card, origin_of
 from fedp2eft.runtime.phases import BASE, PSG_PHASE, shared_phases
 from fedp2eft.runtime.workspace import Workspace
+from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import check_rank
 from fedp2eft.settings.reading import settings_of_run
 from fedp2eft.tasks.label_prior import label_counts, predicted_counts, with_classes
@@ -254,6 +256,24 @@ def personalize_and_score(message: Message, context: Context) -> Message:
         )
     about = ConfigRecord({"client": name})
     return Message(RecordDict({ABOUT: about, METRICS: MetricRecord(metrics)}), reply_to=message)
+
+
+def learn(workspace: Workspace, message: Message) -> None:
+    """Take from a message what the server tells everybody: q, if anything needs it."""
+    q = the_config(message).get(LABEL_PRIOR)
+    if isinstance(q, list):
+        workspace.know_label_prior(q)  # type: ignore[arg-type]
+
+
+def turn_of(workspace: Workspace, phase: Phase, message: Message, name: str) -> Turn:
+    """Return client `name`'s turn in the round of the message, its parameters checked."""
+    learn(workspace, message)
+    s = workspace.settings
+    round_ = int(the_config(message)["server-round"])  # type: ignore[arg-type]
+    whose = f"What the server sent ({phase.title})"
+    parameters = unpack(the_arrays(message), workspace.shapes(phase), DOWN[phase.wire_of(s)], whose)
+    seed = derive_seed(s.seed, phase.name, round_, name)
+    return Turn(workspace, name, phase.name, round_, seed, parameters)
 
 
 def what_is_asked(message: Message, workspace: Workspace) -> tuple[str, int]:

@@ -12,14 +12,21 @@ Of Flower 1.41, and what it is used for:
 * `DifferentialPrivacyAdaptiveBase._geometric_update`: `ServerQuantile`, `ClientQuantile`
 * `…._add_noise_to_aggregated_arrays`: the same
 * noise drawn from NumPy's global generator: `noise_from`: seeds it
+* option `--parent-pid` of its processes: `end_with_parent`: tells whose end to watch for
 * `m_t`, `v_t`, `momentum_vector` of its strategies: `Averaging.memory`: kept in checkpoints
 """
 
 from __future__ import annotations
 
 import math
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -96,3 +103,28 @@ def noise_from(test_seed: int | None, *parts: int | str) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(before)
+
+
+LOOK_SECONDS = 0.5
+
+
+@cache
+def end_with_parent() -> None:
+    """Interrupt this process once the parent that Flower named at its start is gone.
+
+    Flower 1.41 only checks whether its parent's process number is in use. Where nobody waits for
+    the parent (the first process of many containers does not), it stays in use for ever: the orphan
+    would go on polling a SuperLink that is gone, and keep the run folder locked.
+    """
+    if "--parent-pid" not in sys.argv[:-1]:
+        return
+    parent = int(sys.argv[sys.argv.index("--parent-pid") + 1])
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_SECONDS)
+        # Flower's own way out: its handlers tidy up. Sent to the process, it ends a wait of the
+        # main thread; raised in this one, it would be seen after that wait only.
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

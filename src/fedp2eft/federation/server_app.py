@@ -11,8 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedp2eft.errors import UserError
 from fedp2eft.federation.client.state import shared_state
+from fedp2eft.federation.hooks import end_with_parent
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.orphan import end_with_parent
 from fedp2eft.federation.server.faults import told
 from fedp2eft.federation.server.phases import serve
 from fedp2eft.federation.server.run_folder import RunFolder

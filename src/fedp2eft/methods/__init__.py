@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedp2eft.client.phase import Phase, Trained, Turn, lazy
 from fedp2eft.errors import UserError, nearest
 from fedp2eft.methods.auto.settings import AutoSettings
-from fedp2eft.methods.fedl2p.phase import PHASE as FEDL2P
+from fedp2eft.methods.fedl2p import PHASE as FEDL2P
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
 from fedp2eft.methods.method import METHODS, Method, Survey, register
 from fedp2eft.methods.settings import AdaLoraSettings, TuningSettings

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from fedp2eft.errors import UserError
-from fedp2eft.settings.sections import add_section
+from fedp2eft.settings.reading import add_section
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedp2eft.errors import require
-from fedp2eft.settings.bounds import check_bounds
+from fedp2eft.errors import check_bounds, require
 
 
 @dataclass(frozen=True)

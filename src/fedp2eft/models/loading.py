@@ -33,8 +33,8 @@ from fedp2eft.models.fit import (
     take_padding,
     vocabulary_size,
 )
-from fedp2eft.models.quiet import quiet_transformers
 from fedp2eft.models.sources import VOCABULARY_FILES, ModelSource, weight_files
+from fedp2eft.modes import quiet_transformers
 from fedp2eft.settings.experiment import Quantize
 
 Task = Literal["classification", "causal_lm"]

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedp2eft.methods import phases
 from fedp2eft.report.small import Points
-from fedp2eft.report.source import Report, TrainingLog
+from fedp2eft.report.source import ReportData, TrainingLog
 from fedp2eft.report.structure import Grid, Matrix
 from fedp2eft.results.cells import scored, values
 from fedp2eft.results.figures import (
@@ -36,7 +36,7 @@ def panel(width: float = 3.4, height: float = 2.5) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def accuracy_panel(report: Report, base: str, pool: str) -> Figure:
+def accuracy_panel(report: ReportData, base: str, pool: str) -> Figure:
     """Mean over languages against the rank."""
     figure, ax = panel(3.8, 3.2)
     draw_accuracy(ax, report.comparison, base, pool)
@@ -53,7 +53,7 @@ def gain_panel(gains: Gains, span: tuple[float, float]) -> Figure:
     return figure
 
 
-def difference_panel(report: Report, base: str, pool: str) -> Figure:
+def difference_panel(report: ReportData, base: str, pool: str) -> Figure:
     """Paired differences to LoRA, the best method above; a mark per rank."""
     c = report.comparison
     methods = [name for name in c.ordered(base, [pool]) if name != "lora"]
@@ -63,7 +63,7 @@ def difference_panel(report: Report, base: str, pool: str) -> Figure:
     return figure
 
 
-def client_points(report: Report, base: str, pool: str) -> dict[str, Points]:
+def client_points(report: ReportData, base: str, pool: str) -> dict[str, Points]:
     """What every client scored before and after, over all seeds, by method."""
     cells = [cell for cell in report.cells if (cell["base"], cell["pool"]) == (base, pool)]
     before = {cell["seed"]: values(cell) for cell in cells if cell["method"] == "base"}
@@ -93,7 +93,7 @@ def _dots(points: Sequence[tuple[float, float]], colour: Any) -> PathPatch:
     )
 
 
-def clients_figure(report: Report, base: str, pool: str) -> Figure:
+def clients_figure(report: ReportData, base: str, pool: str) -> Figure:
     """A dot per client, before and after personalization; a panel per method, all of one scale."""
     points, ranks = client_points(report, base, pool), report.comparison.ranks
     every = [v for found in points.values() for pairs in found.values() for p in pairs for v in p]

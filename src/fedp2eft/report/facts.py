@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from fedp2eft.report.source import Report
+from fedp2eft.report.source import ReportData
 
 
-def facts(report: Report) -> Iterator[tuple[str, str]]:
+def facts(report: ReportData) -> Iterator[tuple[str, str]]:
     """What was run, name and text."""
     s, c = report.settings, report.comparison
     named = s.data.dataset + (f" ({s.data.path})" if s.data.path else "")
@@ -39,7 +39,7 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
             yield "versions", ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
-def costs(report: Report) -> Iterator[list[str]]:
+def costs(report: ReportData) -> Iterator[list[str]]:
     """For each training and phase: rounds, seconds, MB up and down in all."""
     for training in report.trainings:
         for phase, rounds in training.rounds.items():
@@ -50,12 +50,12 @@ def costs(report: Report) -> Iterator[list[str]]:
             yield [training.name or "this run", phase, str(len(rounds)), taken, *sent]
 
 
-def fault_counts(report: Report) -> dict[str, int]:
+def fault_counts(report: ReportData) -> dict[str, int]:
     """Lines of faults.jsonl by kind."""
     return Counter(str(line["kind"]) for line in report.faults)
 
 
-def left_out(report: Report) -> Iterator[tuple[str, int, str, str]]:
+def left_out(report: ReportData) -> Iterator[tuple[str, int, str, str]]:
     """(Phase, round, client, reason) of every update that a round did without."""
     for training in report.trainings:
         for phase, rounds in training.rounds.items():

@@ -18,7 +18,7 @@ from fedp2eft.federation.server.faults import MEANING
 from fedp2eft.report import charts
 from fedp2eft.report.facts import costs, facts, fault_counts, left_out
 from fedp2eft.report.small import client_chart, highest_bar, language_chart, span_of
-from fedp2eft.report.source import Report, TrainingLog
+from fedp2eft.report.source import ReportData, TrainingLog
 from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.report.svg import inline
 from fedp2eft.results.figures import MARKS, STYLE, gain_span, look_of, shade
@@ -57,7 +57,7 @@ class ScoreSection:
     dots: list[Panel] = field(default_factory=list)
 
 
-def page(report: Report, *, refresh: int = 0) -> str:
+def page(report: ReportData, *, refresh: int = 0) -> str:
     """The page.
 
     Args:
@@ -101,7 +101,7 @@ def page(report: Report, *, refresh: int = 0) -> str:
         )
 
 
-def _ranks(report: Report) -> list[int]:
+def _ranks(report: ReportData) -> list[int]:
     return report.comparison.ranks
 
 
@@ -109,7 +109,7 @@ def _css(colour: tuple[float, float, float]) -> str:
     return "#" + "".join(f"{round(255 * part):02x}" for part in colour)
 
 
-def _methods(report: Report) -> list[dict[str, Any]]:
+def _methods(report: ReportData) -> list[dict[str, Any]]:
     """Those that have a number, with the colour of their marks."""
     ranked = {line.method: line.rank > 0 for line in report.comparison.lines}
     made = []
@@ -121,7 +121,7 @@ def _methods(report: Report) -> list[dict[str, Any]]:
     return made
 
 
-def _scores(report: Report) -> Iterator[ScoreSection]:
+def _scores(report: ReportData) -> Iterator[ScoreSection]:
     c = report.comparison
     for base in c.bases:
         for pool in c.pools:
@@ -148,7 +148,7 @@ def _scores(report: Report) -> Iterator[ScoreSection]:
             yield made
 
 
-def _difference(report: Report, base: str, pool: str, title: str) -> Panel | None:
+def _difference(report: ReportData, base: str, pool: str, title: str) -> Panel | None:
     """Paired differences to LoRA; None if nothing was compared with it."""
     lines = (line for line in report.comparison.lines if (line.base, line.pool) == (base, pool))
     if not any(found.to == "lora" for line in lines for found in line.differences):
@@ -156,7 +156,7 @@ def _difference(report: Report, base: str, pool: str, title: str) -> Panel | Non
     return _panel(charts.difference_panel(report, base, pool), title)
 
 
-def _gains(report: Report) -> Iterator[dict[str, Any]]:
+def _gains(report: ReportData) -> Iterator[dict[str, Any]]:
     """Where the gain comes from: per base and pool the sentences, the figure and a table."""
     several = len(report.comparison.bases) > 1
     widest = gain_span(report.comparison.gains)
@@ -186,11 +186,11 @@ def _panels(made: Iterator[tuple[str, str, Figure]]) -> list[Panel]:
     return [_panel(figure, title) for _, title, figure in made]
 
 
-def _asked(report: Report) -> Iterator[TrainingLog]:
+def _asked(report: ReportData) -> Iterator[TrainingLog]:
     return (training for training in report.trainings if training.lambdas)
 
 
-def structure_data(report: Report) -> list[dict[str, Any]]:
+def structure_data(report: ReportData) -> list[dict[str, Any]]:
     """Kept ranks for the page's own heat map: by training, rank, language, module, layer."""
     found = []
     for training in _asked(report):
@@ -221,7 +221,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def _likenesses(report: Report) -> Iterator[dict[str, Any]]:
+def _likenesses(report: ReportData) -> Iterator[dict[str, Any]]:
     for training in _asked(report):
         assert training.lambdas is not None
         names, alike = likeness(training.lambdas)
@@ -240,7 +240,7 @@ def _shaded(value: float) -> dict[str, str]:
     return {"text": f"{value:+.2f}", "colour": colour}
 
 
-def generations(report: Report) -> Iterator[dict[str, Any]]:
+def generations(report: ReportData) -> Iterator[dict[str, Any]]:
     """What the methods wrote, side by side: by training and client a table of prompts × methods."""
     most = MOST_CLIENTS // max(1, len(report.generations)) or 1
     for training, found in report.generations.items():

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
-from fedp2eft.report.source import Report
+from fedp2eft.report.source import ReportData
 from fedp2eft.results.figures import language_bars, shade
 from fedp2eft.results.layout import unit
 
@@ -114,14 +114,14 @@ class Chart:
             self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(text)}</text>')
 
 
-def highest_bar(report: Report, base: str, pool: str) -> float:
+def highest_bar(report: ReportData, base: str, pool: str) -> float:
     """Return the largest metric of any method and language, so that all charts have one scale."""
     found = (language_bars(report.comparison, base, pool, m) for m in report.comparison.methods)
     rows = (row for drawn, level in found for row in (*drawn.values(), level))
     return max((v for row in rows for v in row if isfinite(v)), default=1.0) or 1.0
 
 
-def language_chart(report: Report, base: str, pool: str, method: str, highest: float) -> Markup:
+def language_chart(report: ReportData, base: str, pool: str, method: str, highest: float) -> Markup:
     """Return the metric by language, a bar per rank, the base model as a line."""
     comparison = report.comparison
     languages = comparison.languages(base, pool)
@@ -147,7 +147,7 @@ def span_of(every: Iterable[Points]) -> Range:
     return low - edge, high + edge
 
 
-def client_chart(report: Report, method: str, points: Points, both: Range) -> Markup:
+def client_chart(report: ReportData, method: str, points: Points, both: Range) -> Markup:
     """Return a dot per client: across, the base model's score; up, the personalized one's.
 
     Args:

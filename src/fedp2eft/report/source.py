@@ -43,7 +43,7 @@ class TrainingLog:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportData:
     """All that a page shows.
 
     Args:
@@ -70,7 +70,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def read_report(folder: str | Path, *, ask: bool = True) -> Report:
+def read_report(folder: str | Path, *, ask: bool = True) -> ReportData:
     """Read a run or comparison folder, finished or not.
 
     Args:
@@ -97,7 +97,7 @@ def read_report(folder: str | Path, *, ask: bool = True) -> Report:
         cells = _cells_of_comparison(folder, notes)
         trainings = _trainings(folder, notes, ask)
     comparison = summarize(settings, cells)
-    report = Report(
+    report = ReportData(
         folder.resolve(), single, settings, comparison, cells, trainings,
         _generations(folder, notes), _faults(folder), notes,
     )  # fmt: skip
@@ -218,7 +218,7 @@ def _faults(folder: Path) -> list[dict[str, Any]]:
     return [line for _, line in read_lines(folder / "faults.jsonl") if line and "kind" in line]
 
 
-def _missing(report: Report) -> Iterator[str]:
+def _missing(report: ReportData) -> Iterator[str]:
     """What a finished one would have."""
     folder, settings, comparison = report.folder, report.settings, report.comparison
     results = folder / "results.json"
@@ -243,7 +243,7 @@ def _missing(report: Report) -> Iterator[str]:
         yield "No client is scored yet."
 
 
-def _partly(report: Report) -> Iterator[str]:
+def _partly(report: ReportData) -> Iterator[str]:
     """Methods of a run that have scored fewer clients than others."""
     counts: Mapping[str, int] = defaultdict(int)
     for cell in report.cells:

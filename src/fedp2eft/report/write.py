@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from fedp2eft.files import write_text
 from fedp2eft.report import charts
 from fedp2eft.report.page import page
-from fedp2eft.report.source import Report, read_report
+from fedp2eft.report.source import ReportData, read_report
 from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.results.figures import STYLE, save_figures, write_figures
 
@@ -20,7 +20,7 @@ PAGE, FIGURES = "report.html", "report"
 
 def write_report(
     folder: str | Path, out: str | Path | None = None, *, figures: bool = False
-) -> tuple[Path, Report]:
+) -> tuple[Path, ReportData]:
     """Write the page of a run or comparison.
 
     Args:
@@ -44,7 +44,7 @@ def write_report(
     return target / PAGE, report
 
 
-def figures_of(report: Report) -> dict[str, Figure]:
+def figures_of(report: ReportData) -> dict[str, Figure]:
     """By name, the figures that a comparison's tables do not already have."""
     made: dict[str, Figure] = {}
     for base in report.comparison.bases:

@@ -42,27 +42,27 @@ def read_cells(folder: Path) -> list[CellRecord]:
     """All cells of a comparison folder; a file that is none is named in a warning and left out."""
     cells = []
     for path in sorted((folder / "cells").glob("**/*.json")):
-        facts = read_json(path)
-        if not _is_cell(facts) or path != folder / "cells" / f"{name_of(facts)}.json":
+        record = read_json(path)
+        if not _is_cell(record) or path != folder / "cells" / f"{name_of(record)}.json":
             _log.warning("%s is not a cell of this comparison: it is left out.", path)
             continue
-        cells.append(facts)
+        cells.append(record)
     return cells
 
 
-def scored(facts: CellRecord) -> Sequence[CellRecord]:
+def scored(record: CellRecord) -> Sequence[CellRecord]:
     """The clients that have test rows; the others have no score."""
-    return [client for client in facts["clients"] if client[metric_of(client).unit]]
+    return [client for client in record["clients"] if client[metric_of(client).unit]]
 
 
-def values(facts: CellRecord | None) -> dict[str, float]:
+def values(record: CellRecord | None) -> dict[str, float]:
     """The metric by client; empty where there is no cell."""
-    return {c["client"]: metric_of(c).value([c]) for c in scored(facts)} if facts else {}
+    return {c["client"]: metric_of(c).value([c]) for c in scored(record)} if record else {}
 
 
-def name_of(facts: CellRecord) -> str:
+def name_of(record: CellRecord) -> str:
     """The name that `fedp2eft.results.plan.Cell` gives to a cell of this content."""
-    return "{base}/s{seed}/{pool}/{method}-r{rank}".format(**facts)
+    return "{base}/s{seed}/{pool}/{method}-r{rank}".format(**record)
 
 
 def traffic(run: Path, phase: str) -> tuple[int, int]:
@@ -74,17 +74,17 @@ def traffic(run: Path, phase: str) -> tuple[int, int]:
     return round(up / clients), round(down / clients)
 
 
-def _is_cell(facts: object) -> bool:
-    return _has(facts, _CELL) and all(map(is_client, facts["clients"]))  # type: ignore[index]
+def _is_cell(record: object) -> bool:
+    return _has(record, _CELL) and all(map(is_client, record["clients"]))  # type: ignore[index]
 
 
-def is_client(facts: object) -> bool:
+def is_client(record: object) -> bool:
     """Whether it is what one client's scores are."""
-    count = {"tokens": int} if isinstance(facts, dict) and "tokens" in facts else {"correct": int}
-    return _has(facts, _CLIENT | count)
+    count = {"tokens": int} if isinstance(record, dict) and "tokens" in record else {"correct": int}
+    return _has(record, _CLIENT | count)
 
 
-def _has(facts: object, kinds: Mapping[str, Any]) -> bool:
-    return isinstance(facts, dict) and all(
-        isinstance(facts.get(name), kind) for name, kind in kinds.items()
+def _has(record: object, kinds: Mapping[str, Any]) -> bool:
+    return isinstance(record, dict) and all(
+        isinstance(record.get(name), kind) for name, kind in kinds.items()
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedp2eft.tasks.text_scores import METEOR, PLAIN_METEOR
 
-Cell = Mapping[str, Any]
+ClientScores = Mapping[str, Any]
 """Scores of one client, by the names of `Scores.metrics`."""
 
 
@@ -33,11 +33,11 @@ class Metric:
     summed: str = ""
     exponential: bool = False
 
-    def total(self, cell: Cell) -> float:
+    def total(self, cell: ClientScores) -> float:
         """The sum over a client's units: rows classified right, nats, or scores of texts."""
         return float(cell[self.summed] if self.summed else cell["loss"] * cell[self.unit])
 
-    def value(self, cells: Iterable[Cell]) -> float:
+    def value(self, cells: Iterable[ClientScores]) -> float:
         """The metric of one client or of several together; at least one unit."""
         cells = list(cells)
         mean = sum(map(self.total, cells)) / float(sum(cell[self.unit] for cell in cells))
@@ -73,12 +73,12 @@ TEXTS = tuple(
 METRICS = {metric.name: metric for metric in (ACCURACY, RESPONSE_LOSS, PERPLEXITY, *TEXTS)}
 
 
-def metric_of(cell: Cell) -> Metric:
+def metric_of(cell: ClientScores) -> Metric:
     """What a cell's task is judged by."""
     return RESPONSE_LOSS if "tokens" in cell else ACCURACY
 
 
-def further_metrics(cells: Sequence[Cell]) -> tuple[Metric, ...]:
+def further_metrics(cells: Sequence[ClientScores]) -> tuple[Metric, ...]:
     """What is told beside `metric_of`: only what every one of the cells has."""
     if metric_of(cells[0]) is ACCURACY:
         return ()

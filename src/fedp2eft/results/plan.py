@@ -21,7 +21,7 @@ from typing import Any
 from fedp2eft.files import read_json, take_lock
 from fedp2eft.methods import METHODS, method_named
 from fedp2eft.settings.experiment import Settings
-from fedp2eft.settings.sections import with_sections
+from fedp2eft.settings.reading import with_sections
 
 
 @dataclass(frozen=True, order=True)

@@ -198,14 +198,14 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
         (cell.training.base, cell.training.seed): cell.training for cell in planned.values()
     }
     # A method that is not installed here has no plan: take its cells as they are.
-    for facts in cells:
-        if facts["method"] in set(evaluation.methods) - {*installed}:
-            training = trainings.get((facts["base"], facts["seed"]))
-            if training and facts["pool"] in evaluation.pools:
-                cell = Cell(training, facts["pool"], facts["method"], facts["rank"])
+    for record in cells:
+        if record["method"] in set(evaluation.methods) - {*installed}:
+            training = trainings.get((record["base"], record["seed"]))
+            if training and record["pool"] in evaluation.pools:
+                cell = Cell(training, record["pool"], record["method"], record["rank"])
                 planned[cell.name] = cell
     # Group by line of the table, then by seed.
-    found = {name_of(facts): facts for facts in cells if name_of(facts) in planned}
+    found = {name_of(record): record for record in cells if name_of(record) in planned}
     groups: dict[Key, dict[int, CellRecord]] = defaultdict(dict)
     for name, cell in planned.items():  # the order of the settings
         if name in found and scored(found[name]):
@@ -222,7 +222,7 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
         return [*(axis.index(name) for axis, name in zip(axes, key[:3], strict=True)), key[3]]
 
     order = sorted(groups, key=place)
-    versions = {tuple(sorted(facts["versions"].items())) for facts in found.values()}
+    versions = {tuple(sorted(record["versions"].items())) for record in found.values()}
     return Comparison(
         bases=axes[0],
         pools=axes[1],
@@ -232,7 +232,7 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
         lines=tuple(_line(key, groups) for key in order),
         gains=tuple(_gains(settings, {key: groups[key] for key in order})),
         missing=[name for name in planned if name not in found],
-        machines=sorted({facts["machine"] for facts in found.values()}),
+        machines=sorted({record["machine"] for record in found.values()}),
         versions=[dict(items) for items in sorted(versions)],
         ablations=settings.data.ablations,
     )
@@ -244,8 +244,8 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Line:
     own = groups.get((base, pool, "base", 0), {})
     # One row per seed; the line is their mean.
     rows: dict[int, Row] = {
-        seed: row_of(method, rank, pool, scored(facts), values(own.get(seed)))
-        for seed, facts in mine.items()
+        seed: row_of(method, rank, pool, scored(record), values(own.get(seed)))
+        for seed, record in mine.items()
     }
 
     def over_seeds(name: str) -> Estimate:
@@ -276,11 +276,13 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Line:
             if (difference := _difference(key, mine, other, theirs))
         ),
         cost=Cost(
-            seconds=fmean(fmean(c["seconds"] for c in facts["clients"]) for facts in mine.values()),
+            seconds=fmean(
+                fmean(c["seconds"] for c in record["clients"]) for record in mine.values()
+            ),
             parameters=fmean(row.parameters for row in rows.values()),
-            bytes_up=fmean(facts["bytes_up"] for facts in mine.values()),
-            bytes_down=fmean(facts["bytes_down"] for facts in mine.values()),
-            peak_memory=max(facts["peak_memory"] for facts in mine.values()),
+            bytes_up=fmean(record["bytes_up"] for record in mine.values()),
+            bytes_down=fmean(record["bytes_down"] for record in mine.values()),
+            peak_memory=max(record["peak_memory"] for record in mine.values()),
         ),
         metric=next(iter(rows.values())).metric,
         further={n: _by_name({s: row.further[n] for s, row in rows.items()}) for n in further},
@@ -312,7 +314,7 @@ def _difference(
 
 
 def _by_seed(cells: Mapping[int, CellRecord]) -> dict[int, Sequence[CellRecord]]:
-    return {seed: scored(facts) for seed, facts in cells.items()}
+    return {seed: scored(record) for seed, record in cells.items()}
 
 
 def _gains(settings: Settings, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Iterator[Gains]:

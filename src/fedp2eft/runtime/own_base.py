@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.bases import Base, LocalWork
+from fedp2eft.bases import BaseTraining, LocalWork
 from fedp2eft.bases.parts import Overlay, Part
 from fedp2eft.runtime.client_files import ClientFiles
 
@@ -35,7 +35,7 @@ class PrivateParts:
         self,
         folder: Path | None,
         keep: int,
-        base: Base,
+        base: BaseTraining,
         finished: Callable[[], nn.Module],
         work: Callable[[str], LocalWork],
     ) -> None:

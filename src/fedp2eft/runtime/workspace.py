@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.head import check_head, head_of, with_head
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.bases import BASES, Base, LocalWork, copy_parameters
+from fedp2eft.bases import BASES, BaseTraining, LocalWork, copy_parameters
 from fedp2eft.client.phase import Phase
 from fedp2eft.client.side import ClientSide
 from fedp2eft.client.training import features
@@ -237,7 +237,7 @@ class Workspace:
     # ── the base model ──────────────────────────────────────────────────────────────────────────
 
     @property
-    def base(self) -> Base:
+    def base(self) -> BaseTraining:
         """How the base is trained."""
         return BASES[self.settings.base.kind]
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
-from fedp2eft.errors import require
-from fedp2eft.settings.bounds import check_bounds
+from fedp2eft.errors import check_bounds, require
 from fedp2eft.settings.data import DataSettings
 from fedp2eft.settings.peers import AggregationSettings, PeerSettings, PrivacySettings
 
@@ -333,7 +332,7 @@ DEFAULT_METHODS: dict[TaskName, list[str]] = {
 class Settings:
     """One experiment, read from YAML and command-line options.
 
-    Methods add sections of their own (`fedp2eft.settings.sections`).
+    Methods add sections of their own (`fedp2eft.settings.reading`).
 
     Args:
         seed: Seed of client sampling and of mini-batch order.

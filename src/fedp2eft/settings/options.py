@@ -1,6 +1,6 @@
 """The command line's parser: a function's arguments, or all settings, as options with their help.
 
-Apart from `settings.reading`, so that nothing but help, completion and small commands waits for it.
+Apart from `settings.reading`, so that only what needs a parser imports jsonargparse.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader
 
 from fedp2eft.errors import UserError, nearest
-from fedp2eft.settings.sections import settings_class
+from fedp2eft.settings.reading import settings_class
 from fedp2eft.settings.words import load_words
 
 set_loader("words", load_words, (yaml.YAMLError,), json_superset=True)

@@ -10,9 +10,8 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 
 from fedp2eft.errors import TellableError, UserError
-from fedp2eft.federation.hooks import CLIENT_APP_RAISED, CLIP_NORM, noise_from
+from fedp2eft.federation.hooks import CLIENT_APP_RAISED, CLIP_NORM, end_with_parent, noise_from
 from fedp2eft.federation.local import is_local
-from fedp2eft.federation.orphan import end_with_parent
 from fedp2eft.federation.wire.messages import the_config
 from fedp2eft.settings.peers import PrivacySettings
 from fedp2eft.settings.reading import settings_of_run

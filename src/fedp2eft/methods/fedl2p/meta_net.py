@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedp2eft.adapters.clamp import clamp_straight_through
+from fedp2eft.adapters.gates import clamp_straight_through
 from fedp2eft.seeding import derive_seed
 
 GAIN, BIAS = 0.1, 1.0

@@ -24,8 +24,7 @@ import torch
 
 from fedp2eft.errors import UserError
 from fedp2eft.models.offline.part import OfflinePart, installed_file
-from fedp2eft.models.quiet import quiet_transformers
-from fedp2eft.modes import with_values
+from fedp2eft.modes import quiet_transformers, with_values
 
 
 @dataclass(frozen=True, kw_only=True)

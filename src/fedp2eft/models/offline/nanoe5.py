@@ -36,7 +36,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from fedp2eft.errors import UserError
 from fedp2eft.models.offline.part import OfflinePart, installed_file
 from fedp2eft.models.offline.unigram import MASK_TOKEN, SPECIAL_TOKENS, build_tokenizer
-from fedp2eft.models.quiet import quiet_transformers
+from fedp2eft.modes import quiet_transformers
 
 BLOCK = 32  # weights that share one scale
 _F32, _Q4_0 = 0, 1

@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedp2eft.federation.orphan import end_with_parent
+from fedp2eft.federation.hooks import end_with_parent
 
 app = ClientApp()
 

@@ -9,7 +9,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedp2eft.federation.orphan import end_with_parent
+from fedp2eft.federation.hooks import end_with_parent
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.exchange import roster
