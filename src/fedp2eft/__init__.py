@@ -9,71 +9,61 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedp2eft.adapters.btlora import BTLora
-    from fedp2eft.adapters.trainer import BTLoraTrainer
-    from fedp2eft.api import Adapter, evaluate, export, personalize
-    from fedp2eft.client.side import ClientSide, Outcome
-    from fedp2eft.errors import UserError
-    from fedp2eft.experiment.compare import compare
-    from fedp2eft.experiment.train import train
-    from fedp2eft.generator import PSG
-    from fedp2eft.methods import METHODS, Method, register
-    from fedp2eft.results.rows import Results, read_results
-    from fedp2eft.results.tables import write_tables
-    from fedp2eft.settings.experiment import Settings
-    from fedp2eft.settings.reading import read_settings, settings_from
+    from fedp2eft.adapters.btlora import BTLora as BTLora
+    from fedp2eft.adapters.trainer import BTLoraTrainer as BTLoraTrainer
+    from fedp2eft.api import (
+        Adapter as Adapter,
+    )
+    from fedp2eft.api import (
+        evaluate as evaluate,
+    )
+    from fedp2eft.api import (
+        export as export,
+    )
+    from fedp2eft.api import (
+        personalize as personalize,
+    )
+    from fedp2eft.client.side import ClientSide as ClientSide
+    from fedp2eft.client.side import Outcome as Outcome
+    from fedp2eft.errors import UserError as UserError
+    from fedp2eft.experiment.compare import compare as compare
+    from fedp2eft.experiment.train import train as train
+    from fedp2eft.generator import PSG as PSG
+    from fedp2eft.methods import METHODS as METHODS
+    from fedp2eft.methods import Method as Method
+    from fedp2eft.methods import register as register
+    from fedp2eft.results.rows import Results as Results
+    from fedp2eft.results.rows import read_results as read_results
+    from fedp2eft.results.tables import write_tables as write_tables
+    from fedp2eft.settings.experiment import Settings as Settings
+    from fedp2eft.settings.reading import (
+        read_settings as read_settings,
+    )
+    from fedp2eft.settings.reading import (
+        settings_from as settings_from,
+    )
 
 # Names are imported when first used: `import fedp2eft` and the command line's help stay fast.
-_HOME = {
-    "PSG": "fedp2eft.generator",
-    "BTLora": "fedp2eft.adapters.btlora",
-    "BTLoraTrainer": "fedp2eft.adapters.trainer",
-    "Adapter": "fedp2eft.api",
-    "personalize": "fedp2eft.api",
-    "evaluate": "fedp2eft.api",
-    "export": "fedp2eft.api",
-    "train": "fedp2eft.experiment.train",
-    "compare": "fedp2eft.experiment.compare",
-    "Results": "fedp2eft.results.rows",
-    "read_results": "fedp2eft.results.rows",
-    "write_tables": "fedp2eft.results.tables",
-    "Settings": "fedp2eft.settings.experiment",
-    "read_settings": "fedp2eft.settings.reading",
-    "settings_from": "fedp2eft.settings.reading",
-    "METHODS": "fedp2eft.methods",
-    "Method": "fedp2eft.methods",
-    "register": "fedp2eft.methods",
-    "ClientSide": "fedp2eft.client.side",
-    "Outcome": "fedp2eft.client.side",
-    "UserError": "fedp2eft.errors",
+_NAMES = {
+    "adapters.btlora": "BTLora",
+    "adapters.trainer": "BTLoraTrainer",
+    "api": "Adapter personalize evaluate export",
+    "client.side": "ClientSide Outcome",
+    "errors": "UserError",
+    "experiment.compare": "compare",
+    "experiment.train": "train",
+    "generator": "PSG",
+    "methods": "METHODS Method register",
+    "results.rows": "Results read_results",
+    "results.tables": "write_tables",
+    "settings.experiment": "Settings",
+    "settings.reading": "read_settings settings_from",
 }
-
-__all__ = [
-    "METHODS",
-    "PSG",
-    "Adapter",
-    "BTLora",
-    "BTLoraTrainer",
-    "ClientSide",
-    "Method",
-    "Outcome",
-    "Results",
-    "Settings",
-    "UserError",
-    "compare",
-    "evaluate",
-    "export",
-    "personalize",
-    "read_results",
-    "read_settings",
-    "register",
-    "settings_from",
-    "train",
-    "write_tables",
-]
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fedp2eft' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(f"fedp2eft.{_HOME[name]}"), name)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import LlamaForSequenceClassification
 
 from fedp2eft.adapters.btlora import BTLora
-from fedp2eft.adapters.stacked import NotPerRowError, StackedLora, clip_each
+from fedp2eft.adapters.stacked import NotPerRowError, StackedLora, _by_layer, clip_each
 from fedp2eft.client.cohort import (
     CohortClient,
     StackedPSG,
@@ -117,9 +117,18 @@ def together(
     places = sorted(range(len(clients)), key=lambda c: -len(clients[c].order))
     steps = [-(-len(client.order) // local.accumulate) for client in clients]
     return found, [
-        kept[0].of_client(places.index(c)) if steps[c] == max(steps) else None
+        of_client(kept[0], places.index(c)) if steps[c] == max(steps) else None
         for c in range(len(clients))
     ]
+
+
+def of_client(lora: StackedLora, client: int) -> Weights:
+    """A, B and λ of one client, A and B by layer."""
+    A, B = (
+        [value[client] for value in _by_layer(shapes, values)]
+        for shapes, values in ((lora._in, lora.A), (lora._out, lora.B))
+    )
+    return A, B, lora.lam[client]
 
 
 def check_same(
@@ -265,7 +274,7 @@ def test_the_golden_numbers_in_one_batch(folder) -> None:
             assert isinstance(done, Round)
             golden = torch.tensor(facts["stage1_losses"][key])
             close("loss", torch.tensor(done.stage1_losses) / golden, torch.ones(()), 1e-4)
-            A, B, _ = lora.of_client(ranked.index(k))
+            A, B, _ = of_client(lora, ranked.index(k))
             lam = ended[ranked.index(k)].lam
             close("lambda", lam, t[f"{key}.lambda_after_stage1"], 1e-5)
             if len(clients[k].order) < most:

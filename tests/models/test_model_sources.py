@@ -204,9 +204,8 @@ def test_part_stands_in_for_the_hub(
     assert source == ModelSource("team/part", str(tiny_bert), "package==1")
     assert "team/part is used from package==1" in caplog.text
     assert resolve_model("team/part", revision="package==1") == source
-    for options in ({"offline_parts": False}, {"revision": COMMIT}):
-        with pytest.raises(UserError, match="give a local folder instead, or set HF_HOME"):
-            resolve_model("team/part", **options)
+    with pytest.raises(UserError, match="give a local folder instead, or set HF_HOME"):
+        resolve_model("team/part", revision=COMMIT)
 
 
 def test_hub_goes_before_the_part(hub: FakeHub, part: OfflinePart, tiny_bert: Path) -> None:

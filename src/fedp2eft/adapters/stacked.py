@@ -72,14 +72,6 @@ class StackedLora:
         """Every A, then every B."""
         return [*self.A, *self.B]
 
-    def of_client(self, client: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """(A, B, `lam`) of one client: L of r_max × d_in, L of d_out × r_max, L × r_max."""
-        A, B = (
-            [by_layer[row][client] for row in range(len(self._bt.names))]
-            for by_layer in (_by_layer(self._in, self.A), _by_layer(self._out, self.B))
-        )
-        return A, B, self.lam[client]
-
     @contextmanager
     def active(self) -> Iterator[None]:
         """Put this adapter in place of the shared one, until the end of the block."""

@@ -67,9 +67,8 @@ class ClientSide:
 
         An adapter that has an offset already keeps it.
         """
-        offset = getattr(self.task, "offset", None)
-        own = offset is None or weights.offset is not None
-        return weights if own else replace(weights, offset=offset)
+        own = self.task.offset is None or weights.offset is not None
+        return weights if own else replace(weights, offset=self.task.offset)
 
     @property
     def q(self) -> Tensor:
@@ -110,7 +109,7 @@ class ClientSide:
         data = self.train
         kept, held = local_validation_split(data.labels, share, rng_for(self.seed, "held-out rows"))
         train, task = data.select(kept), self.task
-        if getattr(task, "offset", None) is not None:  # held-out labels must not be in it
+        if task.offset is not None:  # held-out labels must not be in it
             task = adjusted(task, train, self.q)
         return replace(self, train=train, test=data.select(held), task=task, answer=None)
 

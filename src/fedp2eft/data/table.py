@@ -88,18 +88,12 @@ def read_columns(
     return table
 
 
-def read_table(
-    path: str | Path,
-    *,
-    text_columns: Sequence[str] = (),
-    columns: Sequence[str] | None = None,
-    optional: Sequence[str] = (),
-) -> "Dataset":
+def read_table(path: str | Path, text_columns: Sequence[str] = ()) -> "Dataset":
     """Return `read_columns` as an Arrow data set, whose columns each hold one kind of value."""
     import pyarrow as pa
     from datasets import Dataset
 
-    table = read_columns(path, text_columns=text_columns, columns=columns, optional=optional)
+    table = read_columns(path, text_columns=text_columns)
     arrays = {}
     for name, values in table.columns.items():
         try:

@@ -50,7 +50,6 @@ def load_base(
     source: ModelSource,
     task: Task,
     *,
-    num_labels: int | None = None,
     labels: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype = torch.float32,
@@ -69,10 +68,8 @@ def load_base(
     Args:
         source: from `resolve_model`.
         task: `"classification"` (one label per text) or `"causal_lm"`.
-        num_labels: number of classes, if they have no names; may be left out if the folder holds a
-            trained head.
         labels: the data's class names in the order of their ids. A trained head is put into this
-            order by the names in its config.
+            order by the names in its config; without `labels` it is taken as it is.
         tokenizer: from `load_tokenizer`; loaded if it is not given. It chooses the padding token.
         dtype: of all weights, the head included.
         seed: for the layers that are new.
@@ -94,7 +91,7 @@ def load_base(
     options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
     declared = declares_head(config)
     if task == "classification":
-        _set_labels(config, len(labels) or num_labels, source)
+        _set_labels(config, len(labels), source)
         auto = AutoModelForSequenceClassification
         # A head of another size is refused below, in one line instead of a page.
         options["ignore_mismatched_sizes"] = True
@@ -271,21 +268,19 @@ def declares_head(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
-def _set_labels(config: Any, num_labels: int | None, source: ModelSource) -> None:
+def _set_labels(config: Any, classes: int, source: ModelSource) -> None:
     trained = declares_head(config)
-    if num_labels is None:
-        if not trained:
-            raise UserError(
-                f"{source.name} has no trained classification head: choose a model that has one "
-                "(the base of a run has), or give num_labels for a new one."
-            )
-        num_labels = config.num_labels
-    elif num_labels < 2:
-        raise UserError(f"num_labels is {num_labels}: a classification needs at least 2 labels.")
-    if trained and config.num_labels != num_labels:
-        raise _other_head(source, config.num_labels, num_labels)
-    if config.num_labels != num_labels:  # setting it resets the labels' names
-        config.num_labels = num_labels
+    if not classes and not trained:
+        raise UserError(
+            f"{source.name} has no trained classification head: choose a model that has one (the "
+            "base of a run has), or give labels for a new one."
+        )
+    if classes == 1:
+        raise UserError("There is 1 label: a classification needs at least 2.")
+    if trained and classes and config.num_labels != classes:
+        raise _other_head(source, config.num_labels, classes)
+    if classes and config.num_labels != classes:  # setting it resets the labels' names
+        config.num_labels = classes
     config.problem_type = "single_label_classification"
 
 

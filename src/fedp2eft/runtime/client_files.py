@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,16 +23,19 @@ class ClientFiles:
     """Tensors by name of every client, as they were after each of its last rounds.
 
     Args:
-        folder: Holds `<client>/<name>-<round>.safetensors`; None keeps them in memory only.
+        folder: Holds `<client>/<name>-<round>.safetensors`; None for one that is
+            removed with this object.
         name: What they are.
         keep: Rounds that the server may go back by (`federation.keep_checkpoints`).
     """
 
     def __init__(self, folder: Path | None, name: str, keep: int = 2) -> None:
+        if folder is None:
+            self._scratch = TemporaryDirectory(prefix="fedp2eft-")
+            folder = Path(self._scratch.name)
         self._folder = folder
         self._name = name
         self._keep = keep
-        self._memory: dict[str, dict[int, dict[str, Tensor]]] = {}
 
     def before(self, client: str, round_: int | None = None) -> dict[str, Tensor] | None:
         """What a client had before a round (default: the newest), or None.
@@ -42,8 +46,6 @@ class ClientFiles:
         rounds = [r for r in self._rounds(client) if round_ is None or r < round_]
         if not rounds:
             return None
-        if self._folder is None:
-            return self._memory[client][max(rounds)]
         path = self._path(client, max(rounds))
         try:
             return load_file(path)
@@ -55,30 +57,18 @@ class ClientFiles:
 
     def write(self, client: str, round_: int, tensors: dict[str, Tensor]) -> None:
         """Keep what a client has after a round, and drop what no round will start from again."""
-        if self._folder is None:
-            self._memory.setdefault(client, {})[round_] = tensors
-        else:
-            write_whole(self._path(client, round_), lambda scratch: save_file(tensors, scratch))
+        write_whole(self._path(client, round_), lambda scratch: save_file(tensors, scratch))
         rounds = self._rounds(client)
         # From the oldest checkpoint on, and what the client had at that time.
         oldest = max((r for r in rounds if r <= round_ - self._keep), default=0)
         for other in rounds:
             if other < oldest:
-                self._drop(client, other)
-
-    def _drop(self, client: str, round_: int) -> None:
-        if self._folder is None:
-            del self._memory[client][round_]
-        else:
-            self._path(client, round_).unlink()
+                self._path(client, other).unlink()
 
     def _path(self, client: str, round_: int) -> Path:
-        assert self._folder is not None
         return self._folder / client / f"{self._name}-{round_:06d}.safetensors"
 
     def _rounds(self, client: str) -> list[int]:
-        if self._folder is None:
-            return list(self._memory.get(client, {}))
         pattern = re.compile(rf"{re.escape(self._name)}-(\d+)\.safetensors")
         names = (path.name for path in (self._folder / client).glob(f"{self._name}-*"))
         return [int(match[1]) for match in map(pattern.fullmatch, names) if match]

@@ -21,7 +21,7 @@ class PrivateParts:
     """Each client's own part of the base; it never travels.
 
     Args:
-        folder: Where the clients keep them; None keeps them in memory only.
+        folder: Where the clients keep them (`ClientFiles`).
         keep: Rounds that the server may go back by.
         base: How the base is trained.
         finished: Gives the run's own base in fp32.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,9 @@ class Classification(Task):
 
     Args:
         whole: Pad every batch to `max_length`.
-        offset: Added to the logits in training and in prediction, one value per class: a client's
-            label prior (`fedp2eft.tasks.label_prior`).
     """
 
     whole: bool = False
-    offset: Tensor | None = field(default=None, compare=False)
 
     def encode(
         self,

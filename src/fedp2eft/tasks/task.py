@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,12 +89,15 @@ class Task(ABC):
         max_length: Longest input in tokens.
         device: Where batches go; `dataclasses.replace(task, device=…)` gives the task for another.
         vocabulary: Token ids that the model has embeddings for; None if that is not known.
+        offset: Added to the logits of a classification in training and in prediction, one value per
+            class: a client's label prior (`fedp2eft.tasks.label_prior`).
     """
 
     pad_id: int
     max_length: int
     device: torch.device | str = "cpu"
     vocabulary: int | None = None
+    offset: Tensor | None = field(default=None, compare=False, kw_only=True)
 
     @abstractmethod
     def encode(

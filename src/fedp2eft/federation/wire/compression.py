@@ -93,8 +93,7 @@ class Feedback:
     """What rounding has kept back of each client's changes, by round.
 
     Args:
-        folder: Where it is kept, so that a resumed run sends the same bits; None keeps it in
-            memory only.
+        folder: Where it is kept (`ClientFiles`), so that a resumed run sends the same bits.
         keep: Rounds that the server may go back by.
     """
 

@@ -71,8 +71,6 @@ def has_classes(client: ClientSide) -> bool:
 
 def plain(client: ClientSide) -> ClientSide:
     """Return the client without a label prior on its logits; each candidate says if it has one."""
-    if not isinstance(client.task, Classification):
-        return client
     return replace(client, task=replace(client.task, offset=None))
 
 
@@ -100,9 +98,9 @@ def fit(client: ClientSide, candidate: Candidate) -> Outcome:
         assert outcome.weights is not None
         scores, weights = outcome.scores, outcome.weights
     if has_classes(client):
-        offset = side.task.offset  # type: ignore[attr-defined]
-        if offset is None and client.task.offset is not None:  # type: ignore[attr-defined]
-            offset = torch.zeros_like(client.task.offset)  # type: ignore[attr-defined]
+        offset = side.task.offset
+        if offset is None and client.task.offset is not None:
+            offset = torch.zeros_like(client.task.offset)
         weights = replace(weights, offset=offset)
     return Outcome(scores, weights)
 
