@@ -74,7 +74,7 @@ _BOUNDS = {
 
 
 def check_bounds(section: str, settings: Any, names: Mapping[str, str]) -> None:
-    """Raise `UserError` for the first number outside its bound; null is inside any.
+    """Raise `UserError` for the first value outside its bound; null is inside any.
 
     Args:
         section: Name of the section, for the message.

@@ -243,7 +243,7 @@ class PSG(
         """Load a PSG from a folder or the Hugging Face Hub; safetensors only.
 
         Raises:
-            UserError: Not there, not a PSG, damaged, or with numbers that are not finite.
+            UserError: Not there, not a PSG, damaged, or with parameters that are not finite.
         """
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -326,7 +326,7 @@ def _nested(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_known(kind: Any, raw: Any, path: Path, where: str = "") -> None:
-    """Raise `UserError` for a key that only a later version can know: it may change numbers."""
+    """Raise `UserError` for a key that only a later version can know: it may change results."""
     if not is_dataclass(kind) or not isinstance(raw, dict):
         return
     kinds = types_of(kind)

@@ -226,7 +226,7 @@ class BTLora:
         """
         if not bool(keep.any()):
             raise UserError("No rank is kept, so there is nothing to fine-tune: keep at least one.")
-        # Other numbers in the layers that are there: PEFT takes a tenth of a second to add a second
+        # Other values in the layers that are there: PEFT takes a tenth of a second to add a second
         # adapter to 74 layers and to delete it.
         lent = TrimmedAdapter(self, lam, keep)
         with ExitStack() as stack:

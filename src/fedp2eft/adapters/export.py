@@ -154,7 +154,7 @@ def _same(read: AdapterWeights, folded: AdapterWeights) -> bool:
 
 
 def _content(weights: AdapterWeights) -> dict[str, Tensor]:
-    """All numbers of a folded adapter by name, without ranks of zeros."""
+    """All parameters of a folded adapter by name, without ranks of zeros."""
     found: dict[str, Tensor] = {}
     for layer in weights.layers:
         used = layer.A.abs().sum(dim=1) > 0
@@ -208,8 +208,8 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
         layers.append(LayerWeights(name, A[used], B[:, used], ones, embedding))
     try:
         rows = tuple(
-            EmbeddingRows(name, torch.tensor(numbers), tensors[_rows_key(name)])
-            for name, numbers in (config.trainable_token_indices or {}).items()
+            EmbeddingRows(name, torch.tensor(indices), tensors[_rows_key(name)])
+            for name, indices in (config.trainable_token_indices or {}).items()
         )
         head = read_head(config.modules_to_save, tensors, PEFT_PREFIX)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -239,7 +239,7 @@ def _keys(name: str, embedding: bool) -> tuple[str, str]:
 
 
 def _fit(A: Tensor, B: Tensor) -> bool:
-    """Whether A (r × d_in) and B (d_out × r) are matrices of finite numbers that go together."""
+    """Whether A (r × d_in) and B (d_out × r) are finite matrices that go together."""
     floats = A.is_floating_point() and B.is_floating_point()
     matrices = floats and A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
     return matrices and all(bool(torch.isfinite(value.float()).all()) for value in (A, B))

@@ -59,7 +59,7 @@ class RankGate(nn.Module):
 
 
 class _Rounded(nn.Module):
-    """B in the numbers that the base multiplies in; the trained B stays fp32."""
+    """B in the dtype of the base's products; the trained B stays fp32."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class AdaptedLayer:
     def gate(self, lam: Tensor, row: int, clamp: tuple[float, float] | None = None) -> None:
         """Gate this layer's A by row `row` of λ.
 
-        A base in bf16 or fp16 gets its low-rank products in the same numbers; A, B and λ
+        A base in bf16 or fp16 gets its low-rank products in the same dtype; A, B and λ
         themselves stay fp32.
         """
         weight = self.module.get_base_layer().weight

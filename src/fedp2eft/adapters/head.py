@@ -1,7 +1,7 @@
 """A client's label prior inside its adapter, so that plain PEFT gives the same logits.
 
 PEFT has no place for values added to logits, but `modules_to_save` replaces a module. The head is
-saved whole: W + s·B·diag(λ)·A, and its bias with the offset. C × d numbers, 7 × 384 say.
+saved whole: W + s·B·diag(λ)·A, and its bias with the offset. C × d parameters, 7 × 384 say.
 """
 
 from __future__ import annotations

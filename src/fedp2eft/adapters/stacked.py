@@ -22,7 +22,7 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
 class NotPerRowError(Exception):
-    """A layer's input is not one block of numbers per row, so rows cannot be told apart."""
+    """A layer's input is not one block of values per row, so rows cannot be told apart."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Shape:
     """Layers whose A (or B) are of one shape, kept in one tensor.
 
     Args:
-        layers: Their numbers among the L adapted layers.
+        layers: Their indices among the L adapted layers.
         index: The same on the device.
     """
 

@@ -92,7 +92,7 @@ class AdapterWeights:
         return max([1, *(layer.rank for layer in self.layers)])
 
     def parameters(self) -> int:
-        """Numbers in A and B of the kept ranks, and in the offset."""
+        """Parameters in A and B of the kept ranks, and in the offset."""
         offset = 0 if self.offset is None else self.offset.numel()
         return sum(layer.A.numel() + layer.B.numel() for layer in self.layers) + offset
 
@@ -109,7 +109,7 @@ class AdapterWeights:
 
     def is_finite(self) -> bool:
         """Whether every number of the adapter is finite."""
-        numbers = [value for layer in self.layers for value in (layer.A, layer.B, layer.lam)]
-        numbers += [each.values for each in self.rows]
-        numbers += [self.head.weight, self.head.bias] if self.head else []
-        return all(bool(torch.isfinite(value).all()) for value in numbers)
+        values = [value for layer in self.layers for value in (layer.A, layer.B, layer.lam)]
+        values += [each.values for each in self.rows]
+        values += [self.head.weight, self.head.bias] if self.head else []
+        return all(bool(torch.isfinite(value).all()) for value in values)

@@ -1,7 +1,7 @@
-"""What a base-model federation is: what a client trains of the model, what travels and what stays.
+"""Federated training of the base model: what a client trains, what travels and what stays.
 
-The base is trained before any PSG. At the end it is one ordinary model, the same for all clients;
-some federations leave every client a part of its own beside it, which never travels.
+The base is trained before any PSG. The result is one ordinary model, the same for all clients; some
+kinds also leave every client a part of its own, which never travels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LocalWork:
         task: Loss of the client's rows.
         data: The client's training rows.
         settings: The experiment.
-        dtype: Numbers of the matrix products (autocast); the weights stay fp32.
+        dtype: Of the matrix products (autocast); the weights stay fp32.
         seed: Seed of the mini-batch order and of dropout.
         on_step: Called with the loss of every step.
     """
@@ -46,7 +46,7 @@ class LocalWork:
     on_step: OnStep | None = None
 
     def order(self) -> list[NDArray]:  # type: ignore[type-arg]
-        """Mini-batches of row indices: `base.epochs` passes, or as many as `base.steps` take."""
+        """Return mini-batches of row indices: `base.epochs` passes, or what `base.steps` take."""
         s = self.settings.base
         if s.steps is None:
             return list(local_order(len(self.data), s.epochs, s.batch_size, self.seed))
@@ -76,35 +76,35 @@ class LocalWork:
 
 
 class BaseTraining:
-    """Off the shelf: the model as it is, nothing trained; the others say where they differ."""
+    """How the base is trained. This one trains nothing (off the shelf); subclasses override."""
 
     private = False
     """Whether clients keep parts of the base of their own, so that no two share a batch."""
 
     def wrap(self, model: nn.Module, settings: Settings) -> nn.Module:
-        """The model as it is trained: plain, or with an adapter around it, equal to it so far."""
+        """Return the model as it is trained: plain, or with an adapter that changes nothing yet."""
         return model
 
     def trained(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:
-        """What a client's local run trains, by name; `model` comes from `wrap`."""
+        """Return what a client's local run trains, by name; `model` comes from `wrap`."""
         return {}
 
     def staying(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The trained parameters whose changes stay on the client, by name."""
+        """Return the trained parameters whose changes stay on the client, by name."""
         return {}
 
     def travelling(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:
-        """The trained parameters that are sent and averaged, by name."""
+        """Return the trained parameters that are sent and averaged, by name."""
         staying = {id(parameter) for parameter in self.staying(model).values()}
         trained = self.trained(model, settings)
         return {name: p for name, p in trained.items() if id(p) not in staying}
 
     def merged(self, model: nn.Module) -> nn.Module:
-        """The plain model that the federation ends with; `model` is used up."""
+        """Return the plain model at the end of the training; `model` is used up."""
         return model
 
     def own_part(self, finished: Callable[[], nn.Module], work: LocalWork) -> Part:
-        """What a client adds to the finished base for itself, where it kept nothing so far.
+        """Return what a client adds to the finished base for itself, if it has kept nothing yet.
 
         Args:
             finished: Gives the merged model in fp32, wrapped; changed in place.
@@ -115,16 +115,16 @@ class BaseTraining:
     def replacements(
         self, finished: Callable[[], nn.Module], part: Part
     ) -> Iterator[tuple[str, Replacement]]:
-        """The base as a client with this part has it: values by parameter name of the base."""
+        """Yield the values of a client with this part, by parameter name of the base."""
         return iter(())
 
     def carried(self, weights: AdapterWeights, part: Part) -> AdapterWeights:
-        """An adapter on the client's own base as one on the common base."""
+        """Return an adapter on the client's own base as one on the common base."""
         return weights
 
 
 def rate(settings: BaseSettings, round_: int) -> float:
-    """Learning rate of a round, counted from 1."""
+    """Return the learning rate of a round, counted from 1."""
     if settings.schedule == "constant":
         return settings.lr
     return settings.lr * (1 + math.cos(math.pi * (round_ - 1) / settings.rounds)) / 2

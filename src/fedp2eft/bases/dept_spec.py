@@ -22,12 +22,12 @@ from fedp2eft.errors import UserError
 
 
 class DeptSpec(StandardFL):
-    """A client's part is the changed rows of every embedding and their numbers."""
+    """A client's part is the changed rows of every embedding, and their indices."""
 
     private = True
 
     def staying(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The matrices of all nn.Embedding."""
+        """Return the matrices of all nn.Embedding."""
         modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         embeddings = {id(module.weight) for module in modules}
         return {name: p for name, p in model.named_parameters() if id(p) in embeddings}
@@ -35,12 +35,12 @@ class DeptSpec(StandardFL):
     def replacements(
         self, finished: Callable[[], nn.Module], part: Part
     ) -> Iterator[tuple[str, Replacement]]:
-        """The client's rows."""
+        """Yield the client's rows."""
         for name, rows in rows_of(part):
             yield name, Replacement(part[name], rows)
 
     def carried(self, weights: AdapterWeights, part: Part) -> AdapterWeights:
-        """The adapter with the client's rows of the embeddings beside it."""
+        """Return the adapter together with the client's rows of the embeddings."""
         found = []
         for name, _ in rows_of(part):
             module = name.removesuffix(".weight")

@@ -42,7 +42,7 @@ class FedDPAT(FedIT):
     def replacements(
         self, finished: Callable[[], nn.Module], part: Part
     ) -> Iterator[tuple[str, Replacement]]:
-        """W + s·B·A of every layer in fp32, from the common model's own fp32 weights."""
+        """Yield W + s·B·A of every layer in fp32, from the common model's own fp32 weights."""
         for layer in lora_layers(finished()):
             weight = layer.module.get_base_layer().weight.detach()
             A, B = (part[f"{layer.name}.lora_{x}"].to(weight.device) for x in "AB")
@@ -50,7 +50,7 @@ class FedDPAT(FedIT):
             yield f"{layer.name}.weight", Replacement(weight + delta)
 
     def carried(self, weights: AdapterWeights, part: Part) -> AdapterWeights:
-        """The local LoRA's ranks before the adapter's own, both with their scale in B."""
+        """Return the local LoRA's ranks followed by the adapter's own, both scaled in B."""
         layers, left = [], dict(part)
         for layer in weights.folded().layers:
             A, B = (left.pop(f"{layer.name}.lora_{x}", None) for x in "AB")

@@ -26,7 +26,7 @@ class FedIT(BaseTraining):
     """
 
     def wrap(self, model: nn.Module, settings: Settings) -> nn.Module:
-        """The model with LoRA on it."""
+        """Return the model with LoRA on it."""
         s, training = settings.base, model.training
         config = LoraConfig(
             r=s.lora_rank,
@@ -47,27 +47,27 @@ class FedIT(BaseTraining):
         return wrapped
 
     def trained(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:
-        """A and B of every layer."""
+        """Return A and B of every layer."""
         found: dict[str, nn.Parameter] = {}
         for layer in lora_layers(model):
             found |= {f"{layer.name}.lora_A": layer.A, f"{layer.name}.lora_B": layer.B}
         return found
 
     def merged(self, model: nn.Module) -> nn.Module:
-        """The model with W + s·B·A in place of W, in its own numbers (fp32)."""
+        """Return the model with W + s·B·A in place of W, in its own dtype (fp32)."""
         assert isinstance(model, PeftModel)
         plain: nn.Module = model.merge_and_unload()
         return plain
 
 
 def lora_layers(model: nn.Module) -> list[AdaptedLayer]:
-    """The layers with the base's LoRA, in module order."""
+    """Return the layers with the base's LoRA, in module order."""
     return list(adapted_layers(model, ADAPTER))
 
 
 @torch.no_grad()
 def start_afresh(layers: Iterable[AdaptedLayer], seed: int) -> None:
-    """A Kaiming-uniform (a = √5) from the seed and the layer's name alone, B = 0."""
+    """Set A Kaiming-uniform (a = √5) from the seed and the layer's name alone, and B to 0."""
     for layer in layers:
         layer.A.copy_(common_A(layer.name, layer.A, seed))
         layer.B.zero_()

@@ -12,8 +12,8 @@ from fedp2eft.settings.experiment import BaseSettings
 
 
 class FFALora(FedIT):
-    """FedIT with half of its messages."""
+    """FedIT at half the message size."""
 
     def trained(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:
-        """B of every layer."""
+        """Return B of every layer."""
         return {f"{layer.name}.lora_B": layer.B for layer in lora_layers(model)}

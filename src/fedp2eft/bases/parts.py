@@ -1,7 +1,7 @@
 """Parts of the base that a client has for itself, in one model that serves all clients.
 
 A part is tensors by name, as the client's own file holds them. Changed rows of a matrix `name` are
-two of them: `name`, the rows, and `name#rows`, their numbers.
+two of them: `name`, the rows, and `name#rows`, their indices.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Overlay:
     again, however often and in whatever order clients come.
 
     Args:
-        parameters: The base's, by name, in whatever numbers it is held.
+        parameters: The base's, by name, of any dtype.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -46,7 +46,7 @@ class Overlay:
 
     @torch.no_grad()
     def put(self, replacements: Iterable[tuple[str, Replacement]]) -> None:
-        """Take the last client's values away, and put these in place."""
+        """Remove the last client's values, and put these in place."""
         self.restore()
         for name, new in replacements:
             parameter = self._parameters[name]
@@ -60,7 +60,7 @@ class Overlay:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """The base as all clients have it."""
+        """Restore the base that all clients share."""
         for parameter, old in reversed(self._before):
             parameter[... if old.rows is None else old.rows] = old.values
         self._before = []
@@ -97,7 +97,7 @@ def own_rows(parameters: Mapping[str, nn.Parameter], part: Part) -> Iterator[Par
 
 
 def rows_of(part: Part) -> Iterator[tuple[str, Tensor]]:
-    """(name, row indices) of every matrix that a part holds rows of."""
+    """Yield (name, row indices) of every matrix that a part holds rows of."""
     for key, rows in part.items():
         if key.endswith(ROWS):
             yield key.removesuffix(ROWS), rows

@@ -15,7 +15,7 @@ class StandardFL(BaseTraining):
     """All weights are trained, travel and are averaged."""
 
     def trained(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:
-        """All parameters, or those of `target_modules`.
+        """Return all parameters, or those of `target_modules`.
 
         Without `train_embeddings` the input embeddings stay as they are (an output layer tied to
         them does too).

@@ -1,7 +1,7 @@
 """`train_round` of `fedp2eft.client.training` for several clients in one batch, C at once.
 
 All clients share one frozen base, so their stage 1 can share its forward and backward passes. Each
-client keeps its own A, B, λ, optimizer state, clip, N and losses: numbers are those of one client
+client keeps its own A, B, λ, optimizer state, clip, N and losses: results are those of one client
 at a time up to rounding.
 """
 
@@ -143,7 +143,7 @@ def cohort_stage1(
     """`minimise` for several clients.
 
     A client that has ended keeps its place: its gradients are 0 from then on, and nothing reads
-    what the optimizer still does to its numbers.
+    what the optimizer still does to its parameters.
 
     Args:
         lora: The clients' adapters.
@@ -171,7 +171,7 @@ def cohort_stage1(
         return torch.tensor(counts, device=device).clamp(min=1)
 
     def check(values: list[float], step: int) -> None:
-        # A client whose numbers are lost computes on inside its own block.
+        # A client whose parameters are lost computes on inside its own block.
         for end, value, last in zip(ended, values, steps, strict=True):
             if step <= last and not math.isfinite(value) and end.error is None:
                 end.error = not_finite(value, step)

@@ -23,7 +23,7 @@ EPSILON = 1e-5
 
 
 class _Moments:
-    """Count, mean and sum of squared deviations of a stream of numbers, in float64."""
+    """Count, mean and sum of squared deviations of a stream of values, in float64."""
 
     def __init__(self, count: int = 0, mean: float = 0.0, deviation: float = 0.0) -> None:
         self.count, self.mean, self.deviation = count, mean, deviation
@@ -32,9 +32,9 @@ class _Moments:
     def of(cls, values: Tensor) -> _Moments:
         # Two passes of vectorised sums; torch.var_mean takes over ten times as long on a CPU.
         # Norms of single vectors keep the sum of squares exact, and need no tensor of squares.
-        numbers = values.float()
-        mean = numbers.mean()
-        apart = numbers.sub_(mean) if numbers is not values else numbers - mean
+        wide = values.float()
+        mean = wide.mean()
+        apart = wide.sub_(mean) if wide is not values else wide - mean
         norms = torch.linalg.vector_norm(apart, dim=-1)
         return cls(values.numel(), float(mean), float(norms.double().square_().sum()))
 
@@ -56,7 +56,7 @@ class _Listener:
 
     Attributes:
         mask: Real positions of the present batch (rows × length), or None to count all.
-        places: The numbers of the real positions where there is padding, else None.
+        places: Indices of the real positions where there is padding, else None.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class _Listener:
         """The vectors of a layer's input that are no padding."""
         if self.places is None or self.mask is None or x.shape[:-1] != self.mask.shape:
             return x
-        # Whole vectors by their numbers: a tenth of the time that a mask takes.
+        # Whole vectors by their indices: a tenth of the time that a mask takes.
         return x.flatten(0, -2).index_select(0, self.places)
 
     @contextmanager
@@ -119,7 +119,7 @@ def client_features(
     *,
     masked: bool = True,
 ) -> Tensor:
-    """ξ of one client, 2M numbers: mean and deviation of layer 0, of layer 1, and so on.
+    """ξ of one client, 2M values: mean and deviation of layer 0, of layer 1, and so on.
 
     Args:
         model: The frozen base, adapters off.

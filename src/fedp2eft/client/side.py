@@ -38,7 +38,7 @@ class ClientSide:
         settings: Local training.
         seed: Seed of this client's mini-batch order, the same for every method and budget.
         progress: Called with the share of the client's steps that are done.
-        shared: The numbers that the method's own federation trained, by name.
+        shared: The parameters that the method's own phase trained, by name.
         prepared: What the method's surveys of the seen clients gave so far.
         label_prior: q, the label distribution that the base was trained on, C; None if nothing in
             the run needs it.

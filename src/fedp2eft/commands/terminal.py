@@ -194,7 +194,7 @@ LEFT = ("method", "training", "phase")
 def table(
     title: str, head: Sequence[str], rows: Iterable[Sequence[str]], bold: Sequence[str] = ()
 ) -> Table:
-    """Return a table of text: names on the left, numbers on the right."""
+    """Return a table of text: names on the left, values on the right."""
     made = Table(title=cell(title), title_justify="left")
     for name in head:
         side: Literal["left", "right"] = "left" if name in LEFT else "right"

@@ -1,4 +1,4 @@
-"""Warnings of other libraries on the command line: one line if they concern the user's numbers."""
+"""Warnings of other libraries on the command line: one line if they concern the user's results."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def structure(
         averaged over all pairs. Two random structures share r / r_max.
         `overlap_language`: the same over pairs of one language; None where there is no such pair.
         `overlap_languages`: the same over pairs of two languages.
-        `kinds`, by budget: share of the kept ranks by kind of layer (its name without numbers).
+        `kinds`, by budget: share of the kept ranks by kind of layer (its name without digits).
     """
     stack = torch.stack([value.double() for value in lam.values()])
     masks = {

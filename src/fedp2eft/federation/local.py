@@ -27,7 +27,7 @@ _LOCAL: ContextVar[bool] = ContextVar("a client of this engine is at work", defa
 
 
 def is_local() -> bool:
-    """Whether the client at work is one of this engine, in the server's own process."""
+    """Return whether the client at work runs in the server's own process."""
     return _LOCAL.get()
 
 
@@ -89,11 +89,11 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message from the server to one node."""
+        """Return a message from the server to one node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """Ids of all nodes."""
+        """Return the ids of all nodes."""
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

@@ -31,13 +31,13 @@ from fedp2eft.results.layout import unit
 
 
 def panel(width: float = 3.4, height: float = 2.5) -> tuple[Figure, Axes]:
-    """One small chart, of a size that a phone shows as it is; inches."""
+    """Return one small chart, sized for a phone's screen; inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def accuracy_panel(report: ReportData, base: str, pool: str) -> Figure:
-    """Mean over languages against the rank."""
+    """Draw the mean over languages against the rank."""
     figure, ax = panel(3.8, 3.2)
     draw_accuracy(ax, report.comparison, base, pool)
     ax.set_ylabel(f"mean of languages ({unit(report.comparison.metric)})")
@@ -45,7 +45,7 @@ def accuracy_panel(report: ReportData, base: str, pool: str) -> Figure:
 
 
 def gain_panel(gains: Gains, span: tuple[float, float]) -> Figure:
-    """What each step gains, on one pool; `span` holds all pools' intervals."""
+    """Draw what each step gains on one pool; `span` holds the intervals of all pools."""
     figure, ax = panel(4.4, 0.75 + 0.36 * (len(gains.steps) + 1))
     draw_gain(ax, gains)
     ax.set_xlim(span)
@@ -54,7 +54,7 @@ def gain_panel(gains: Gains, span: tuple[float, float]) -> Figure:
 
 
 def difference_panel(report: ReportData, base: str, pool: str) -> Figure:
-    """Paired differences to LoRA, the best method above; a mark per rank."""
+    """Draw paired differences to LoRA, best method on top; one mark per rank."""
     c = report.comparison
     methods = [name for name in c.ordered(base, [pool]) if name != "lora"]
     figure, ax = panel(4.4, 0.9 + 0.13 * len(methods) * (len(c.ranks) + 1))
@@ -64,7 +64,7 @@ def difference_panel(report: ReportData, base: str, pool: str) -> Figure:
 
 
 def client_points(report: ReportData, base: str, pool: str) -> dict[str, Points]:
-    """What every client scored before and after, over all seeds, by method."""
+    """Return every client's scores before and after, over all seeds, by method."""
     cells = [cell for cell in report.cells if (cell["base"], cell["pool"]) == (base, pool)]
     before = {cell["seed"]: values(cell) for cell in cells if cell["method"] == "base"}
     scale = 100.0 if report.comparison.metric.higher else 1.0
@@ -84,7 +84,7 @@ def client_points(report: ReportData, base: str, pool: str) -> dict[str, Points]
 
 
 def _dots(points: Sequence[tuple[float, float]], colour: Any) -> PathPatch:
-    """Dots as one path, a tenth of the size that as many marks take in an SVG."""
+    """Return dots as one path, a tenth of the size of as many markers in an SVG."""
     vertices = [place for x, y in points for place in ((x, y), (x + 1e-3, y))]
     path = Path(vertices, [Path.MOVETO, Path.LINETO] * len(points))
     path.should_simplify = False
@@ -94,7 +94,7 @@ def _dots(points: Sequence[tuple[float, float]], colour: Any) -> PathPatch:
 
 
 def clients_figure(report: ReportData, base: str, pool: str) -> Figure:
-    """A dot per client, before and after personalization; a panel per method, all of one scale."""
+    """Draw a dot per client, before and after personalization; one panel per method."""
     points, ranks = client_points(report, base, pool), report.comparison.ranks
     every = [v for found in points.values() for pairs in found.values() for p in pairs for v in p]
     low, high = min(every), max(every)
@@ -119,7 +119,7 @@ def clients_figure(report: ReportData, base: str, pool: str) -> Figure:
 def structure_figure(
     grid: Grid, kept: Mapping[str, Matrix], rank: int, r_max: int, *, difference: bool = False
 ) -> Figure:
-    """Kept ranks by module and layer: a panel per language; or each less the mean of them."""
+    """Draw kept ranks by module and layer: one panel per language, or its deviation."""
     mean = np.mean(list(kept.values()), axis=0)
     shown = {"mean of languages": mean, **kept}
     if difference:
@@ -131,7 +131,7 @@ def structure_figure(
 
 
 def overview_figure(grid: Grid, means: Mapping[int, Matrix], r_max: int) -> Figure:
-    """Kept ranks by module and layer, mean over all languages: a panel per budget."""
+    """Draw kept ranks by module and layer, averaged over languages: one panel per budget."""
     titled = {f"budget r = {rank}": value for rank, value in means.items()}
     figure = _grids(grid, titled, r_max)
     figure.suptitle(f"Where the ranks go: kept of {r_max} in each layer, mean over languages")
@@ -141,7 +141,7 @@ def overview_figure(grid: Grid, means: Mapping[int, Matrix], r_max: int) -> Figu
 def _grids(
     grid: Grid, shown: Mapping[str, Matrix], r_max: int, *, difference: bool = False
 ) -> Figure:
-    """Panels of modules × layers on one colour scale."""
+    """Draw panels of modules × layers on one colour scale."""
     most = max(0.5, *(float(np.abs(value).max()) for value in shown.values()))
     span: dict[str, Any] = {"vmin": 0, "vmax": min(r_max, most), "cmap": "Blues"}
     if difference:
@@ -169,7 +169,7 @@ def _grids(
 
 
 def likeness_figure(names: Sequence[str], alike: Matrix) -> Figure:
-    """Correlation between languages, in clustered order."""
+    """Draw the correlation between languages, in clustered order."""
     size = 1.8 + 0.28 * len(names)
     figure, ax = panel(size + 1.2, size)
     drawn = ax.pcolormesh(alike, vmin=-1, vmax=1, cmap="PuOr", edgecolors="white", linewidth=0.3)
@@ -187,7 +187,7 @@ Series = dict[str, tuple[list[float], list[float]]]
 
 
 def line_charts(charts: Mapping[str, Series]) -> Figure:
-    """Lines of the same names over rounds: a chart per label, one above the other."""
+    """Draw lines of the same names over rounds: one chart per label, stacked."""
     tall = 2.5 if len(charts) == 1 else 1.4 * len(charts)
     figure = Figure(figsize=(3.4, tall), layout="constrained")
     axes = figure.subplots(len(charts), 1, squeeze=False, sharex=True)[:, 0]
@@ -210,7 +210,7 @@ def line_charts(charts: Mapping[str, Series]) -> Figure:
 
 
 def training_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, str, Figure]]:
-    """(Name, title, figure) of what metrics.jsonl tells over rounds, where it tells it."""
+    """Yield (name, title, figure) of what metrics.jsonl holds per round, if anything."""
     wanted = (
         ("base-loss", "Base model: training loss", "loss", "base", "loss"),
         ("psg-loss", "PSG: distance of λ̂ from the λ of stage 1", "PSG loss", "psg", "psg-loss"),
@@ -238,7 +238,7 @@ def training_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, str
 
 
 def structure_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, str, Figure]]:
-    """(Name, title, figure) of what structure.json tells over rounds."""
+    """Yield (name, title, figure) of what structure.json holds per round."""
     wanted = (
         ("level", "Mean λ̂", "λ̂"),
         ("spread", "Spread of λ̂ between the ranks of a client", "standard deviation / mean"),
@@ -261,7 +261,7 @@ def structure_charts(trainings: Sequence[TrainingLog]) -> Iterator[tuple[str, st
 
 
 def _series(trainings: Sequence[TrainingLog], phase: str | None, key: str) -> Series:
-    """A number of a phase's rounds, or of structure.json."""
+    """Return one metric of a phase's rounds, or of structure.json."""
     found: Series = {}
     for training in trainings:
         entries = training.rounds.get(phase, []) if phase else training.structure

@@ -1,4 +1,4 @@
-"""What a page and the terminal say of a run beside its numbers."""
+"""What a page and the terminal show of a run beside its scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedp2eft.report.source import ReportData
 
 
 def facts(report: ReportData) -> Iterator[tuple[str, str]]:
-    """What was run, name and text."""
+    """Yield what was run, as name and text."""
     s, c = report.settings, report.comparison
     named = s.data.dataset + (f" ({s.data.path})" if s.data.path else "")
     yield "data", ", ".join([named, *s.data.ablations])
@@ -40,7 +40,7 @@ def facts(report: ReportData) -> Iterator[tuple[str, str]]:
 
 
 def costs(report: ReportData) -> Iterator[list[str]]:
-    """For each training and phase: rounds, seconds, MB up and down in all."""
+    """Yield, per training and phase: rounds, seconds, total MB up and down."""
     for training in report.trainings:
         for phase, rounds in training.rounds.items():
             seconds = [line["seconds"] for line in rounds if line.get("seconds") is not None]
@@ -51,12 +51,12 @@ def costs(report: ReportData) -> Iterator[list[str]]:
 
 
 def fault_counts(report: ReportData) -> dict[str, int]:
-    """Lines of faults.jsonl by kind."""
+    """Count the lines of faults.jsonl by kind."""
     return Counter(str(line["kind"]) for line in report.faults)
 
 
 def left_out(report: ReportData) -> Iterator[tuple[str, int, str, str]]:
-    """(Phase, round, client, reason) of every update that a round did without."""
+    """Yield (phase, round, client, reason) of every update that a round left out."""
     for training in report.trainings:
         for phase, rounds in training.rounds.items():
             for line in rounds:

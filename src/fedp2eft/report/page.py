@@ -58,7 +58,7 @@ class ScoreSection:
 
 
 def page(report: ReportData, *, refresh: int = 0) -> str:
-    """The page.
+    """Return the page as HTML.
 
     Args:
         report: What to show.
@@ -110,7 +110,7 @@ def _css(colour: tuple[float, float, float]) -> str:
 
 
 def _methods(report: ReportData) -> list[dict[str, Any]]:
-    """Those that have a number, with the colour of their marks."""
+    """Return the methods that have a score, with the colour of their marks."""
     ranked = {line.method: line.rank > 0 for line in report.comparison.lines}
     made = []
     for number, name in enumerate(report.comparison.methods):
@@ -149,7 +149,7 @@ def _scores(report: ReportData) -> Iterator[ScoreSection]:
 
 
 def _difference(report: ReportData, base: str, pool: str, title: str) -> Panel | None:
-    """Paired differences to LoRA; None if nothing was compared with it."""
+    """Draw paired differences to LoRA; None if nothing was compared with it."""
     lines = (line for line in report.comparison.lines if (line.base, line.pool) == (base, pool))
     if not any(found.to == "lora" for line in lines for found in line.differences):
         return None
@@ -157,7 +157,7 @@ def _difference(report: ReportData, base: str, pool: str, title: str) -> Panel |
 
 
 def _gains(report: ReportData) -> Iterator[dict[str, Any]]:
-    """Where the gain comes from: per base and pool the sentences, the figure and a table."""
+    """Yield where the gain comes from, per base and pool: sentences, figure and table."""
     several = len(report.comparison.bases) > 1
     widest = gain_span(report.comparison.gains)
     for gains in report.comparison.gains:
@@ -191,7 +191,7 @@ def _asked(report: ReportData) -> Iterator[TrainingLog]:
 
 
 def structure_data(report: ReportData) -> list[dict[str, Any]]:
-    """Kept ranks for the page's own heat map: by training, rank, language, module, layer."""
+    """Return kept ranks for the heat map: by training, rank, language, module, layer."""
     found = []
     for training in _asked(report):
         assert training.lambdas is not None
@@ -234,14 +234,14 @@ def _likenesses(report: ReportData) -> Iterator[dict[str, Any]]:
 
 
 def _shaded(value: float) -> dict[str, str]:
-    """A correlation with its colour: orange below 0, purple above, as strong as it is large."""
+    """Return a correlation with its colour: orange below 0, purple above, stronger with size."""
     hue = "var(--more)" if value >= 0 else "var(--less)"
     colour = f"color-mix(in srgb, {hue} {abs(value):.0%}, var(--back))"
     return {"text": f"{value:+.2f}", "colour": colour}
 
 
 def generations(report: ReportData) -> Iterator[dict[str, Any]]:
-    """What the methods wrote, side by side: by training and client a table of prompts × methods."""
+    """Yield what the methods wrote, side by side: prompts × methods per training and client."""
     most = MOST_CLIENTS // max(1, len(report.generations)) or 1
     for training, found in report.generations.items():
         clients = [_client_texts(name, read) for name, read in list(found.items())[:most]]

@@ -22,7 +22,7 @@ Range = tuple[float, float]
 
 
 class Chart:
-    """A frame with grid and numbers; what is drawn goes into it in the numbers' own units.
+    """A frame with grid and scales; what is drawn goes into it in data units.
 
     Args:
         label: What it shows, for those who cannot see it.
@@ -60,12 +60,12 @@ class Chart:
         self._text(self.across(sum(x) / 2), size[1] - 3, titles[0], 'text-anchor="middle"')
 
     def across(self, value: float) -> float:
-        """Where a value lies across."""
+        """Return the horizontal position of a value."""
         low, high = self._x
         return self._left + (value - low) / (high - low) * (self._right - self._left)
 
     def up(self, value: float) -> float:
-        """Where a value lies upwards."""
+        """Return the vertical position of a value."""
         low, high = self._y
         return self._bottom - (value - low) / (high - low) * (self._bottom - self._top)
 
@@ -167,5 +167,5 @@ def client_chart(report: ReportData, method: str, points: Points, both: Range) -
 
 
 def _ticks(span: Range) -> list[float]:
-    """Round numbers within a range."""
+    """Return round values within a range."""
     return [float(v) for v in MaxNLocator(5).tick_values(*span) if span[0] <= v <= span[1]]

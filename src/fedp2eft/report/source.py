@@ -111,7 +111,7 @@ def _is_comparison(folder: Path) -> bool:
 
 
 def _cells_of_run(folder: Path, settings: Settings, notes: list[str]) -> Iterator[CellRecord]:
-    """A run's cells, one file per client, as those of a comparison."""
+    """Yield a run's cells, one file per client, as those of a comparison."""
     groups: dict[tuple[str, int, str], list[CellRecord]] = defaultdict(list)
     for path in sorted(folder.glob("cells/*/*.json")):
         method, _, rank = path.parent.name.rpartition("-r")
@@ -199,7 +199,7 @@ def _structure(path: Path) -> list[dict[str, Any]]:
 
 
 def _generations(folder: Path, notes: list[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Those of a run; of a comparison those of the runs in it."""
+    """Return the texts of a run, or of the runs in a comparison."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     files = (*folder.glob("generations/*/*.json"), *folder.glob("runs/*/generations/*/*.json"))
     for path in sorted(files):
@@ -219,7 +219,7 @@ def _faults(folder: Path) -> list[dict[str, Any]]:
 
 
 def _missing(report: ReportData) -> Iterator[str]:
-    """What a finished one would have."""
+    """Yield what a finished run or comparison would have."""
     folder, settings, comparison = report.folder, report.settings, report.comparison
     results = folder / "results.json"
     if not results.exists():
@@ -244,7 +244,7 @@ def _missing(report: ReportData) -> Iterator[str]:
 
 
 def _partly(report: ReportData) -> Iterator[str]:
-    """Methods of a run that have scored fewer clients than others."""
+    """Yield methods of a run that have scored fewer clients than others."""
     counts: Mapping[str, int] = defaultdict(int)
     for cell in report.cells:
         counts[cell["pool"]] = max(counts[cell["pool"]], len(cell["clients"]))  # type: ignore[index]

@@ -32,7 +32,7 @@ class Grid:
     places: list[tuple[int, int]]
 
     def spread(self, values: Matrix) -> list[list[float | None]]:
-        """L numbers as modules × layers; None where there is no such layer."""
+        """Return L values as modules × layers; None where there is no such layer."""
         cells: list[list[float | None]] = [[None] * len(self.layers) for _ in self.modules]
         for (module, layer), value in zip(self.places, values.tolist(), strict=True):
             cells[module][layer] = value
@@ -40,7 +40,7 @@ class Grid:
 
 
 def grid_of(names: Sequence[str]) -> Grid:
-    """The grid of adapted layers, in model order."""
+    """Return the grid of adapted layers, in model order."""
     parts = [re.match(r"(?:.*?\.)?(\d+)\.(.+)", name) for name in names]
     kinds = [part[2] if part else name for part, name in zip(parts, names, strict=True)]
     numbers = [part[1] if part else "–" for part in parts]
@@ -51,7 +51,7 @@ def grid_of(names: Sequence[str]) -> Grid:
 
 
 def kept_by_language(lambdas: Lambdas, rank: int) -> dict[str, Matrix]:
-    """Kept ranks per layer at a budget, mean over the clients of a language: L numbers each."""
+    """Return kept ranks per layer at a budget, mean over a language's clients: L values each."""
     from fedp2eft.adapters.budget import keep_largest  # torch: only where λ is there
 
     groups: dict[str, list[Matrix]] = defaultdict(list)
@@ -62,7 +62,7 @@ def kept_by_language(lambdas: Lambdas, rank: int) -> dict[str, Matrix]:
 
 
 def likeness(lambdas: Lambdas) -> tuple[list[str], Matrix]:
-    """Languages, clustered, and the correlation of their λ̂ after what all share is taken out.
+    """Return languages, clustered, and the correlation of their λ̂ without the part all share.
 
     log λ̂ of a language is the mean over its clients; from it the mean over the languages is taken,
     for all languages share most of their structure. Empty with fewer than three languages.
@@ -85,7 +85,7 @@ def likeness(lambdas: Lambdas) -> tuple[list[str], Matrix]:
 
 
 def clustered(alike: Matrix) -> list[int]:
-    """An order in which alike rows are neighbours: leaves of average-linkage clustering."""
+    """Return an order in which alike rows are neighbours (average-linkage clustering)."""
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 

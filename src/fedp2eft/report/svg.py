@@ -16,7 +16,7 @@ _HEAD = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", re.
 
 
 def inline(figure: Figure, label: str) -> Markup:
-    """The figure as an `<svg>` element.
+    """Return the figure as an `<svg>` element.
 
     What has a gid `method-<n>-…` gets `data-method="<n>"`, by which the page shows and hides it.
 
@@ -39,7 +39,7 @@ def inline(figure: Figure, label: str) -> Markup:
     body = re.sub(r' id="([^"]*)"', lambda m: f' id="{mine}{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r'(url\(|href=")#', rf"\1#{mine}", body)
     body = body.replace("xlink:href", "href")
-    # a hundredth of a point is enough; numbers between the tags are text
+    # a hundredth of a point is enough; digits between the tags are text
     body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), body)
     body = re.sub(r">\s+<", "><", body)
     title = Markup.escape(label)

@@ -34,21 +34,21 @@ class WatchReporter:
         self._next = 0.0
 
     def start(self, phase: str, total: int, done: int) -> None:
-        """A phase begins."""
+        """Show that a phase begins."""
         self._inner.start(phase, total, done)
         self._write_now_and_then()
 
     def advance(self, phase: str, text: str) -> None:
-        """One unit more."""
+        """Show one unit more."""
         self._inner.advance(phase, text)
         self._write_now_and_then()
 
     def part(self, phase: str, fraction: float, text: str) -> None:
-        """A part of a unit shows nothing new."""
+        """Show nothing: a part of a unit changes no page."""
         self._inner.part(phase, fraction, text)
 
     def note(self, text: str) -> None:
-        """A line."""
+        """Pass a line on."""
         self._inner.note(text)
 
     def _write_now_and_then(self) -> None:
@@ -73,7 +73,7 @@ class WatchReporter:
 
 @contextmanager
 def watched(inner: Reporter, folder: Path) -> Iterator[Reporter]:
-    """A reporter that keeps a live page; at the end the page no longer loads itself anew."""
+    """Yield a reporter that keeps a live page; the final page no longer reloads itself."""
     reporter = WatchReporter(inner, folder)
     try:
         yield reporter

@@ -45,7 +45,7 @@ def write_report(
 
 
 def figures_of(report: ReportData) -> dict[str, Figure]:
-    """By name, the figures that a comparison's tables do not already have."""
+    """Return the figures that a comparison's tables do not already have, by name."""
     made: dict[str, Figure] = {}
     for base in report.comparison.bases:
         for pool in report.comparison.pools:

@@ -50,7 +50,7 @@ class Cost:
     Args:
         seconds: Wall seconds a client takes to personalize and be scored.
         parameters: Adapter parameters of a client.
-        bytes_up: Bytes a client sent per round while the method's shared numbers were trained.
+        bytes_up: Bytes a client sent per round while the method's shared parameters were trained.
         bytes_down: Bytes it got.
         peak_memory: Most bytes resident in the process, the largest of the seeds.
     """

@@ -188,10 +188,10 @@ class Workspace:
         Raises:
             UserError: It is no distribution over the classes.
         """
-        numbers = [float(value) for value in q if isinstance(value, int | float)]
-        values = torch.tensor(numbers)
+        known = [float(value) for value in q if isinstance(value, int | float)]
+        values = torch.tensor(known)
         whole = abs(float(values.sum()) - 1) < 1e-3 and bool((values > 0).all())
-        if not len(numbers) == len(q) == len(self.labels) or not whole:
+        if not len(known) == len(q) == len(self.labels) or not whole:
             raise TellableError(
                 f"The label prior is no distribution over {len(self.labels)} classes."
             )

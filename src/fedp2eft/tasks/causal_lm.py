@@ -64,7 +64,7 @@ class CausalLM(Task):
     def questions(
         self, prompts: Prompts, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
     ) -> Iterator[Question]:
-        """The rows that `encode` keeps, with the whole of their responses."""
+        """Yield the rows that `encode` keeps, with their whole responses."""
         for *parts, answer in zip(*texts, answers, strict=True):
             chat = not isinstance(answer, str)
             said = [turn["content"] for turn in answer] if chat else [*parts, answer]
@@ -88,11 +88,11 @@ class CausalLM(Task):
         return batch
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy over the response tokens of a batch, float32."""
+        """Return the mean cross-entropy over the response tokens of a batch, float32."""
         return F.cross_entropy(*self._predictions(model, batch))
 
     def _predictions(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (tokens × vocabulary, float32) and targets (tokens) of all response tokens.
+        """Return logits (tokens × vocabulary, float32) and targets (tokens) of all response tokens.
 
         Logits are asked for from the earliest response of the batch on: those of the prompts alone
         would often be most of the memory.
@@ -109,7 +109,7 @@ class CausalLM(Task):
 
     @torch.inference_mode()
     def losses(self, model: nn.Module, data: Encoded, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Cross-entropy summed over the response of every row, and its tokens, in row order.
+        """Return the cross-entropy summed over each row's response, and its tokens, in row order.
 
         Returns:
             Nats (float64) and tokens (int64), one per row, on the CPU.
@@ -131,11 +131,11 @@ class CausalLM(Task):
         return sums, tokens
 
     def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:
-        """Mean loss per response token of `model` on the rows; every token weighs the same."""
+        """Return the mean loss per response token; every token weighs the same."""
         sums, tokens = self.losses(model, data, batch_size)
         total = int(tokens.sum())
         return Scores(len(data), None, float(sums.sum()) / total, total)
 
     def unscored(self) -> Scores:
-        """What a client without test rows scores."""
+        """Return the scores of a client without test rows."""
         return Scores(0, None, 0.0, 0)

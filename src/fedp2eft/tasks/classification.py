@@ -77,19 +77,19 @@ class Classification(Task):
         return data.batch(indices, pad_id=self.pad_id, device=self.device, length=width)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy of a batch, float32."""
+        """Return the mean cross-entropy of a batch, float32."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         with only_first_position(model):
             logits: Tensor = model(**inputs).logits
         return F.cross_entropy(self._adjusted(logits), batch["labels"])
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """Logits in float32, with the offset."""
+        """Return logits in float32, with the offset."""
         logits = logits.float()
         return logits if self.offset is None else logits + self.offset.to(logits.device)
 
     def packed_loss(self, model: nn.Module, data: Encoded) -> RowsLoss | None:
-        """`loss` of rows by their numbers, without padding: on a CPU, for encoders like BERT."""
+        """Return `loss` of row indices, without padding: on a CPU, for encoders like BERT."""
         if torch.device(self.device).type != "cpu" or not can_pack(model):
             return None
 
@@ -102,7 +102,7 @@ class Classification(Task):
 
     @torch.inference_mode()
     def logits(self, model: nn.Module, data: Encoded, batch_size: int) -> Tensor:
-        """Logits of every row in row order: rows × classes, float32 on the CPU.
+        """Return the logits of every row in row order: rows × classes, float32 on the CPU.
 
         Raises:
             UserError: There are no rows.
@@ -123,15 +123,15 @@ class Classification(Task):
         return result
 
     def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:
-        """Accuracy and loss of `model` on the rows."""
+        """Return accuracy and loss of `model` on the rows."""
         return self.scores_of(self.logits(model, data, batch_size), data)
 
     def scores_of(self, logits: Tensor, data: Encoded) -> Scores:
-        """Accuracy and loss of logits, rows × classes, in the order of the rows."""
+        """Return accuracy and loss of logits, rows × classes, in row order."""
         labels = torch.from_numpy(data.labels)
         correct = int((logits.argmax(dim=1) == labels).sum())
         return Scores(len(data), correct, float(F.cross_entropy(logits, labels)))
 
     def unscored(self) -> Scores:
-        """What a client without test rows scores."""
+        """Return the scores of a client without test rows."""
         return Scores(0, 0, 0.0)

@@ -65,7 +65,7 @@ class Encoded:
         return np.diff(self.offsets)
 
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Encoded:
-        """The given rows, in the given order."""
+        """Return the given rows, in the given order."""
         rows = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in indices]
         types, chosen = self.types, np.asarray(indices, dtype=np.int64)
         return Encoded.from_rows(
@@ -85,7 +85,7 @@ class Encoded:
         device: torch.device | str = "cpu",
         length: int | None = None,
     ) -> dict[str, Tensor]:
-        """Model inputs for the given rows, padded on the right to their own longest row.
+        """Return model inputs of the given rows, right-padded to the longest of them.
 
         Args:
             indices: Row indices.
@@ -120,7 +120,7 @@ class Encoded:
     def parts(
         self, indices: Sequence[int] | NDArray[np.int64], pass_tokens: int
     ) -> list[tuple[NDArray[np.int64], float]]:
-        """Rows of one mini-batch in parts of similar length, so that little padding is computed.
+        """Return a mini-batch as parts of similar length, so that little padding is computed.
 
         Found among all ways to cut the rows in order of length: the least positions, padding
         included, where every part costs `pass_tokens` more.
@@ -146,20 +146,20 @@ class Encoded:
         return self._shared([order[low:high] for high, low in reversed(list(pairwise(cuts)))])
 
     def _shared(self, parts: Sequence[NDArray[np.int64]]) -> list[tuple[NDArray[np.int64], float]]:
-        """Parts of a mini-batch with their share of its mean loss, but those that have none."""
+        """Return parts of a mini-batch with their share of its mean loss, without empty ones."""
         weights = np.array([self.weights(part).sum() for part in parts])
         shares = (weights / weights.sum()).tolist()
         return [(part, share) for part, share in zip(parts, shares, strict=True) if share]
 
     def _longest_first(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Row indices in order of length."""
+        """Return row indices by length, longest first."""
         chosen = np.asarray(indices, dtype=np.int64)
         return chosen[np.argsort(-self.lengths[chosen], kind="stable")]
 
     def passes(
         self, indices: Sequence[int] | NDArray[np.int64], most: int
     ) -> list[tuple[NDArray[np.int64], float]]:
-        """Rows of one mini-batch in as few passes as hold at most so many tokens each.
+        """Return a mini-batch as the fewest passes of at most so many tokens each.
 
         Args:
             indices: Row indices of the mini-batch.
@@ -176,7 +176,7 @@ class Encoded:
         return self._shared([order[number == i] for i in range(passes)])
 
     def weights(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """How much each row counts in the mean loss of a batch: one, or its response's tokens."""
+        """Return each row's weight in a batch's mean loss: one, or its response's tokens."""
         chosen = np.asarray(indices, dtype=np.int64)
         if self.starts is None:
             return np.ones(len(chosen), np.int64)
@@ -184,7 +184,7 @@ class Encoded:
         return self.lengths[chosen] - np.maximum(self.starts[chosen], 1)
 
     def by_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
-        """Row indices in batches of similar length, longest first (so memory peaks at once)."""
+        """Yield row indices in batches of similar length, longest first (memory peaks at once)."""
         order = self._longest_first(np.arange(len(self)))
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
@@ -199,7 +199,7 @@ def _flat(rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
 def epoch_batches(
     rows: int, epochs: int, batch_size: int, seed: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Mini-batches of a local run: every epoch a fresh shuffle of all rows, last batch shorter."""
+    """Yield mini-batches of a local run: each epoch shuffles all rows, last batch shorter."""
     generator = np.random.default_rng(seed)
     for _ in range(epochs):
         order = generator.permutation(rows)

@@ -34,7 +34,7 @@ def only_first_position(model: nn.Module, starts: Tensor | None = None) -> Itera
         return
 
     def first(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Of the attention's output and the block's input."""
+        """Return the first position of the attention's output and of the block's input."""
         if starts is None:
             return tuple(states[:, :1] for states in inputs)
         return tuple(states[0, starts].unsqueeze(1) for states in inputs)
@@ -47,7 +47,7 @@ def only_first_position(model: nn.Module, starts: Tensor | None = None) -> Itera
 
 
 def reads_first(model: nn.Module) -> Any | None:
-    """The encoder of a classifier that reads its first position alone; None where it is another."""
+    """Return the encoder of a classifier that reads only its first position, else None."""
     whole: Any = model
     if hasattr(whole, "get_base_model"):  # an adapter's wrapper
         whole = whole.get_base_model()

@@ -61,7 +61,7 @@ def generate(
     batch_size: int,
     progress: Callable[[float], None] | None = None,
 ) -> list[str]:
-    """Responses in the order of the questions, without special tokens and outer white space.
+    """Return responses in the order of the questions, without special tokens and outer blanks.
 
     Args:
         model: A causal LM of transformers, or one that PEFT has adapted; left in the mode it is in.

@@ -43,7 +43,7 @@ class Block:
         places: The packed position behind each of rows · width places, the row's first one where
             the row has ended; None where all rows are `width` long.
         real: Which of these places are no padding, rows × width.
-        kept: Their numbers.
+        kept: Their indices.
     """
 
     start: int
@@ -56,7 +56,7 @@ class Block:
 
     @classmethod
     def of(cls, lengths: NDArray[np.int64], start: int) -> Block:
-        """Rows of these lengths, packed from `start` on."""
+        """Return rows of these lengths, packed from `start` on."""
         rows, width, stop = len(lengths), int(lengths.max()), start + int(lengths.sum())
         if (lengths == width).all():
             return cls(start, stop, rows, width, None, None, None)
@@ -75,12 +75,12 @@ class Block:
         return self.places[:: self.width]
 
     def spread(self, values: Tensor) -> Tensor:
-        """Positions × heads × d as rows × heads × width × d."""
+        """Return positions × heads × d as rows × heads × width × d."""
         mine = values[self.start : self.stop] if self.places is None else values[self.places]
         return mine.view(self.rows, self.width, *values.shape[1:]).transpose(1, 2)
 
     def packed(self, values: Tensor) -> Tensor:
-        """The real ones of rows × heads × width × d as positions × heads × d."""
+        """Return the real ones of rows × heads × width × d as positions × heads × d."""
         flat = values.transpose(1, 2).reshape(-1, values.shape[1], values.shape[3])
         return flat if self.kept is None else flat[self.kept]
 
@@ -99,7 +99,7 @@ class Packing:
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `packed_logits` takes this model, whose attention must be the plain one."""
+    """Return whether `packed_logits` takes this model, whose attention must be the plain one."""
     encoder = reads_first(model)
     return encoder is not None and encoder.config._attn_implementation == "eager"
 
@@ -107,7 +107,7 @@ def can_pack(model: nn.Module) -> bool:
 def pack(
     data: Encoded, indices: Sequence[int] | NDArray[np.int64]
 ) -> tuple[dict[str, Tensor], Packing, NDArray[np.int64]]:
-    """The given rows end to end, longest first.
+    """Return the given rows end to end, longest first.
 
     Returns:
         input_ids, position_ids counted from 0, and token_type_ids where the rows have them, each
@@ -131,7 +131,7 @@ def pack(
 
 
 def packed_logits(model: nn.Module, inputs: dict[str, Tensor], packing: Packing) -> Tensor:
-    """Logits of packed rows, rows × classes, in their order.
+    """Return the logits of packed rows, rows × classes, in their order.
 
     Args:
         model: One that `can_pack`, on the CPU.
@@ -170,7 +170,7 @@ def _attend(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query, key and value are 1 × heads × positions × d."""
+    """Compute attention as transformers calls it: q, k and v are 1 × heads × positions × d."""
     encoder: Any = module
     last = encoder.layer_idx == encoder.config.num_hidden_layers - 1
     # a view, whose gradient is one too
@@ -250,4 +250,4 @@ class _Attention(torch.autograd.Function):
 
 
 def _no_mask(*_args: Any, **_options: Any) -> None:
-    """Packed rows need none: no position sees another row's."""
+    """Return no mask: no position of packed rows sees another row's."""

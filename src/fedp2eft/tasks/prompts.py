@@ -58,7 +58,7 @@ class Prompts:
         self.pad = self._padding()
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        """The tokens that a response follows on."""
+        """Return the tokens that a response follows."""
         if self.chat:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             return self._tokens(self._rendered(turns, add_generation_prompt=True))
@@ -74,7 +74,7 @@ class Prompts:
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def response(self, text: str) -> list[int]:
-        """The tokens of a response and its end."""
+        """Return the tokens of a response and its end."""
         return [*self._tokens(text), self.end]
 
     def _tokens(self, text: str) -> list[int]:
@@ -94,7 +94,7 @@ class Prompts:
         return str(text)
 
     def _turn_end(self) -> int:
-        """The special token that follows on a response in the chat template; eos where none does.
+        """Return the special token after a response in the chat template; eos if there is none.
 
         Gemma's turns end with <end_of_turn>, which is not its tokenizer's eos.
         """
@@ -104,7 +104,7 @@ class Prompts:
         return ids[0] if ids and ids[0] in self._special else int(self.tokenizer.eos_token_id)
 
     def _padding(self) -> int:
-        """A token for padding positions that ends no text, where the vocabulary has one.
+        """Return a token for padding positions that ends no text, if the vocabulary has one.
 
         In order: the tokenizer's own, a special one that is named after padding, the unknown token,
         any special one that neither starts nor ends anything. A vocabulary without any of them

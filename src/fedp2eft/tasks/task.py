@@ -50,7 +50,7 @@ class Scores:
         return math.exp(min(self.loss, 700.0)) if self.tokens else NAN
 
     def metrics(self) -> dict[str, int | float]:
-        """Those that are known, by name: what travels, and what a cell keeps."""
+        """Return the known ones by name: what travels, and what a cell keeps."""
         known = {"correct": self.correct, "tokens": self.tokens}
         return {
             "examples": self.examples,
@@ -71,7 +71,7 @@ class Scores:
         return "\n".join([told, *([f"Generated: {', '.join(means)}"] if means else [])])
 
     def facts(self) -> dict[str, float | None]:
-        """What is told of them by name; None where no row was scored."""
+        """Return what a card tells of them, by name; None if no row was scored."""
         if self.tokens is None:
             return {"accuracy": self.accuracy if self.examples else None}
         return {"response_loss": self.loss if self.tokens else None}
@@ -103,7 +103,7 @@ class Task(ABC):
     def encode(
         self, tokenizer: Any, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
     ) -> Encoded:
-        """Rows as tokens.
+        """Tokenize rows.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
@@ -113,7 +113,7 @@ class Task(ABC):
 
     @abstractmethod
     def padded(self, data: Encoded, indices: Indices, length: int | None) -> dict[str, Tensor]:
-        """Model inputs and `labels` of those rows, padded to that length or to their longest."""
+        """Return model inputs and `labels` of those rows, padded to that length or the longest."""
 
     def batch(self, data: Encoded, indices: Indices) -> dict[str, Tensor]:
         """Return model inputs and `labels` of those rows, padded to the longest of them."""
@@ -131,10 +131,10 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The task loss of a batch, float32."""
+        """Return the task loss of a batch, float32."""
 
     def packed_loss(self, model: nn.Module, data: Encoded) -> RowsLoss | None:
-        """The task loss of rows by their numbers, from one pass without padding.
+        """Return the task loss of row indices, from one pass without padding, if possible.
 
         None where this model or device takes no packed rows.
         """
@@ -142,8 +142,8 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, model: nn.Module, data: Encoded, batch_size: int) -> Scores:
-        """Scores of a model on the rows; at least one row."""
+        """Return a model's scores on the rows; at least one row."""
 
     @abstractmethod
     def unscored(self) -> Scores:
-        """What a client without test rows scores."""
+        """Return the scores of a client without test rows."""

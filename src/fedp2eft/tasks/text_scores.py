@@ -35,7 +35,7 @@ _UNSPACED = (
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, or its characters where the script has no spaces."""
+    """Return the words of a text, or its characters if the script has no spaces."""
     found: list[str] = []
     grows = False  # whether the next letter belongs to the last word
     for sign in unicodedata.normalize("NFKC", text.casefold()):
@@ -64,7 +64,7 @@ def check_scorers() -> None:
 
 
 def text_scores(generated: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Sums over the rows of every score, by name.
+    """Return the sum over the rows of every score, by name.
 
     ROUGE is the F-measure (rouge-score, with `words`, no stemmer), METEOR nltk's with its own
     weights (α 0.9, β 3, γ 0.5), chrF sacrebleu's (6 characters, β 2) of each row for itself.
@@ -117,7 +117,7 @@ def _chrf() -> Any:
 
 @cache
 def _meteor() -> tuple[str, Any]:
-    """The name of the METEOR that this machine can compute, and its function of two word lists."""
+    """Return name and function (of two word lists) of the METEOR that this machine can compute."""
     from nltk.corpus import wordnet
     from nltk.translate.meteor_score import single_meteor_score
 

@@ -34,7 +34,7 @@ class LookAhead:
         self._most: int | None = None
 
     def take(self, message: Message) -> Trained | None:
-        """What was computed for this message, once; None where nothing was.
+        """Return what was computed for this message, once; None if nothing was.
 
         Raises:
             UserError: The client's loss was not finite.

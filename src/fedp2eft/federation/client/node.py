@@ -39,7 +39,7 @@ RECEIVED = "received.json"
 
 
 def own_folder(node: Mapping[str, Value], settings: Settings, run: str) -> Path:
-    """This SuperNode's folder for a run; the same one when the run is resumed.
+    """Return this SuperNode's folder for a run; the same one when the run is resumed.
 
     Nothing that a peer sent becomes part of the path: the name is a digest of the run's name and of
     its settings, those aside that may change between two starts.

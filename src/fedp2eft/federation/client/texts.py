@@ -24,7 +24,7 @@ from fedp2eft.tasks.text_scores import text_scores
 
 
 def generation_path(run: Path, method: str, rank: int, client: str) -> Path:
-    """File of the texts that one client's model gave with a method and budget."""
+    """Return the file of the texts that one client's model wrote with a method and budget."""
     check_client_name(client)
     return run / "generations" / f"{method}-r{rank}" / f"{client}.json"
 
@@ -32,7 +32,7 @@ def generation_path(run: Path, method: str, rank: int, client: str) -> Path:
 def answering(
     workspace: Workspace, name: str, method: str, rank: int
 ) -> Callable[[nn.Module], Mapping[str, float]] | None:
-    """What `ClientSide.answer` is for a client; None where the settings ask for no texts."""
+    """Return a client's `ClientSide.answer`; None if the settings ask for no texts."""
     if not workspace.settings.evaluation.generate:
         return None
 
@@ -60,7 +60,7 @@ def answering(
 
 
 def _questions(workspace: Workspace, name: str) -> list[Question]:
-    """The prompts of a client's test rows, those aside that fill the longest input alone."""
+    """Return the prompts of a client's test rows that leave room for a response."""
     task = workspace.task
     assert isinstance(task, CausalLM)  # the settings refuse another
     rows = workspace.data.texts_and_answers(

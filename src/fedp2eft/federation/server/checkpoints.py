@@ -64,12 +64,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
 
 
 def load_checkpoint(folder: Path, phase: str) -> Checkpoint | None:
-    """The newest whole checkpoint of a phase, or None. A damaged one is named in a warning."""
+    """Return the newest whole checkpoint of a phase, or None; warn of a damaged one."""
     return next(_whole(_newest_first(folder, phase)), None)
 
 
 def all_checkpoints(folder: Path, phase: str) -> Iterator[Checkpoint]:
-    """Every whole checkpoint of a phase, oldest first."""
+    """Yield every whole checkpoint of a phase, oldest first."""
     return _whole(reversed(_newest_first(folder, phase)))
 
 

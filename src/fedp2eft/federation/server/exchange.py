@@ -134,7 +134,7 @@ def roster(grid: Grid, timeout: float, failures: Failures = FIRST_ENDS) -> list[
 
 
 def _described(node: int, reply: Message) -> Member:
-    """The client that a node says it is, its words checked: they become names of files."""
+    """Return the client that a node reports, its words checked: they become file names."""
     about = reply.content.config_records.get(ABOUT, ConfigRecord())
     client, language, pool = (str(about.get(key, "")) for key in ("client", "language", "pool"))
     check_client_name(client)

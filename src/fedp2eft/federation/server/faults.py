@@ -51,7 +51,7 @@ class Faults:
         return True
 
     def answered(self, client: str) -> None:
-        """A client gave a usable reply."""
+        """Reset the count of a client that gave a usable reply."""
         self._in_a_row.pop(client, None)
 
     def summarise(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Faults:
 
 
 def told(summary: dict[str, Any]) -> str:
-    """A summary in one line."""
+    """Return a summary in one line."""
     counts = summary["counts"]
     if not counts:
         return "Faults: none."

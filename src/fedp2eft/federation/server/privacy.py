@@ -69,7 +69,7 @@ class SampledMean(flower.FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As ever; the numbers are kept for those that fail."""
+        """As ever; the parameters are kept for those that fail."""
         self._sent = arrays
         return super().configure_train(server_round, arrays, config, grid)
 

@@ -68,7 +68,7 @@ FREE = {
 
 
 def free_settings() -> set[tuple[str, ...]]:
-    """Settings that may change between two starts: `FREE`, and the rounds of the phases."""
+    """Return settings that may change between two starts: `FREE`, and the phases' rounds."""
     rounds = (phase.rounds for phase in shared_phases().values())
     return FREE | {tuple(name.split(".")) for name in rounds}
 
@@ -127,7 +127,7 @@ class RunFolder:
         write_text(settings_file, settings_text(self.settings))
 
     def _check_rounds(self) -> None:
-        """The parameters of a finished round cannot be taken back."""
+        """Raise `UserError` if more rounds are finished than the settings ask for."""
         for phase in shared_phases().values():
             found = load_checkpoint(self.path / "checkpoints", phase.name)
             if found is None:
@@ -168,7 +168,7 @@ class RunFolder:
             self.trackers.round(phase, round_, metrics, seconds)
 
     def resume(self, phase: str, rounds: int) -> Checkpoint | None:
-        """A phase after its last finished round; None at its start.
+        """Return a phase after its last finished round; None at its start.
 
         Where rounds are left to do, lines of metrics.jsonl behind the last finished round are taken
         out: they belong to a round that was stopped half-way.
@@ -180,7 +180,7 @@ class RunFolder:
         return found
 
     def metrics(self, phase: str) -> list[dict[str, Any]]:
-        """What was kept of a phase's rounds, in their order."""
+        """Return the metrics of a phase's rounds, in their order."""
         lines = [read for _, read in read_lines(self.path / "metrics.jsonl") if read is not None]
         return [read for read in lines if read["phase"] == phase]
 
@@ -203,12 +203,12 @@ class RunFolder:
     # ── cells ───────────────────────────────────────────────────────────────────────────────────
 
     def cell_path(self, method: str, rank: int, client: str) -> Path:
-        """File of one client's scores with one method and budget."""
+        """Return the file of one client's scores with one method and budget."""
         check_client_name(client)  # over a network a peer chose it
         return self.path / "cells" / f"{method}-r{rank}" / f"{client}.json"
 
     def cell(self, method: str, rank: int, client: str) -> dict[str, Any] | None:
-        """A cell that was computed before, or None."""
+        """Return a cell that was computed before, or None."""
         value = read_json(self.cell_path(method, rank, client))
         return value if isinstance(value, dict) else None
 
@@ -234,7 +234,7 @@ class RunFolder:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether a folder without settings holds more than a process killed at its start leaves."""
+    """Return whether a folder without settings holds more than a killed start leaves."""
     return any(
         path.name != ".lock" and not path.name.startswith(".settings.yaml-")
         for path in folder.iterdir()

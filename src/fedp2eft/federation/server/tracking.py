@@ -70,7 +70,7 @@ class Trackers:
         self._each(send)
 
     def results(self, results: Results) -> None:
-        """The final tables, under `results/pool/method-rN/…`."""
+        """Send the final tables, under `results/pool/method-rN/…`."""
         logged: dict[str, float] = {}
         for row in results.rows:
             where = f"results/{row.pool}/{row.method}-r{row.rank}"
@@ -124,7 +124,7 @@ def _named(tracker: str, logged: Mapping[str, float]) -> dict[str, float]:
 
 
 def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Settings as `section.name` → a plain value; no client's name or file."""
+    """Return settings as `section.name` → a plain value; no client's name or file."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{where}{key}"

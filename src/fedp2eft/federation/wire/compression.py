@@ -30,7 +30,7 @@ DOWN: dict[Wire, Wire] = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16"}
 
 
 def pack(parameters: Mapping[str, Tensor], wire: Wire) -> ArrayRecord:
-    """Tensors by name as a Flower record.
+    """Return tensors by name as a Flower record.
 
     Args:
         parameters: fp32 tensors.
@@ -55,7 +55,7 @@ def pack(parameters: Mapping[str, Tensor], wire: Wire) -> ArrayRecord:
 def unpack(
     record: ArrayRecord, like: Mapping[str, Tensor], wire: Wire, whose: str
 ) -> dict[str, Tensor]:
-    """Tensors by name (fp32) from a record that came over the wire.
+    """Return tensors by name (fp32) from a record that came over the wire.
 
     Args:
         record: What arrived.
@@ -122,5 +122,5 @@ class Feedback:
 
 
 def _rows(value: Tensor) -> Tensor:
-    """A matrix as it is, anything else as one row."""
+    """Return a matrix as it is, anything else as one row."""
     return value if value.dim() == 2 else value.reshape(1, -1)
