@@ -31,7 +31,7 @@ def deliver_base(
     """Have every client keep the base; those that keep it already are not asked.
 
     Raises:
-        UserError: The parameters of the base are not in the run folder any more, too few clients can
+        UserError: The base's parameters are not in the run folder any more, too few clients can
             take it, or the first that cannot, where a failure ends the run.
     """
     s = run.settings
