@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,60 +15,30 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from base_runs import PRIVATE, QUICK, Run, parts
 from fedp2eft import api
 from fedp2eft.adapters.convert import with_adapter
 from fedp2eft.bases import BASES
 from fedp2eft.bases.parts import ROWS
 from fedp2eft.client.training import features
-from fedp2eft.errors import UserError
-from fedp2eft.experiment.compare import compare
 from fedp2eft.experiment.train import train
 from fedp2eft.federation import client_app
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.wire.messages import PERSONALIZE
 from fedp2eft.generator import PSG
 from fedp2eft.methods import ClientSide
-from fedp2eft.progress import LogReporter
-from fedp2eft.results.plan import plan, settings_of
 from fedp2eft.runtime import phases, workspace
 from fedp2eft.runtime.workspace import Workspace
-from fedp2eft.settings.experiment import Settings
 from fedp2eft.tasks.task import Scores
 from tiny_run import (
     CLIENTS,
     LABELS,
-    SEEN,
     UNSEEN,
     World,
-    assert_same,
-    outcome,
     vocabulary,
     write_jsonl,
 )
 from turns import TRAIN_BASE, TRAIN_PSG
-
-PRIVATE = ("feddpa-t", "dept-spec")
-# Large steps, so that what a client has for itself can be seen in its numbers.
-QUICK = {
-    "base__lora_rank": 2,
-    "base__lora_alpha": 4.0,
-    "base__lr": 3e-2,
-    "federation__rounds": 2,
-    "federation__clients_per_round": 4,  # each in both rounds: ξ is known in the second
-    "evaluation__ranks": [1],
-    "evaluation__methods": ["base", "lora", "fedp2eft"],
-}
-WORDS = "bert.embeddings.word_embeddings.weight"
-
-
-@dataclass
-class Run:
-    """A finished run, its messages and the base weights with which each client's work was done."""
-
-    settings: Settings
-    folder: Path
-    messages: list[tuple[Any, Any]] = field(default_factory=list)
-    present: list[tuple[str, str, dict[str, torch.Tensor]]] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module", params=[kind for kind in BASES if kind != "standard-fl"])
@@ -118,14 +87,6 @@ def weights_of(bt: Any) -> dict[str, torch.Tensor]:
     for name, p in bt.model.get_base_model().named_parameters():
         if ".lora_" not in name:
             found[name.replace(".base_layer", "")] = p.detach().clone()
-    return found
-
-
-def parts(run: Run) -> dict[str, dict[str, torch.Tensor]]:
-    """The newest part of each client that has one."""
-    found = {}
-    for folder in sorted((run.folder / "clients").glob("*")):
-        found[folder.name] = load_file(max(folder.glob("base-*.safetensors")))
     return found
 
 
@@ -322,182 +283,3 @@ def test_an_own_part_and_a_label_prior_in_one_adapter(world: World, tmp_path: Pa
             assert scores.correct == told["correct"]
             assert scores.loss == pytest.approx(told["loss"], abs=1e-5)
             assert scores.loss != pytest.approx(plain.loss, abs=1e-2)
-
-
-# ── a base of one's own ─────────────────────────────────────────────────────────────────────────
-
-
-class PowerCutError(Exception):
-    """Thrown from inside a run in place of a power cut."""
-
-
-class Stopper(LogReporter):
-    """Stops a run after the next finished unit (round or cell), or inside it at its n-th client."""
-
-    def __init__(self, inside: int | None = None) -> None:
-        super().__init__()
-        self.inside, self.heard = inside, []  # type: ignore[var-annotated]
-
-    def advance(self, phase: str, text: str) -> None:
-        if self.inside is None:
-            raise PowerCutError
-
-    def part(self, phase: str, fraction: float, text: str) -> None:
-        if self.inside is not None and text not in self.heard:
-            self.heard.append(text)
-            if len(self.heard) == self.inside:
-                raise PowerCutError
-
-
-STOPPED = QUICK | {
-    "base__rounds": 3,
-    "evaluation__pools": ["unseen"],
-    "evaluation__methods": ["fedp2eft"],
-}
-
-
-@pytest.fixture(scope="module", params=PRIVATE)
-def whole(request: Any, world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An uninterrupted run of several base rounds."""
-    settings = world.settings(**STOPPED, base__kind=request.param)
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train(settings, folder)
-    return Run(settings, folder)
-
-
-def test_stopped_after_every_round_and_inside_rounds(whole: Run, tmp_path: Path) -> None:
-    starts = 0
-    while not (tmp_path / "run" / "results.json").exists():
-        try:
-            # in turn after a unit, and when the second client of the next one has begun
-            train(whole.settings, tmp_path / "run", Stopper(2 if starts % 2 else None))
-        except PowerCutError:
-            starts += 1
-            assert starts < 30
-    assert starts >= 5
-    assert_same(outcome(tmp_path / "run"), outcome(whole.folder))
-
-
-def test_going_on_from_an_older_checkpoint(
-    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The newest checkpoint of the base is damaged: its round is repeated from the client's files
-    of the time, not from those that it left later."""
-    if whole.settings.base.kind != "dept-spec":
-        pytest.skip("its parts are made when the rounds are over")
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "save_base", power_cut)
-        with pytest.raises(PowerCutError):
-            train(whole.settings, folder)
-    (folder / "checkpoints" / "base-000003.safetensors").write_bytes(b"x")
-    train(whole.settings, folder)
-    assert_same(outcome(folder), outcome(whole.folder))
-
-
-def test_from_the_beginning_where_no_checkpoint_is_left(
-    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if whole.settings.base.kind != "dept-spec":
-        pytest.skip("its parts are made when the rounds are over")
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "save_base", power_cut)
-        with pytest.raises(PowerCutError):
-            train(whole.settings, folder)
-    shutil.rmtree(folder / "checkpoints")
-    train(whole.settings, folder)
-    assert_same(outcome(folder), outcome(whole.folder))
-
-
-def power_cut(*_: object) -> None:
-    raise PowerCutError
-
-
-def test_a_damaged_part_is_named_in_one_line(whole: Run, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(whole.folder, folder)
-    shutil.rmtree(folder / "cells")
-    shutil.rmtree(folder / "checkpoints")
-    for path in (folder / "clients").glob("*/*"):
-        path.write_bytes(b"x")
-    with pytest.raises(UserError, match=r"-seen-0. is damaged") as caught:
-        train(whole.settings, folder)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_client_that_never_took_part(whole: Run) -> None:
-    """DEPT-SPEC: the common embeddings. FedDPA-T: a local LoRA, trained when first needed."""
-    for name in UNSEEN:
-        has = (whole.folder / "clients" / name).exists()
-        assert has == (whole.settings.base.kind == "feddpa-t")
-
-
-def test_features_are_those_of_the_clients_own_part(whole: Run) -> None:
-    """Two clients' parts on one client's rows give two ξ, and the common base a third."""
-    work = Workspace(whole.settings, whole.folder)
-    name, other = list(parts(whole))[:2]
-
-    def xi(kept: dict[str, torch.Tensor]) -> torch.Tensor:
-        work.private.files = Kept(kept)  # type: ignore[assignment]
-        work.private._present = None
-        work._features.clear()
-        return work.features(name)
-
-    own = xi(parts(whole)[name])
-    assert not torch.allclose(own, xi(parts(whole)[other]), atol=1e-5)
-    assert torch.equal(own, xi(parts(whole)[name]))
-
-
-class Kept:
-    """Stands in for a client's files."""
-
-    def __init__(self, part: dict[str, torch.Tensor]) -> None:
-        self.part = part
-
-    def before(self, client: str, round_: int | None = None) -> dict[str, torch.Tensor]:
-        return self.part
-
-
-def test_clients_with_a_part_of_their_own_train_one_at_a_time(
-    whole: Run, world: World, tmp_path: Path
-) -> None:
-    notes: list[str] = []
-
-    class Notes(LogReporter):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    kind = whole.settings.base.kind
-    changes = STOPPED | {"local__dropout": False, "base__rounds": 1, "federation__cohort": 4}
-    train(world.settings(**changes, base__kind=kind), tmp_path / "run", Notes())
-    assert any("a part of the base of its own" in note and kind in note for note in notes)
-
-
-def test_a_dept_part_names_no_word_that_the_client_does_not_have(whole: Run) -> None:
-    if whole.settings.base.kind != "dept-spec":
-        pytest.skip("its parts are no rows")
-    work = Workspace(whole.settings, whole.folder)
-    for name, part in parts(whole).items():
-        assert name in SEEN
-        assert set(part[WORDS + ROWS].tolist()) == set(work.encoded(name, "train").tokens.tolist())
-
-
-def test_a_comparison_lends_the_clients_parts_with_the_base(world: World, tmp_path: Path) -> None:
-    """Its cells are those of a run that trained base and methods in one folder."""
-    changes = STOPPED | {"base__kind": "dept-spec", "compare__seeds": [3], "base__rounds": 1}
-    # on the clients that took part, whose own embeddings the scores depend on
-    changes |= {"evaluation__methods": ["base"], "evaluation__pools": ["seen"]}
-    comparison = world.settings(**changes)
-    [cell] = plan(comparison)
-    compare(comparison, tmp_path / "comparison")
-    train(settings_of(comparison, cell.training), tmp_path / "run")
-    found = json.loads(cell.path(tmp_path / "comparison").read_text())
-    for client in found["clients"]:
-        alone = tmp_path / "run" / "cells" / "base-r0" / f"{client['client']}.json"
-        assert json.loads(alone.read_text())["loss"] == client["loss"]
-    lent = tmp_path / "comparison" / "runs" / cell.training.name / "clients"
-    own = tmp_path / "comparison" / "bases" / cell.training.base_name / "clients"
-    names = sorted(str(path.relative_to(own)) for path in own.rglob("*.safetensors"))
-    assert len(names) == 2
-    assert sorted(str(path.relative_to(lent)) for path in lent.rglob("*.safetensors")) == names

@@ -39,7 +39,8 @@ def refused(path, message, **arguments):
     arguments = {"text_columns": ("text",), "columns": ("label",), **arguments}
     before = sorted(path.parent.iterdir())
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        read_table(path, **arguments)
+        read_columns(path, **arguments)
+        read_table(path, arguments["text_columns"])
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     assert sorted(path.parent.iterdir()) == before
