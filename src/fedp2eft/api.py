@@ -310,7 +310,7 @@ def export(
 
 
 def _choice(config: PSGConfig, method: str, rank: int) -> dict[str, Tensor]:
-    """What the PSG keeps of a method's surveys at the largest budget up to `rank`; empty if none.
+    """Return a method's kept surveys at the largest budget up to `rank`; empty if none.
 
     Raises:
         UserError: It is damaged.
@@ -330,7 +330,7 @@ def _columns(
     label_column: str | None,
     target_column: str | None,
 ) -> tuple[tuple[str, ...], str]:
-    """Text columns and target column: as named, or else as the adapter was made; "" for none."""
+    """Return text columns and target column: as named, or as the adapter was made; "" for none."""
     known = facts.get("text_columns")
     made = tuple(map(str, known)) if isinstance(known, list) else ()
     columns = tuple(text_columns or made or ("text",))
@@ -356,7 +356,7 @@ def _check_same_columns(columns: Sequence[str], made: Sequence[str], whose: str)
 def _load(
     source: ModelSource, kind: TaskName, max_length: int | None, precision: Any, device: str
 ) -> tuple[Any, Task, Any]:
-    """Model, task and tokenizer; the usual length, if none is given, or what the model reads."""
+    """Return model, task and tokenizer; by default of the usual length, or what the model reads."""
     where, tokenizer = choose_device(device), load_tokenizer(source)
     base = load_base(
         source,

@@ -50,12 +50,12 @@ _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def shortened(text: str, most: int = 80) -> str:
-    """Text that may be anything, quoted so that it is one short line of plain characters."""
+    """Return any text quoted, as one short line of plain characters."""
     return repr(text if len(text) <= most else text[:most] + "…")
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`" Did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
+    """Return `" Did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
     from difflib import get_close_matches
 
     close = get_close_matches(word, known, n=1, cutoff=0.5)

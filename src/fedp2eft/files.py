@@ -136,17 +136,17 @@ def _check_disk(path: Path, error: Exception, remedy: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_whole` for JSON, readable by people."""
+    """Write JSON, readable by people, through `write_whole`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_whole` for text."""
+    """Write text through `write_whole`."""
     write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file, or None where it is missing or damaged."""
+    """Return the JSON value in a file, or None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -175,7 +175,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Every line of a file of JSON lines, and its value: None where half of one was left."""
+    """Yield every line of a file of JSON lines, and its value: None for half a line."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [(line, _value_of(line)) for line in lines]
 

@@ -68,7 +68,7 @@ class PSGConfig:
             it.
         choices: What seen clients answered that a client alone needs (`Method.kept`), by method and
             rank budget, "auto-r8" say: tensors as nested lists, by name.
-        origin: What its card tells of the experiment (`cards.origin_of`); nothing depends on it.
+        origin: For its card (`cards.origin_of`); nothing depends on it.
     """
 
     base_model: str
@@ -92,7 +92,7 @@ class PSGConfig:
 
     @property
     def n_features(self) -> int:
-        """Numbers in ξ: 2M, one more with `log_quantity`, and C more with `label_features`."""
+        """Values in ξ: 2M, one more with `log_quantity`, and C more with `label_features`."""
         labels = len(self.labels) if self.generator.label_features else 0
         return 2 * len(self.linear_names) + int(self.generator.log_quantity) + labels
 
@@ -340,7 +340,7 @@ def _check_known(kind: Any, raw: Any, path: Path, where: str = "") -> None:
 
 
 def _read_card(path: Path) -> ModelCard | None:
-    """The card beside a PSG, or None if there is none that can be read."""
+    """Return the card beside a PSG, or None if there is none that can be read."""
     try:
         return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (OSError, ValueError, yaml.YAMLError):

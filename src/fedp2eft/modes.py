@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in that mode; the one that it was in comes back, after an error too."""
+    """Put the model in that mode; restore its own afterwards, also after an error."""
     before = model.training
     model.train(training)
     try:
@@ -23,7 +23,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def with_values(holder: Any, **values: Any) -> Iterator[None]:
-    """An object with these attributes; its own come back, after an error too."""
+    """Set attributes of an object; restore its own afterwards, also after an error."""
     before = {name: getattr(holder, name) for name in values}
     try:
         for name, value in values.items():
@@ -36,7 +36,7 @@ def with_values(holder: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bar and nothing below an error inside; as before afterwards."""
+    """Silence progress bars and all below an error; restore both afterwards."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -14,16 +14,16 @@ class Reporter(Protocol):
     """Receives the progress of a run."""
 
     def start(self, phase: str, total: int, done: int) -> None:
-        """A phase of `total` units begins; `done` of them were finished before."""
+        """Begin a phase of `total` units, of which `done` were finished before."""
 
     def advance(self, phase: str, text: str) -> None:
-        """One unit is finished; `text` is its most telling number."""
+        """Count one finished unit; `text` is its most telling metric."""
 
     def part(self, phase: str, fraction: float, text: str) -> None:
-        """A share of the present unit is finished."""
+        """Report a finished share of the present unit."""
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
+        """Report something worth a line."""
 
 
 class LogReporter:
@@ -33,20 +33,20 @@ class LogReporter:
         self._at: dict[str, tuple[int, int]] = {}
 
     def start(self, phase: str, total: int, done: int) -> None:
-        """Remember the size of the phase."""
+        """Begin a phase of `total` units, of which `done` were finished before."""
         self._at[phase] = (done, total)
 
     def advance(self, phase: str, text: str) -> None:
-        """Log the unit."""
+        """Count one finished unit; `text` is its most telling metric."""
         done, total = self._at.get(phase, (0, 0))
         self._at[phase] = (done + 1, total)
         logger.info("%s %d/%d %s", phase, done + 1, total, text)
 
     def part(self, phase: str, fraction: float, text: str) -> None:
-        """Parts of a unit are not logged."""
+        """Report a finished share of the present unit."""
 
     def note(self, text: str) -> None:
-        """Log the line."""
+        """Report something worth a line."""
         logger.info("%s", text)
 
 
@@ -54,7 +54,7 @@ _current: list[Reporter] = [LogReporter()]
 
 
 def current() -> Reporter:
-    """The reporter that runs in this process report to."""
+    """Return the reporter that runs in this process report to."""
     return _current[-1]
 
 

@@ -10,6 +10,6 @@ from hashlib import sha256
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from the parts, the same on every machine and Python version."""
+    """Return a 63-bit seed from the parts, the same on every machine and Python version."""
     digest = sha256("\x1f".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

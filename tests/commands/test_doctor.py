@@ -70,7 +70,7 @@ def test_everything_absent(capsys, tmp_path: Path, monkeypatch):
     assert facts["use"]["model.quantize"] == "not possible"
     small = facts["models"][0]
     assert small["from"] == "nowhere yet"
-    assert "fedp2eft[quickstart]" in small["mend"]
+    assert "fedp2eft[quickstart]" in small["fix"]
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "no driver" in out

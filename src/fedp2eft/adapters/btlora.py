@@ -50,7 +50,7 @@ class PriorLoss:
     examples: int | Tensor
 
     def terms(self) -> tuple[Tensor, Tensor]:
-        """Significance and sparsity, weighted as in L; they add up to `total` up to rounding."""
+        """Return significance and sparsity, weighted as in L; they sum to `total` (rounded)."""
         significance, sparsity = (
             alpha * value.sum(dim=(-2, -1)) / self.examples
             for alpha, value in zip(self.alphas, self.ranks, strict=True)
@@ -277,7 +277,7 @@ class BTLora:
         return AdapterWeights(tuple(layers), self.settings.scaling)
 
     def trim(self, rank: int) -> AdapterWeights:
-        """The trained adapter cut to its r·L largest λ, without further training."""
+        """Return the trained adapter cut to its r·L largest λ, without further training."""
         lam = self.rank_lambda()
         return self.weights_of(lam, keep_largest(lam, rank))
 

@@ -10,7 +10,7 @@ from fedp2eft.settings.experiment import check_rank
 
 
 def keep_largest(lam: Tensor, rank: int) -> Tensor:
-    """The mask of kept ranks: the r·L largest entries of λ over the whole model.
+    """Return the mask of kept ranks: the r·L largest entries of λ over the whole model.
 
     r·L is ⌊(r / r_max)·L·r_max⌋. Ties go to the earlier (layer, rank), so the result is the same on
     every machine that computes the same λ.

@@ -148,13 +148,13 @@ def auto_mapping(model: object) -> dict[str, str]:
 
 
 def _same(read: AdapterWeights, folded: AdapterWeights) -> bool:
-    """Whether an adapter that was read back is the folded one, ranks of zeros aside."""
+    """Return whether an adapter that was read back is the folded one, ranks of zeros aside."""
     one, other = _content(read), _content(folded)
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def _content(weights: AdapterWeights) -> dict[str, Tensor]:
-    """All parameters of a folded adapter by name, without ranks of zeros."""
+    """Return all parameters of a folded adapter by name, without ranks of zeros."""
     found: dict[str, Tensor] = {}
     for layer in weights.layers:
         used = layer.A.abs().sum(dim=1) > 0
@@ -226,7 +226,7 @@ def column_facts(columns: Any, task: str) -> dict[str, object]:
 
 
 def adapter_facts(folder: str | Path) -> dict[str, object]:
-    """What fedp2eft.json says of an adapter folder; empty if absent."""
+    """Return what fedp2eft.json says of an adapter folder; empty if absent."""
     facts = read_json(Path(folder).expanduser() / FACTS_FILE)
     return facts if isinstance(facts, dict) else {}
 
@@ -239,7 +239,7 @@ def _keys(name: str, embedding: bool) -> tuple[str, str]:
 
 
 def _fit(A: Tensor, B: Tensor) -> bool:
-    """Whether A (r × d_in) and B (d_out × r) are finite matrices that go together."""
+    """Return whether A (r × d_in) and B (d_out × r) are finite matrices that go together."""
     floats = A.is_floating_point() and B.is_floating_point()
     matrices = floats and A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]
     return matrices and all(bool(torch.isfinite(value.float()).all()) for value in (A, B))
@@ -250,7 +250,7 @@ def _rows_key(name: str) -> str:
 
 
 def _module_names(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
-    """Module names in the base model's order where fedp2eft.json has it, else as in the file."""
+    """Return module names in the base model's order if fedp2eft.json has it, else the file's."""
     found = {
         key.removeprefix(PEFT_PREFIX).split(".lora_")[0]: None for key in tensors if ".lora_" in key
     }

@@ -51,7 +51,7 @@ class RankGate(nn.Module):
         self.clamp = clamp
 
     def forward(self, A: Tensor) -> Tensor:
-        """A (r × d_in) with its rows scaled."""
+        """Return A (r × d_in) with its rows scaled."""
         lam = self.lam[self.row]
         if self.clamp is not None:
             lam = clamp_straight_through(lam, *self.clamp)
@@ -157,7 +157,7 @@ class AdaptedLayer:
 
 
 def _trained(holder: nn.Module, attribute: str) -> nn.Parameter:
-    """The parameter itself, whether or not it is read through a parametrization."""
+    """Return the parameter itself, whether or not it is read through a parametrization."""
     if parametrize.is_parametrized(holder, attribute):
         gated: Any = holder.parametrizations
         original: nn.Parameter = gated[attribute].original
@@ -167,7 +167,7 @@ def _trained(holder: nn.Module, attribute: str) -> nn.Parameter:
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> Iterator[AdaptedLayer]:
-    """The LoRA layers that carry `adapter`, in module order."""
+    """Yield the LoRA layers that carry `adapter`, in module order."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.r:
             yield AdaptedLayer(path.removeprefix(PEFT_PREFIX), module, adapter)

@@ -21,7 +21,7 @@ class FusedLinear(lora.Linear):  # type: ignore[misc]
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """W·x + bias + s·B·A·x, x: … × d_in, the result … × d_out."""
+        """Return W·x + bias + s·B·A·x, x: … × d_in, the result … × d_out."""
         weights = None if args or kwargs else self._weights(x)
         if weights is None:
             plain: Tensor = super().forward(x, *args, **kwargs)
@@ -30,7 +30,7 @@ class FusedLinear(lora.Linear):  # type: ignore[misc]
         return fused
 
     def _weights(self, x: Tensor) -> tuple[Any, ...] | None:
-        """What `_Products` needs; None where PEFT's forward pass does more than it."""
+        """Return what `_Products` needs; None where PEFT's forward pass does more than it."""
         active = self.active_adapters
         if self.disable_adapters or self.merged or len(active) != 1:
             return None

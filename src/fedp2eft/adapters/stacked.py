@@ -113,7 +113,7 @@ class StackedLora:
         return add_low_rank
 
     def prior_loss(self, examples: Tensor, alpha_s: float, alpha_p: float) -> PriorLoss:
-        """The penalties of clients of N = `examples` training rows each.
+        """Return the penalties of clients of N = `examples` training rows each.
 
         Those that had no rows in the last forward pass have a total of 0.
         """
@@ -125,7 +125,7 @@ class StackedLora:
 
 
 def clip_each(weights: Sequence[nn.Parameter], bound: float) -> None:
-    """`clip_grad_norm_` per client, which is the first dimension of each weight."""
+    """Clip as `clip_grad_norm_`, per client: the first dimension of each weight."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
     scale = (bound / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
@@ -134,7 +134,7 @@ def clip_each(weights: Sequence[nn.Parameter], bound: float) -> None:
 
 
 def _stacked(weights: Sequence[Tensor], clients: int) -> tuple[list[_Shape], list[nn.Parameter]]:
-    """Weights of layers as one tensor per shape: clients × layers × the shape."""
+    """Return weights of layers as one tensor per shape: clients × layers × the shape."""
     groups: dict[torch.Size, list[int]] = {}
     for row, weight in enumerate(weights):
         groups.setdefault(weight.shape, []).append(row)
@@ -149,7 +149,7 @@ def _stacked(weights: Sequence[Tensor], clients: int) -> tuple[list[_Shape], lis
 
 
 def _by_layer(shapes: Sequence[_Shape], values: Sequence[Tensor]) -> list[Tensor]:
-    """Stacked weights as one tensor per layer, in the order of the layers; clients stay first."""
+    """Return stacked weights as one tensor per layer, in layer order; clients stay first."""
     found: dict[int, Tensor] = {}
     for shape, value in zip(shapes, values, strict=True):
         found |= dict(zip(shape.layers, value.unbind(1), strict=True))

@@ -135,7 +135,7 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
     # ── one step ────────────────────────────────────────────────────────────────────────────────
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, λ in a group of its own."""
+        """Return the Trainer's optimizer, λ in a group of its own."""
         lam = self.bt.lam
         ours = {id(parameter) for parameter in self._trained()}
         for name, parameter in self.bt.model.named_parameters():
@@ -154,7 +154,7 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A mini-batch of the Trainer; the last one of an optimizer step adds the penalties."""
+        """Train on a mini-batch; the last one of an optimizer step adds the penalties."""
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             # Once per step, however many mini-batches it has: they do not depend on the rows.
@@ -162,7 +162,9 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
             self.accelerator.backward(penalty * self.accelerator.gradient_accumulation_steps)
             self._penalty = penalty.detach()
             loss = loss + self._penalty
-        if not bool(torch.isfinite(loss)):  # the Trainer would leave it out of the logs and go on
+        if not bool(
+            torch.isfinite(loss)
+        ):  # the Trainer would leave it out of the logs and continue
             raise DivergedError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}: lower the "
                 "learning rates, or check the text and the base model."
@@ -263,7 +265,7 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
         return [*self.bt.A, *self.bt.B, self.bt.lam]
 
     def _state(self) -> dict[str, Tensor]:
-        """The values themselves, by name: λ, A and B of every layer, and B0 where it is not 0."""
+        """Return values by name: λ, A and B of every layer, and B0 where it is not 0."""
         state = {"lambda": self.bt.lam.detach()}
         for name, A, B in zip(self.bt.names, self.bt.A, self.bt.B, strict=True):
             state |= {f"A.{name}": A.detach(), f"B.{name}": B.detach()}
@@ -299,7 +301,7 @@ def _check_arguments(
 
 
 def _drawn_at_random(model: nn.Module) -> list[str]:
-    """Weights of a model loaded from files that no file holds: a new head, new embeddings.
+    """Return weights of a model loaded from files that no file holds: a new head, new embeddings.
 
     transformers marks what it has read. A model made from its config has no marks at all.
     """

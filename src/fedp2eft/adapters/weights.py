@@ -92,12 +92,12 @@ class AdapterWeights:
         return max([1, *(layer.rank for layer in self.layers)])
 
     def parameters(self) -> int:
-        """Parameters in A and B of the kept ranks, and in the offset."""
+        """Return parameters in A and B of the kept ranks, and in the offset."""
         offset = 0 if self.offset is None else self.offset.numel()
         return sum(layer.A.numel() + layer.B.numel() for layer in self.layers) + offset
 
     def folded(self) -> AdapterWeights:
-        """The same adapter with s and λ folded into B, so that its scale is exactly 1."""
+        """Return the same adapter with s and λ folded into B, so that its scale is exactly 1."""
         return replace(
             self,
             layers=tuple(
@@ -108,7 +108,7 @@ class AdapterWeights:
         )
 
     def is_finite(self) -> bool:
-        """Whether every number of the adapter is finite."""
+        """Return whether every value of the adapter is finite."""
         values = [value for layer in self.layers for value in (layer.A, layer.B, layer.lam)]
         values += [each.values for each in self.rows]
         values += [self.head.weight, self.head.bias] if self.head else []

@@ -51,7 +51,7 @@ class CohortClient:
 
 
 def why_alone(bt: BTLora, settings: LocalSettings) -> str | None:
-    """Why clients of this model must train one at a time; None where a cohort may."""
+    """Return why clients of this model must train one at a time; None where a cohort may."""
     if settings.dropout and has_dropout(bt.model):
         return "local.dropout is on, and every client draws its own dropout: set it to false"
     if getattr(bt.model, "is_activation_checkpointing", False):
@@ -76,7 +76,7 @@ def train_cohort(
     *,
     on_step: Callable[[list[float]], None] | None = None,
 ) -> list[Round | UserError]:
-    """`train_round` of every client, in one batch.
+    """Run `train_round` of every client, in one batch.
 
     Args:
         bt: The shared adapter; its base is used, it is reset, and `why_alone` must be None.
@@ -140,7 +140,7 @@ def cohort_stage1(
     *,
     on_step: Callable[[list[float]], None] | None = None,
 ) -> list[Ended]:
-    """`minimise` for several clients.
+    """Run `minimise` for several clients.
 
     A client that has ended keeps its place: its gradients are 0 from then on, and nothing reads
     what the optimizer still does to its parameters.
@@ -196,7 +196,7 @@ def _losses(
     clients: Sequence[CohortClient],
     rows: Sequence[Indices],
 ) -> Tensor:
-    """Task loss of each client's rows, from one pass over the rows of all of them."""
+    """Return task loss of each client's rows, from one pass over the rows of all of them."""
     cpu = replace(task, device="cpu")
     parts = [cpu.batch(one.data, chosen) for one, chosen in zip(clients, rows, strict=True)]
     height = max(len(part["input_ids"]) for part in parts)
@@ -225,7 +225,7 @@ def _losses(
 
 
 def _grown(values: Tensor, height: int, width: int, fill: int) -> Tensor:
-    """A client's rows padded on the right, and its first row repeated until there are `height`.
+    """Return a client's rows, right-padded, its first row repeated up to `height` rows.
 
     A row of padding alone would make NaN in some kinds of attention.
     """
@@ -236,7 +236,7 @@ def _grown(values: Tensor, height: int, width: int, fill: int) -> Tensor:
 
 
 def _like(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """The upper left part of a client's block: its own rows, and its own columns if it has any."""
+    """Return a client's block in the upper left: its own rows, and its own columns if any."""
     for dim, size in enumerate(shape):
         values = values if values.shape[dim] == size else values.narrow(dim, 0, size)
     return values
@@ -272,13 +272,13 @@ class StackedPSG(nn.Module):
         )
 
     def forward(self, xi: Tensor) -> Tensor:
-        """λ̂ of every client (C × L × r_max) from its ξ (C × features)."""
+        """Return λ̂ of every client (C × L × r_max) from its ξ (C × features)."""
         predict = vmap(lambda phi, features: functional_call(self._psg[0], phi, (features, False)))
         found: Tensor = predict(dict(zip(self._names, self.phi, strict=True)), xi)
         return found
 
     def phis(self) -> list[dict[str, Tensor]]:
-        """φ of every client, as `PSG.phi`."""
+        """Return φ of every client, as `PSG.phi`."""
         values = [value.detach().cpu().clone() for value in self.phi]
         return [
             {name: value[c].clone() for name, value in zip(self._names, values, strict=True)}

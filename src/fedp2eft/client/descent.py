@@ -30,19 +30,19 @@ MOST_TOKENS = 4096
 
 
 def local_order(rows: int, epochs: int, batch_size: int, seed: int) -> Iterator[NDArray]:  # type: ignore[type-arg]
-    """Mini-batches of one local run; no training rows is a `UserError`."""
+    """Return mini-batches of one local run; no training rows is a `UserError`."""
     if rows == 0:
         raise UserError("This client has no training rows: give it text, or leave it out.")
     return epoch_batches(rows, epochs, batch_size, seed)
 
 
 def steps_of(order: Sequence[Any], settings: LocalSettings) -> int:
-    """Optimizer steps over so many mini-batches."""
+    """Return optimizer steps over so many mini-batches."""
     return -(-len(order) // settings.accumulate)
 
 
 def rows_loss(task: Task, model: nn.Module, data: Encoded) -> tuple[RowsLoss, PartsOf | None]:
-    """The task loss of some rows, and how a mini-batch is cut before it: see `descend`.
+    """Return the task loss of some rows, and how to cut a mini-batch first: see `descend`.
 
     On a CPU a position of padding costs its full time: rows are packed where the model takes that,
     cut into parts of similar length where it does not. A GPU takes a whole mini-batch in less time
@@ -55,20 +55,20 @@ def rows_loss(task: Task, model: nn.Module, data: Encoded) -> tuple[RowsLoss, Pa
 
 
 def length_parts(task: Task, data: Encoded) -> PartsOf | None:
-    """Parts of similar length on a CPU, None elsewhere."""
+    """Return parts of similar length on a CPU, None elsewhere."""
     if torch.device(task.device).type != "cpu":
         return None
     return lambda rows: data.parts(rows, PASS_TOKENS)
 
 
 def adamw(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-    """AdamW as the paper uses it: β 0.9/0.999, ε 1e-8, no weight decay, constant rate."""
+    """Return AdamW as the paper uses it: β 0.9/0.999, ε 1e-8, no weight decay, constant rate."""
     # fused: one pass over each tensor instead of a dozen
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
 
 def rate_groups(weights: Sequence[nn.Parameter], rates: Tensor) -> list[dict[str, object]]:
-    """Parameter groups of one matrix each, at learning rates in the order of the matrices."""
+    """Return parameter groups of one matrix each, with learning rates in matrix order."""
     lrs = rates.flatten().tolist()
     return [{"params": [w], "lr": lr} for w, lr in zip(weights, lrs, strict=True)]
 
@@ -158,7 +158,7 @@ def descend(
 
 
 def _sum_of(losses: list[Tensor]) -> Any:
-    """The sum as a number, or as a list of one number per client."""
+    """Return the sum as a number, or as a list of one number per client."""
     values = [loss.tolist() for loss in losses]
     return (
         sum(values) if losses[0].dim() == 0 else [sum(mine) for mine in zip(*values, strict=True)]
@@ -171,7 +171,7 @@ def _finite(loss: float, step: int) -> None:
 
 
 def not_finite(loss: float, step: int) -> DivergedError:
-    """The error of a local run whose loss is NaN or infinite at a step (counted from 1)."""
+    """Return the error of a local run whose loss is NaN or infinite at a step (counted from 1)."""
     return DivergedError(
         f"The loss is {loss} at step {step}: lower the learning rates, or "
         "check the text and the base model."

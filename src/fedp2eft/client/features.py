@@ -84,7 +84,7 @@ class _Listener:
         self.moments[row].merge(self._last[1])
 
     def _real(self, x: Tensor) -> Tensor:
-        """The vectors of a layer's input that are no padding."""
+        """Return the vectors of a layer's input that are no padding."""
         if self.places is None or self.mask is None or x.shape[:-1] != self.mask.shape:
             return x
         # Whole vectors by their indices: a tenth of the time that a mask takes.
@@ -119,7 +119,7 @@ def client_features(
     *,
     masked: bool = True,
 ) -> Tensor:
-    """ξ of one client, 2M values: mean and deviation of layer 0, of layer 1, and so on.
+    """Return ξ of one client, 2M values: mean and deviation of layer 0, of layer 1, and so on.
 
     Args:
         model: The frozen base, adapters off.

@@ -48,7 +48,7 @@ class Turn:
     parameters: Mapping[str, Tensor]
 
     def side(self) -> ClientSide:
-        """The client as a method sees it."""
+        """Return the client as a method sees it."""
         side: ClientSide = self.workspace.side(self.client, self.phase)
         return side
 
@@ -129,7 +129,7 @@ class Phase:
         return f"train.{self.name}"
 
     def wire_of(self, settings: Settings) -> Any:
-        """What the parameters travel in."""
+        """Return what the parameters travel in."""
         return settings.value(self.wire) if self.wire else "fp32"
 
 

@@ -78,30 +78,30 @@ class ClientSide:
         return self.label_prior
 
     def score(self, model: nn.Module) -> Scores:
-        """Scores of a model on the client's test rows; of no rows where there are none."""
+        """Return a model's scores on the client's test rows; of no rows if there are none."""
         if not len(self.test):
             return self.task.unscored()
         scores = self.task.score(model, self.test, self.settings.eval_batch_size)
         return replace(scores, texts=self.answer(model)) if self.answer else scores
 
     def order(self, settings: LocalSettings) -> list[NDArray]:  # type: ignore[type-arg]
-        """Mini-batches of this client's fine-tuning."""
+        """Return mini-batches of this client's fine-tuning."""
         epochs, size = settings.personalize_epochs, settings.batch_size
         return list(local_order(len(self.train), epochs, size, self.seed))
 
     def each_of(self, batches: int) -> OnStep:
-        """A callback that tells `progress` of each optimizer step over so many mini-batches."""
+        """Return a callback that reports each optimizer step over so many mini-batches."""
         return each_of(math.ceil(batches / self.settings.accumulate), self.progress)
 
     def part(self, number: int, parts: int) -> ClientSide:
-        """This client in the given one of several parts of its work, counted from 0."""
+        """Return this client in one of several parts of its work, counted from 0."""
         tell = self.progress
         if tell is None:
             return self
         return replace(self, progress=lambda share: tell((number + share) / parts))
 
     def trial(self, share: float) -> ClientSide:
-        """This client with a share of its training rows, held out by label, as its test rows.
+        """Return this client with a share of its train rows, held out by label, as its test rows.
 
         The rows held out depend on the client's seed and the share alone: every method and budget
         is tried on the same ones. One row or none cannot be divided and leaves no test rows.

@@ -59,7 +59,7 @@ class Round:
         psg_loss: Mean over the steps of stage 2 of Σ|λ̂ − λ^s|.
         stage1_losses: L at every optimizer step of stage 1.
         lam: λ^s, L × r_max.
-        stage1_terms: What the last of `stage1_losses` is the sum of; zeros where there is none.
+        stage1_terms: What the last of `stage1_losses` is the sum of; zeros if absent.
     """
 
     phi: dict[str, Tensor]
@@ -88,7 +88,7 @@ class Fitted:
 def features(
     bt: BTLora, task: Task, data: Encoded, settings: LocalSettings, profile: Profile
 ) -> Tensor:
-    """ξ of a client's training rows (2M values), adapters off."""
+    """Return ξ of a client's training rows (2M values), adapters off."""
     if not len(data):
         raise UserError("This client has no training rows, so it has no features: give it text.")
     if profile.feature_batch_size is None:
@@ -112,7 +112,7 @@ class Trainable(Protocol):
         """Every A and B."""
 
     def prior_loss(self, examples: Any, alpha_s: float, alpha_p: float) -> PriorLoss:
-        """The penalties, one value or one per client."""
+        """Return the penalties, one value or one per client."""
 
 
 def minimise(
@@ -126,7 +126,7 @@ def minimise(
     profile: Profile,
     **how: Any,
 ) -> tuple[list[Any], dict[int, tuple[Tensor, ...]]]:
-    """Stage 1, of one client or of several in one batch: minimise L over (A, B, λ).
+    """Run stage 1, of one client or several in one batch: minimise L over (A, B, λ).
 
     (Paper algorithm 1, client side; objective in `fedp2eft.adapters.btlora`.)
 
@@ -192,7 +192,7 @@ def stage1(
     on_step: OnStep | None = None,
     on_terms: Callable[[LossTerms], None] | None = None,
 ) -> list[float]:
-    """`minimise` for one client; returns L of every step.
+    """Run `minimise` for one client; return L of every step.
 
     λ^s is in `bt.lam` afterwards. `on_terms` is called after the last step with the terms of its L.
     """
@@ -245,7 +245,7 @@ def train_round(
     seed: int = 0,
     on_step: OnStep | None = None,
 ) -> Round:
-    """One client's part of a federated round: λ⁰ = PSG(ξ), stage 1, stage 2.
+    """Run one client's part of a federated round: λ⁰ = PSG(ξ), stage 1, stage 2.
 
     Args:
         bt: The shared adapter; reset first, thrown away by the next client's reset.
@@ -330,7 +330,7 @@ def personalize(
 
 
 def structure(psg: PSG, xi: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """λ and kept ranks that the PSG predicts for a client: (λ, mask), both L × r_max."""
+    """Return λ and kept ranks that the PSG predicts for a client: (λ, mask), both L × r_max."""
     with torch.no_grad():
         return cut_to(rank, psg(xi), psg.config.adapter.r_max)
 

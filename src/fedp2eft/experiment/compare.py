@@ -115,7 +115,7 @@ def _work(
     cells: list[Cell],
     reporter: Reporter,
 ) -> bool:
-    """Do what nobody else holds of one training and its cells; False where there is nothing."""
+    """Do what no other process holds of one training and its cells; False if there is nothing."""
     worked = False
     with ExitStack() as stack:
         site = _Site(stack, folder, settings, training, reporter)
@@ -225,7 +225,7 @@ class _Site:
         write_whole(self._parameters(name), partial(save_file, tensors))
 
     def told(self, cell: Cell) -> Instruction:
-        """What clients are told; surveys are taken once for all pools and kept."""
+        """Return a cell's instruction; surveys are taken once for all pools and kept."""
         path = self.run / "surveys" / f"{cell.method}-r{cell.rank}.safetensors"
         if path.exists():
             kind = METHODS[cell.method].shared
@@ -245,7 +245,7 @@ class _Site:
         return told
 
     def compute(self, cell: Cell) -> dict[str, Any]:
-        """The scores of every client of the cell's pool, and what they cost."""
+        """Return the scores of every client of the cell's pool, and what they cost."""
         start, timeout = time.perf_counter(), self.settings.federation.timeout
         grid = self.engine.grid
         members = [member for member in self.members if member.pool == cell.pool]
@@ -277,7 +277,7 @@ class _Site:
 
 
 def _answers(told: Instruction, method: str) -> dict[str, Any]:
-    """What the surveys of a method that keeps them gave, as lists by name."""
+    """Return what the surveys of a method that keeps them gave, as lists by name."""
     if not METHODS[method].kept:
         return {}
     answers = any_arrays(told.prepared, f"The survey of {method}")

@@ -90,7 +90,7 @@ MACHINE_FILE = "machine.json"
 
 
 def machine(device: torch.device) -> str:
-    """The processor or GPU that the model runs on, and its threads."""
+    """Return the processor or GPU that the model runs on, and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -107,7 +107,7 @@ def peak_memory() -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """`versions` by package, `machine`, and `peak_memory` in bytes."""
+    """Return `versions` by package, `machine`, and `peak_memory` in bytes."""
     return {
         "peak_memory": peak_memory(),
         "versions": {name: version(name) for name in PACKAGES},

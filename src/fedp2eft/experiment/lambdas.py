@@ -86,7 +86,7 @@ def keep_lambdas(
 
 
 def read_lambdas(run: Path) -> Lambdas | None:
-    """λ̂ that was kept in a run folder; None where there is none, or of another PSG, or damaged."""
+    """Return the λ̂ kept in a run folder; None if absent, damaged, or of another PSG."""
     try:
         with safe_open(run / FILE, framework="pt") as file:
             about = json.loads((file.metadata() or {})[HEADER])
@@ -103,7 +103,7 @@ def read_lambdas(run: Path) -> Lambdas | None:
 
 
 def keep_lambdas_of(settings: Settings, run: Path, workspace: Workspace) -> None:
-    """`keep_lambdas` for the pools that a run scores, where it has a method with a PSG."""
+    """Run `keep_lambdas` for the pools that a run scores, if a method has a PSG."""
     chosen = settings.evaluation
     if not any(METHODS[name].shared == "psg" for name in chosen.methods):
         return
@@ -113,7 +113,7 @@ def keep_lambdas_of(settings: Settings, run: Path, workspace: Workspace) -> None
 
 
 def ask_again(run: Path) -> Lambdas | None:
-    """λ̂ of a finished run of the local engine; asks its PSG again where it was not kept.
+    """Return λ̂ of a finished run of the local engine; ask its PSG again if it was not kept.
 
     Raises:
         UserError: The run's data or model cannot be read.

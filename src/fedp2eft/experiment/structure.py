@@ -73,7 +73,7 @@ def structure(
 def structures(
     workspace: Workspace, run: Path, clients: Sequence[str], ranks: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """`structure` after every round whose checkpoint the run folder keeps, as plain values."""
+    """Run `structure` after every round whose checkpoint the run folder keeps."""
     languages = {name: workspace.client(name).language for name in clients}
     psg, found = workspace.psg, []
     columns = psg.config.adapter.r_max  # a layer-wise λ stands for each of its layer's ranks

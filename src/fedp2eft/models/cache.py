@@ -1,4 +1,4 @@
-"""The cache of converted models: folders that are made once, whole or not there at all."""
+"""The cache of converted models: folders that are made once, with atomic writes."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from fedp2eft.errors import UserError
 from fedp2eft.files import sweep, write_folder
 
 MANIFEST = "manifest.json"
-# Bytes. Larger files are the weights: hashing them at every start would cost more than it tells.
+# Bytes. Larger files are the weights: hashing them at every start would cost more than it shows.
 _HASHED_UP_TO = 64 * 2**20
 
 
 def cache_dir() -> Path:
-    """Where fedp2eft keeps converted models: `$FEDP2EFT_CACHE`, or else `~/.cache/fedp2eft`."""
+    """Return where converted models are kept: `$FEDP2EFT_CACHE`, or `~/.cache/fedp2eft`."""
     return Path(os.environ.get("FEDP2EFT_CACHE") or "~/.cache/fedp2eft").expanduser()
 
 
@@ -60,7 +60,7 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file of a cached folder is there as it was written."""
+    """Return whether every file of a cached folder is there as it was written."""
     try:
         entries: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_bytes())["files"]
         return bool(entries) and all(

@@ -130,7 +130,7 @@ def class_names(config: Any) -> tuple[str, ...]:
 
 
 def is_generic(names: Sequence[str]) -> bool:
-    """Whether these are the names that transformers makes up."""
+    """Return whether these are the names that transformers makes up."""
     return all(_NO_NAME.fullmatch(name) for name in names)
 
 

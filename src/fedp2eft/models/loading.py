@@ -59,7 +59,7 @@ def load_base(
     quantize: Quantize = "none",
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """The base model with the head for `task`, in evaluation mode.
+    """Return the base model with the head for `task`, in evaluation mode.
 
     Layers of a classification head that the folder does not hold (the classifier; for BERT also
     the pooler, if absent) are drawn from `seed`: the same ones for every call with the same seed,
@@ -190,7 +190,7 @@ def _has_vocabulary(source: ModelSource) -> bool:
 
 
 def as_loaded(tokenizer: Any) -> Any:
-    """A tokenizer of `load_tokenizer`, put back as it was at first, for writing it to a file.
+    """Return a tokenizer of `load_tokenizer` as it was at first, for writing it to a file.
 
     One that has cut rows would carry that into its file; loading another takes seconds.
     """
@@ -216,7 +216,7 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
 
 
 def load_config(source: ModelSource) -> Any:
-    """The folder's transformers configuration; a `UserError` where it cannot be read."""
+    """Return the folder's transformers configuration; a `UserError` where it cannot be read."""
     return _load(source, AutoConfig)
 
 
@@ -318,7 +318,7 @@ def _say_spare(name: str, kind: str, count: int, first: str) -> None:
 
 
 def _has_trained_head(model: Any, report: dict[str, Any]) -> bool:
-    """Whether every layer outside the base was loaded."""
+    """Return whether every layer outside the base was loaded."""
     return all(key.startswith(model.base_model_prefix + ".") for key in report["missing_keys"])
 
 
@@ -333,7 +333,7 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether the model draws random numbers while it trains, by its modules or its config."""
+    """Return whether the model draws random numbers in training, by its modules or config."""
     if any(isinstance(module, DROPOUTS) and module.p > 0 for module in model.modules()):
         return True
     config: Any = getattr(model, "config", None) or {}
@@ -341,7 +341,7 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def _drops(config: Mapping[Any, Any]) -> bool:
-    """Whether a config, or one inside it, has a rate of dropout above 0."""
+    """Return whether a config, or one inside it, has a rate of dropout above 0."""
     return any(
         _drops(value) if isinstance(value, Mapping) else _is_rate(key, value)
         for key, value in config.items()

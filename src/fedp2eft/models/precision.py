@@ -12,7 +12,7 @@ _CPU_BF16 = ("avx512_bf16", "amx_bf16")
 
 
 def resolve_precision(name: Precision, device: torch.device | str) -> torch.dtype:
-    """The dtype for the base model on `device`.
+    """Return the dtype for the base model on `device`.
 
     Args:
         name: `"fp32"`, `"bf16"`, or `"auto"`: bf16 where the device multiplies it in hardware (a
@@ -45,7 +45,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of a setting: "auto" is the GPU where there is one."""
+    """Return the torch device of a setting: "auto" is the GPU, if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

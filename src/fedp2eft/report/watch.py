@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class WatchReporter:
-    """Receives progress, tells another reporter, and rewrites report.html now and then.
+    """Receives progress, passes it to another reporter, and rewrites report.html now and then.
 
     Args:
         inner: Who else is told.

@@ -41,7 +41,7 @@ _MOST_SHARES = 20
 
 
 def origin_of(settings: Settings, source: ModelSource) -> dict[str, Any]:
-    """What a card tells of an experiment, beside what a PSG's config or an adapter's facts say.
+    """Return what a card needs of an experiment beside a PSG's config or an adapter's facts.
 
     Args:
         settings: The experiment.
@@ -142,7 +142,7 @@ def psg_card(config: PSGConfig, results: Results | None = None) -> ModelCard:
 
 
 def _prior(config: PSGConfig) -> str:
-    """Where q comes from, and q itself unless it has too many classes for a line."""
+    """Return where q comes from, and q itself unless it has too many classes for a line."""
     q = config.label_prior
     if not q:
         return ""
@@ -153,7 +153,7 @@ def _prior(config: PSGConfig) -> str:
 
 
 def _choices(config: PSGConfig) -> list[tuple[int, str]]:
-    """What method auto chose for each rank budget."""
+    """Return what method auto chose for each rank budget."""
     from fedp2eft.methods.auto.candidates import Candidate
 
     chosen = {
@@ -167,7 +167,7 @@ def _choices(config: PSGConfig) -> list[tuple[int, str]]:
 def _front(
     origin: Mapping[str, Any], languages: list[str], task: str, library: str
 ) -> ModelCardData:
-    """The YAML front matter. Hub languages are ISO codes without a country."""
+    """Return the YAML front matter. Hub languages are ISO codes without a country."""
     codes = sorted({name.split("_")[0] for name in languages if name != "und"})
     return ModelCardData(
         base_model=origin.get("model") or None,

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def read_cells(folder: Path) -> list[CellRecord]:
-    """All cells of a comparison folder; a file that is none is named in a warning and left out."""
+    """Return all cells of a comparison folder; warn of any other file, and leave it out."""
     cells = []
     for path in sorted((folder / "cells").glob("**/*.json")):
         record = read_json(path)
@@ -51,22 +51,22 @@ def read_cells(folder: Path) -> list[CellRecord]:
 
 
 def scored(record: CellRecord) -> Sequence[CellRecord]:
-    """The clients that have test rows; the others have no score."""
+    """Return the clients that have test rows; the others have no score."""
     return [client for client in record["clients"] if client[metric_of(client).unit]]
 
 
 def values(record: CellRecord | None) -> dict[str, float]:
-    """The metric by client; empty where there is no cell."""
+    """Return the metric by client; empty where there is no cell."""
     return {c["client"]: metric_of(c).value([c]) for c in scored(record)} if record else {}
 
 
 def name_of(record: CellRecord) -> str:
-    """The name that `fedp2eft.results.plan.Cell` gives to a cell of this content."""
+    """Return the name that `fedp2eft.results.plan.Cell` gives to a cell of this content."""
     return "{base}/s{seed}/{pool}/{method}-r{rank}".format(**record)
 
 
 def traffic(run: Path, phase: str) -> tuple[int, int]:
-    """Bytes that a client sent and got in a round of a run's federation, on average."""
+    """Return the mean bytes that a client sent and received per round of a phase."""
     lines = [line for _, line in read_lines(run / "metrics.jsonl") if line is not None]
     rounds = [line for line in lines if line.get("phase") == phase]
     clients = max(1, sum(line.get("clients", 0) for line in rounds))
@@ -79,7 +79,7 @@ def _is_cell(record: object) -> bool:
 
 
 def is_client(record: object) -> bool:
-    """Whether it is what one client's scores are."""
+    """Return whether it is what one client's scores are."""
     count = {"tokens": int} if isinstance(record, dict) and "tokens" in record else {"correct": int}
     return _has(record, _CLIENT | count)
 

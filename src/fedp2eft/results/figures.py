@@ -65,7 +65,7 @@ def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def accuracy_figure(comparison: Comparison, base: str) -> Figure:
-    """Mean over languages against the rank, a panel per pool; bars are intervals over seeds.
+    """Draw the mean over languages against the rank, one panel per pool, intervals over seeds.
 
     The methods stand side by side within the band of their rank. A method without a budget is a
     dashed line. The axis shows the means; an interval may go beyond it.
@@ -85,7 +85,7 @@ def accuracy_figure(comparison: Comparison, base: str) -> Figure:
 
 
 def draw_accuracy(ax: Axes, comparison: Comparison, base: str, pool: str) -> None:
-    """One pool's panel of `accuracy_figure`; each method's marks have a gid `method-<n>-…`."""
+    """Draw one pool's panel of `accuracy_figure`; a method's marks have a gid `method-<n>-…`."""
     places, scale = np.arange(len(comparison.ranks)), _scale(comparison)
     spread = np.linspace(-0.36, 0.36, len(comparison.methods))
     for x in places:
@@ -126,7 +126,7 @@ def draw_accuracy(ax: Axes, comparison: Comparison, base: str, pool: str) -> Non
 
 
 def gain_figure(comparison: Comparison, base: str) -> Figure:
-    """Where the gain comes from (`fedp2eft.results.gains`): a panel per pool, a row per step."""
+    """Draw where the gain comes from (`fedp2eft.results.gains`): one panel per pool."""
     found = [gains for gains in comparison.gains if gains.base == base]
     most = max(len(gains.steps) for gains in found) + 1
     figure, axes = panels(len(found), 3.6, 0.5 + 0.36 * most, share_y=False, beside=0.2)
@@ -153,7 +153,7 @@ def gain_span(several: Sequence[Gains]) -> tuple[float, float]:
 
 
 def draw_gain(ax: Axes, gains: Gains) -> None:
-    """One pool's panel of `gain_figure`: blue gains, orange loses, grey is not clear."""
+    """Draw one pool's panel of `gain_figure`: blue gains, orange loses, grey is not clear."""
     steps = gains.steps if len(gains.steps) == 1 else (*gains.steps, gains.total)
     scale = _scale(gains)
     for row, step in enumerate(steps):
@@ -166,7 +166,7 @@ def draw_gain(ax: Axes, gains: Gains) -> None:
 
 
 def difference_figure(comparison: Comparison, base: str) -> Figure:
-    """Difference to LoRA of every method and rank, a panel per pool; bars: bootstrap intervals."""
+    """Draw each method's difference to LoRA, one panel per pool, with bootstrap intervals."""
     methods = [name for name in comparison.ordered(base) if name != "lora"]
     height = 1.2 + 0.16 * len(methods) * (len(comparison.ranks) + 1)
     figure, axes = panels(len(comparison.pools), 2.6, height, beside=1.6)
@@ -182,7 +182,7 @@ def difference_figure(comparison: Comparison, base: str) -> Figure:
 def draw_differences(
     ax: Axes, comparison: Comparison, base: str, pool: str, methods: Sequence[str]
 ) -> None:
-    """One pool's panel of `difference_figure`: a row per method, a mark per rank."""
+    """Draw one pool's panel of `difference_figure`: one row per method, one mark per rank."""
     middle, scale = (len(comparison.ranks) - 1) / 2, _scale(comparison)
     step = 0.7 / max(1, len(comparison.ranks))
     for number, rank in enumerate(comparison.ranks):
@@ -202,7 +202,7 @@ def _interval(
     ax: Axes, row: float, value: float, low: float | None, high: float | None, scale: float,
     look: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """A mark with its interval, if it has one."""
+    """Draw a mark with its interval, if it has one."""
     ends = (
         [[scale * (value - low)], [scale * (high - value)]]
         if low is not None and high is not None
@@ -212,7 +212,7 @@ def _interval(
 
 
 def _rows(ax: Axes, names: Sequence[str], label: str) -> None:
-    """Rows from above, with a line at 0."""
+    """Draw rows from above, with a line at 0."""
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -221,13 +221,13 @@ def _rows(ax: Axes, names: Sequence[str], label: str) -> None:
 
 
 def _points(judged: Comparison | Gains) -> str:
-    """The unit of a difference."""
+    """Return the unit of a difference."""
     metric = _metric(judged)
     return "points" if metric.higher else unit(metric)
 
 
 def language_figure(comparison: Comparison, base: str, pool: str) -> Figure:
-    """The metric by language: a panel per method, a bar per rank, the base model as a line.
+    """Draw the metric by language: one panel per method, one bar per rank, the base as a line.
 
     A method without a budget has one grey bar.
     """
@@ -249,7 +249,7 @@ def language_figure(comparison: Comparison, base: str, pool: str) -> Figure:
 
 
 def draw_languages(ax: Axes, comparison: Comparison, base: str, pool: str, method: str) -> None:
-    """One method's panel of `language_figure`."""
+    """Draw one method's panel of `language_figure`."""
     languages = comparison.languages(base, pool)
     places = np.arange(len(languages))
     drawn, level = language_bars(comparison, base, pool, method)
@@ -292,7 +292,7 @@ def panels(
     share_y: bool = True,
     beside: float = 0.4,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, `wide` in a row; sizes in inches, `beside` for what is beside."""
+    """Return a figure of so many panels, `wide` per row; inches, `beside` for what is beside."""
     wide = wide or count
     tall = -(-count // wide)
     size = (wide * width + beside, tall * height + 0.8)
@@ -306,12 +306,12 @@ def panels(
 
 
 def look_of(number: int, method: str) -> dict[str, Any]:
-    """What the n-th method is drawn with; the base model is black."""
+    """Return what the n-th method is drawn with; the base model is black."""
     return _look(number) if method != "base" else {"color": "black"}
 
 
 def _look(number: int) -> dict[str, Any]:
-    """Colour, mark and line of the n-th series."""
+    """Return colour, mark and line of the n-th series."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKS[number % len(MARKS)],
@@ -320,7 +320,7 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def shade(ranks: Sequence[int], rank: int) -> tuple[float, float, float]:
-    """Light to dark blue, so that ranks are told apart by lightness alone; grey for rank 0."""
+    """Return light to dark blue, so that lightness alone distinguishes ranks; grey for rank 0."""
     if rank == 0:
         return 0.6, 0.6, 0.6
     part = ranks.index(rank) / max(1, len(ranks) - 1)
@@ -339,7 +339,7 @@ def _value(line: Line, language: str) -> float:
 
 
 def _scale(judged: Comparison | Gains) -> float:
-    """Shares are shown in %."""
+    """Return the factor that shows shares in %."""
     return 100.0 if _metric(judged).higher else 1.0
 
 

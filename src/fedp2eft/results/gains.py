@@ -121,12 +121,12 @@ def gains_from(facts: Mapping[str, Any]) -> Gains:
 
 
 def adjusted(settings: Settings) -> bool:
-    """Whether the methods of these settings have the client's label prior in their logits."""
+    """Return whether these settings' methods have the client's label prior in their logits."""
     return settings.local.logit_adjustment != "none"
 
 
 def _chain(there: set[str]) -> list[str]:
-    """The methods of the chain that are there, one per place."""
+    """Return the methods of the chain that are there, one per place."""
     places = [[name for name in place if name in there] for place in PLACES]
     if places[2][:1] == ["lora+prior"]:
         places[3:] = [[], [name for name in places[4] if name == "fedp2eft+prior"]]
@@ -158,7 +158,7 @@ def _gains(base: str, pool: str, paired: Paired, adjusted: bool) -> Gains:
 
 
 def _name(before: str, after: str, adjusted: bool) -> str:
-    """What a step adds."""
+    """Return what a step adds."""
     if after in PLACES[1]:
         return "the client's label prior"
     if after in PLACES[2]:
@@ -185,7 +185,7 @@ def _text(
     total: Step,
     steps: Sequence[Step],
 ) -> str:
-    """Two sentences: what was gained, and from what."""
+    """Return two sentences: what was gained, and from what."""
     unit = " %" if metric.higher else " nats per token"
     start, end = (metric.shown(value) + unit for value in ends)
     budget = f", r = {ranks[0]}" if ranks != [0] else ""

@@ -54,7 +54,7 @@ def gain_text(comparison: Comparison, gains: Gains) -> str:
 
 
 def budgets(comparison: Comparison, base: str, pool: str) -> Iterator[tuple[int, str, Line | None]]:
-    """(Rank, method, its line or None if absent) in the order in which they are shown.
+    """Yield (rank, method, its line or None if absent) in the order in which they are shown.
 
     The best method of a rank comes first. A method without a budget comes again at every rank, to
     stand beside the others.
@@ -65,7 +65,7 @@ def budgets(comparison: Comparison, base: str, pool: str) -> Iterator[tuple[int,
 
 
 def compact_table(comparison: Comparison, base: str) -> Table:
-    """Methods, the best first × (pool, rank): mean over languages with its interval over seeds.
+    """Return methods × (pool, rank), best first: mean over languages, interval over seeds.
 
     A further column per pool holds the share of clients worse than the base, at each rank.
     """
@@ -95,7 +95,7 @@ def compact_table(comparison: Comparison, base: str) -> Table:
 
 
 def long_table(comparison: Comparison, base: str, pool: str) -> Table:
-    """(Rank, method) × all metrics, differences and costs of one pool."""
+    """Return (rank, method) × all metrics, differences and costs of one pool."""
     rows = []
     for rank, method, line in budgets(comparison, base, pool):
         cells = numbers(line, rank) if line else [MISSING] * len(COLUMNS)
@@ -105,7 +105,7 @@ def long_table(comparison: Comparison, base: str, pool: str) -> Table:
 
 
 def language_table(comparison: Comparison, base: str, pool: str) -> Table:
-    """(Rank, method) × languages of one pool: accuracy, mean over seeds."""
+    """Return (rank, method) × languages of one pool: accuracy, mean over seeds."""
     languages = comparison.languages(base, pool)
     rows = []
     for rank, method, line in budgets(comparison, base, pool):
@@ -117,7 +117,7 @@ def language_table(comparison: Comparison, base: str, pool: str) -> Table:
 
 
 def further_table(comparison: Comparison, base: str, pool: str) -> Table | None:
-    """(Rank, method) × the other metrics of a causal LM; None where nothing has any."""
+    """Return (rank, method) × a causal LM's other metrics; None if nothing has any."""
     lines = list(budgets(comparison, base, pool))
     told = [line.further_means for _, _, line in lines if line]
     names = [name for name in METRICS if any(name in means for means in told)]
@@ -137,7 +137,7 @@ def _worse(line: Line | None) -> str:
 
 
 def unit(metric: Metric) -> str:
-    """What the tables and figures show the metric in."""
+    """Return what the tables and figures show the metric in."""
     return "%" if metric.higher else "nats per token"
 
 
@@ -146,7 +146,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def numbers(line: Line, rank: int) -> list[str]:
-    """What a line shows at a budget under `COLUMNS`."""
+    """Return what a line shows at a budget under `COLUMNS`."""
     cost, metric = line.cost, METRICS[line.metric]
     return [
         score(line.mean, metric),
@@ -164,7 +164,7 @@ def numbers(line: Line, rank: int) -> list[str]:
 
 
 def score(made: Estimate | None, metric: Metric, *, half: bool = True) -> str:
-    """A value of the metric, with half its interval over seeds if it has one and `half` is set."""
+    """Return a metric's value; with half its interval over seeds if `half` and it has one."""
     if made is None:
         return MISSING
     width = made.half_width if half else None
@@ -172,7 +172,7 @@ def score(made: Estimate | None, metric: Metric, *, half: bool = True) -> str:
 
 
 def difference(made: Difference | None, metric: Metric) -> str:
-    """A difference with its sign, and with its interval where it has one."""
+    """Return a difference with its sign, and with its interval where it has one."""
     if made is None:
         return MISSING
     value, low, high = (
@@ -183,7 +183,7 @@ def difference(made: Difference | None, metric: Metric) -> str:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Per base: the compact one first, then the long one and the languages of every pool."""
+    """Return, per base, the compact table, then the long one and the languages per pool."""
     return [
         table
         for base in comparison.bases
@@ -198,7 +198,7 @@ def tables(comparison: Comparison) -> list[Table]:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the reader of the tables must know."""
+    """Return what the reader of the tables must know."""
     seeds = ", ".join(map(str, comparison.seeds))
     lines = [*NOTES, f"Seeds: {seeds}. * fewer seeds than these."]
     if comparison.ablations:

@@ -34,25 +34,25 @@ class Metric:
     exponential: bool = False
 
     def total(self, cell: ClientScores) -> float:
-        """The sum over a client's units: rows classified right, nats, or scores of texts."""
+        """Return the sum over a client's units: rows classified right, nats, or scores of texts."""
         return float(cell[self.summed] if self.summed else cell["loss"] * cell[self.unit])
 
     def value(self, cells: Iterable[ClientScores]) -> float:
-        """The metric of one client or of several together; at least one unit."""
+        """Return the metric of one client or of several together; at least one unit."""
         cells = list(cells)
         mean = sum(map(self.total, cells)) / float(sum(cell[self.unit] for cell in cells))
         return math.exp(min(mean, 700.0)) if self.exponential else mean
 
     def worst(self, values: Iterable[float]) -> float:
-        """The worst of several values."""
+        """Return the worst of several values."""
         return min(values) if self.higher else max(values)
 
     def is_worse(self, value: float, other: float) -> bool:
-        """Whether the first value is worse than the second."""
+        """Return whether the first value is worse than the second."""
         return value < other if self.higher else value > other
 
     def shown(self, value: float) -> str:
-        """A value as tables show it: shares and scores of texts in percent, loss in nats."""
+        """Return a value as tables show it: shares and text scores in percent, loss in nats."""
         return f"{100 * value:.1f}" if self.higher else f"{value:.3f}"
 
 
@@ -74,12 +74,12 @@ METRICS = {metric.name: metric for metric in (ACCURACY, RESPONSE_LOSS, PERPLEXIT
 
 
 def metric_of(cell: ClientScores) -> Metric:
-    """What a cell's task is judged by."""
+    """Return the metric that a cell's task is judged by."""
     return RESPONSE_LOSS if "tokens" in cell else ACCURACY
 
 
 def further_metrics(cells: Sequence[ClientScores]) -> tuple[Metric, ...]:
-    """What is told beside `metric_of`: only what every one of the cells has."""
+    """Return the metrics beside `metric_of` that every one of the cells has."""
     if metric_of(cells[0]) is ACCURACY:
         return ()
     return (PERPLEXITY, *(m for m in TEXTS if all(m.summed in cell for cell in cells)))

@@ -82,14 +82,14 @@ class Paired:
         )
 
     def sum_of(self, method: str, ranks: Sequence[int]) -> NDArray[np.float64]:
-        """A method's sums over units, mean over budgets."""
+        """Return a method's sums over units, mean over budgets."""
         if (method, 0) in self.sums:
             return self.sums[method, 0]
         found: NDArray[np.float64] = np.mean([self.sums[method, rank] for rank in ranks], axis=0)
         return found
 
     def mean(self, method: str) -> float:
-        """A method's metric: mean over budgets, seeds and languages."""
+        """Return a method's metric: mean over budgets, seeds and languages."""
         sums, names = self.sum_of(method, self.ranks), np.asarray(self.languages)
         parts = [
             sums[:, names == name].sum(1) / self.units[:, names == name].sum(1)
@@ -98,6 +98,6 @@ class Paired:
         return float(np.mean(parts))
 
     def difference(self, mine: str, theirs: str, ranks: Sequence[int], seed: int) -> Interval:
-        """One method's metric less another's, mean over budgets."""
+        """Return one method's metric less another's, mean over budgets."""
         ours, others = self.sum_of(mine, ranks), self.sum_of(theirs, ranks)
         return paired_difference(ours, others, self.units, self.languages, seed)

@@ -72,16 +72,16 @@ class Cell:
         return f"{t.base}/s{t.seed}/{self.pool}/{self.method}-r{self.rank}"
 
     def path(self, folder: Path) -> Path:
-        """Its file in a comparison folder."""
+        """Return its file in a comparison folder."""
         return folder / "cells" / f"{self.name}.json"
 
     def done(self, folder: Path) -> bool:
-        """Whether it was computed."""
+        """Return whether it was computed."""
         return isinstance(read_json(self.path(folder)), dict)
 
 
 def plan(settings: Settings) -> list[Cell]:
-    """All cells, those of one training side by side.
+    """Return all cells, those of one training side by side.
 
     Raises:
         UserError: An unknown method or base.
@@ -103,7 +103,7 @@ def plan(settings: Settings) -> list[Cell]:
 
 
 def variant_name(variant: Mapping[str, Mapping[str, Any]]) -> str:
-    """A name for the settings that a method's federation is trained under."""
+    """Return a name for the settings that a method's federation is trained under."""
     return "-".join(
         f"{section}.{key}-{value}"
         for section, keys in variant.items()
@@ -114,7 +114,7 @@ def variant_name(variant: Mapping[str, Mapping[str, Any]]) -> str:
 def settings_of(
     settings: Settings, training: SharedTraining, *, base_only: bool = False
 ) -> Settings:
-    """The experiment of one training: its base, its seeds, its variant and the methods it serves.
+    """Return the settings of one training: its base, seeds, variant and the methods it serves.
 
     Args:
         settings: The comparison.

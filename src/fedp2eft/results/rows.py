@@ -70,7 +70,7 @@ class Results:
     gains: tuple[Gains, ...] = ()
 
     def row(self, method: str, rank: int, pool: str) -> Row:
-        """One row; a `UserError` where it was not computed."""
+        """Return one row; a `UserError` if it was not computed."""
         for row in self.rows:
             if (row.method, row.rank, row.pool) == (method, rank, pool):
                 return row
@@ -78,7 +78,7 @@ class Results:
 
 
 def read_results(run: str | Path) -> Results:
-    """The tables that `collect` wrote."""
+    """Return the tables that `collect` wrote."""
     found = read_json(Path(run) / "results.json")
     if isinstance(found, list):  # as fedp2eft 0.1.0 wrote it
         found = {"rows": found, "gains": []}
@@ -121,7 +121,7 @@ def collect(run: str | Path) -> Results:
 def row_of(
     method: str, rank: int, pool: str, cells: Sequence[Mapping[str, Any]], base: Mapping[str, float]
 ) -> Row:
-    """The scores of one method, budget and pool.
+    """Return the scores of one method, budget and pool.
 
     Args:
         method: Its name.

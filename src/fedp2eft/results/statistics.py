@@ -17,7 +17,7 @@ _T = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, right to four digits.
+    """Return the 97.5 % quantile of Student's t, right to four digits.
 
     Above 10 degrees of freedom by the expansion around the normal quantile z in 1 / freedom
     (Abramowitz & Stegun 26.7.5).
@@ -53,7 +53,7 @@ class Estimate:
 
 
 def estimate(seeds: Mapping[int, float]) -> Estimate | None:
-    """Mean and interval over seeds; None where there is no number at all."""
+    """Return mean and interval over seeds; None without a value."""
     if not seeds:
         return None
     values = [seeds[seed] for seed in sorted(seeds)]
@@ -78,7 +78,7 @@ def paired_difference(
     languages: Sequence[str],
     seed: int,
 ) -> Interval:
-    """How far one method's metric is from another's on the same clients and test rows.
+    """Return one method's metric less another's on the same clients and test rows.
 
     The value is the mean over seeds of the plain mean over languages of the difference between the
     two, each pooled over the language's test rows.
@@ -121,7 +121,7 @@ def paired_difference(
 
 @lru_cache(maxsize=8)
 def _draws(sizes: tuple[int, ...], seed: int) -> list[NDArray[np.float64]]:
-    """How often each client is drawn, per language: resamples × clients. One set for a pool."""
+    """Return how often each client is drawn, per language: resamples × clients, per pool."""
     rng = np.random.default_rng(seed)
     return [
         rng.multinomial(size - 1, [1 / size] * size, size=RESAMPLES).astype(np.float64)

@@ -102,7 +102,7 @@ class Line:
     further_means: dict[str, Estimate] = field(default_factory=dict)
 
     def difference(self, to: str, rank: int) -> Difference | None:
-        """The difference to a reference at its budget `rank`."""
+        """Return the difference to a reference at its budget `rank`."""
         return next((d for d in self.differences if (d.to, d.rank) == (to, rank)), None)
 
 
@@ -143,7 +143,7 @@ class Comparison:
         return METRICS[self.lines[0].metric] if self.lines else ACCURACY
 
     def line(self, base: str, pool: str, method: str, rank: int) -> Line | None:
-        """A method at a budget; one without a budget is the same at all. None: not computed."""
+        """Return a method's line at a budget (one line if it has none); None if not computed."""
         for line in self.lines:
             same = (line.base, line.pool, line.method) == (base, pool, method)
             if same and line.rank in (rank, 0):
@@ -174,13 +174,13 @@ class Comparison:
         return sorted(self.methods, key=place)
 
     def languages(self, base: str, pool: str) -> list[str]:
-        """The languages of a pool, sorted."""
+        """Return the languages of a pool, sorted."""
         lines = [line for line in self.lines if (line.base, line.pool) == (base, pool)]
         return sorted({language for line in lines for language in line.languages})
 
 
 def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
-    """The lines of a comparison.
+    """Return the lines of a comparison.
 
     Args:
         settings: The comparison: its bases, pools, methods, ranks and seeds.
@@ -293,7 +293,7 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Line:
 
 
 def _by_name(values: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
-    """Values by seed and name as estimates by name."""
+    """Return values by seed and name as estimates by name."""
     by_name: dict[str, dict[int, float]] = defaultdict(dict)
     for seed, named in values.items():
         for name, value in named.items():
@@ -305,7 +305,7 @@ def _by_name(values: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
 def _difference(
     key: Key, mine: Mapping[int, CellRecord], other: Key, theirs: Mapping[int, CellRecord]
 ) -> Difference | None:
-    """On the seeds that both have, and the clients that both scored on as many rows in all."""
+    """Compare on the seeds of both, and the clients that both scored on as many rows in all."""
     paired = Paired.of([key[2], other[2]], {key[2:]: _by_seed(mine), other[2:]: _by_seed(theirs)})
     if paired is None:
         return None
@@ -318,7 +318,7 @@ def _by_seed(cells: Mapping[int, CellRecord]) -> dict[int, Sequence[CellRecord]]
 
 
 def _gains(settings: Settings, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Iterator[Gains]:
-    """Where the gain comes from, on every base and pool."""
+    """Yield where the gain comes from, on every base and pool."""
     places = dict.fromkeys(key[:2] for key in groups)
     for base, pool in places:
         cells = {key[2:]: _by_seed(groups[key]) for key in groups if key[:2] == (base, pool)}

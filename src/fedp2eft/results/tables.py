@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 def write_tables(folder: str | Path) -> Comparison:
     """Write results.json, table.md, table.csv, table.tex and figures/ of a comparison folder.
 
-    Each file is written whole or not at all. Without matplotlib there are no figures, and a
+    Writes are atomic. Without matplotlib there are no figures, and a
     warning says how to get them.
 
     Raises:
@@ -66,12 +66,12 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    """Text as Markdown that shows it: a method's or a language's name may hold HTML."""
+    """Escape text for Markdown: a method's or a language's name may hold HTML."""
     return html.escape(text, quote=False).replace("|", "\\|")
 
 
 def latex(comparison: Comparison) -> str:
-    """All tables in LaTeX; needs the package booktabs."""
+    """Return all tables in LaTeX; needs the package booktabs."""
     parts = ["% Needs \\usepackage{booktabs}."]
     for table in tables(comparison):
         labels = sum(name in ("rank", "method") for name in table.head)
@@ -97,7 +97,7 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text as LaTeX source that shows it."""
+    """Escape text for LaTeX."""
     special = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
         "\\": "\\textbackslash{}",
         "~": "\\textasciitilde{}",
@@ -116,7 +116,7 @@ def escape(text: str) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One row for every (base, pool, rank, method) that the tables show; empty where missing.
+    """Return one row per (base, pool, rank, method) that the tables show; empty where missing.
 
     Shares, accuracies and scores of texts among them, are numbers from 0 to 1, losses are in nats
     per token, costs in seconds and bytes.

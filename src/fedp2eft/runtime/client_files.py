@@ -38,7 +38,7 @@ class ClientFiles:
         self._keep = keep
 
     def before(self, client: str, round_: int | None = None) -> dict[str, Tensor] | None:
-        """What a client had before a round (default: the newest), or None.
+        """Return what a client had before a round (default: the newest), or None.
 
         Raises:
             UserError: The file is damaged.

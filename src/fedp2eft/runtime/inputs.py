@@ -38,7 +38,7 @@ def check_inputs(folder: Path, workspace: Workspace) -> None:
         return
     if isinstance(kept, dict):
         changed = _changed(kept, found, workspace.settings.model.name)
-        # On a SuperNode the server hears it: a client's name is all that it holds.
+        # A SuperNode reports it to the server: it holds no more than a client's name.
         raise (TellableError if workspace.node is not None else UserError)(
             f"{changed} than when {'this run' if workspace.node is not None else folder} was "
             "begun: put them back as they were, or name another run folder."
@@ -47,7 +47,7 @@ def check_inputs(folder: Path, workspace: Workspace) -> None:
 
 
 def _changed(kept: dict[str, Any], found: dict[str, Any], model: str) -> str:
-    """The first input that is another, as the beginning of a sentence."""
+    """Return the first input that is another, as the beginning of a sentence."""
     if kept.get("model") != found["model"]:
         return f"The files of model {model} are others"
     before, now = kept.get("clients", {}), found["clients"]

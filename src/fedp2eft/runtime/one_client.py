@@ -73,20 +73,20 @@ class OneClient(Workspace):
         c.check_fits(replace(c, base_revision=revision))  # before the model is loaded
 
     def for_client(self, name: str) -> None:
-        """Also check that the PSG was made for this model's layers."""
+        """Put the client's own part in place; check that the PSG was made for these layers."""
         self.psg.config.check_fits(self.psg_config)
         super().for_client(name)
 
     def seed_of(self, purpose: str, name: str) -> int:
-        """The client's seed of one piece of work: what its file is called changes nothing."""
+        """Return the client's seed of one piece of work, whatever its file is called."""
         return derive_seed(self.settings.seed, purpose)
 
     def local_work(self, name: str, seed: int) -> LocalWork:
-        """The client's local run on the base, which its name seeds, too."""
+        """Return the client's local run on the base, which its name seeds, too."""
         return replace(super().local_work(name, seed), client=f"seed {self.settings.seed}")
 
     def texts_and_answers(self, name: str, split: str) -> tuple[list[Sequence[Any]], Sequence[Any]]:
-        """The client's rows; the test rows may come from a file of their own."""
+        """Return the client's rows; the test rows may come from a file of their own."""
         if split == "train":
             return super().texts_and_answers(name, split)
         return self._held.texts_and_answers(self._held.clients[0].test, self.settings.model.task)

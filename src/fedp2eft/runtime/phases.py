@@ -64,14 +64,14 @@ def _psg_first(workspace: Workspace) -> Mapping[str, Tensor]:
 
 
 def psg_order(turn: Turn) -> list[Any]:
-    """Mini-batches of row indices of stage 1."""
+    """Return mini-batches of row indices of stage 1."""
     local = turn.workspace.settings.local
     rows = len(turn.workspace.encoded(turn.client, "train"))
     return list(local_order(rows, local.epochs, local.batch_size, turn.seed))
 
 
 def _train_psg(turn: Turn) -> Trained:
-    """Stage 1, then stage 2. Neither text, ξ, λ nor an adapter leaves the client."""
+    """Run stage 1, then stage 2. Neither text, ξ, λ nor an adapter leaves the client."""
     workspace, name, order = turn.workspace, turn.client, psg_order(turn)
     s = workspace.settings
     workspace.for_client(name)
@@ -125,5 +125,5 @@ PSG_PHASE = Phase(
 
 
 def shared_phases(methods: Iterable[str] | None = None) -> dict[str, Phase]:
-    """The PSG's phase and those of the named methods' own, of all methods if absent; by name."""
+    """Return the PSG's phase and those of the named methods (default: all), by name."""
     return {PSG_PHASE.name: PSG_PHASE} | phases(methods)

@@ -138,7 +138,7 @@ class Workspace:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names in the order of their ids; none where nothing is classified."""
+        """Class names in the order of their ids; none without classes."""
         return self.data.labels if self.settings.model.task == "classification" else ()
 
     @cached_property
@@ -147,19 +147,19 @@ class Workspace:
         return {client.name: client for client in self.data.clients}
 
     def client(self, name: str) -> Client:
-        """One client; an unknown name is a `UserError`."""
+        """Return one client; an unknown name is a `UserError`."""
         if name not in self.clients:
             raise TellableError(f"This process has no client {name!r}.")
         return self.clients[name]
 
     def texts_and_answers(self, name: str, split: str) -> tuple[list[Sequence[Any]], Sequence[Any]]:
-        """The text columns of a client's rows ("train" or "test"), and their answers."""
+        """Return the text columns of a client's rows ("train" or "test"), and their answers."""
         client = self.client(name)
         indices = client.train if split == "train" else client.test
         return self.data.texts_and_answers(indices, self.settings.model.task)
 
     def encoded(self, name: str, split: str) -> Encoded:
-        """A client's rows ("train" or "test") as tokens."""
+        """Return a client's rows ("train" or "test") as tokens."""
         key = (name, split)
         if key not in self._encoded:
             rows = self.texts_and_answers(name, split)
@@ -175,7 +175,7 @@ class Workspace:
 
     @property
     def label_prior(self) -> Tensor | None:
-        """q, as the server told it or the run folder has it; None if nothing needs it."""
+        """q, as the server sent it or the run folder has it; None if nothing needs it."""
         if self._label_prior is None and self.run is not None:
             kept = read_json(self.run / LABEL_PRIOR_FILE) or {}
             if "q" in kept:
@@ -224,7 +224,7 @@ class Workspace:
             )  # fmt: skip
 
     def seed_of(self, purpose: str, name: str) -> int:
-        """A client's seed of one piece of work."""
+        """Return a client's seed of one piece of work."""
         return derive_seed(self.settings.seed, purpose, name)
 
     def local_work(self, name: str, seed: int) -> LocalWork:
@@ -379,7 +379,7 @@ class Workspace:
     # ── ξ ───────────────────────────────────────────────────────────────────────────────────────
 
     def features(self, name: str) -> Tensor:
-        """ξ of a client as the PSG wants it, computed once."""
+        """Return ξ of a client as the PSG wants it, computed once."""
         if name not in self._features:
             self.for_client(name)
             data = self.encoded(name, "train")
@@ -392,7 +392,7 @@ class Workspace:
         return self._features[name]
 
     def shapes(self, phase: Phase) -> dict[str, Tensor]:
-        """Names and shapes of a phase's parameters; the tensors take no memory."""
+        """Return names and shapes of a phase's parameters; the tensors take no memory."""
         if phase.name not in self._shapes:
             first = phase.first(self).items()
             self._shapes[phase.name] = {n: torch.empty_like(v, device="meta") for n, v in first}

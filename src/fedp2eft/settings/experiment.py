@@ -383,17 +383,17 @@ class Settings:
         )
 
     def value(self, name: str) -> Any:
-        """A setting by its name on the command line, e.g. "local.lr"."""
+        """Return a setting by its name on the command line, e.g. "local.lr"."""
         section, _, key = name.partition(".")
         return getattr(getattr(self, section), key)
 
     def section(self, kind: type[T]) -> T:
-        """The section of that class, a method's (`Method.settings`) as well as one named above."""
+        """Return the section of that class, a method's (`Method.settings`) or one named above."""
         found = (getattr(self, part.name) for part in fields(self))
         return next((value for value in found if isinstance(value, kind)), kind())
 
     def _check_label_prior(self) -> None:
-        """What adds or uses a label prior needs classes; a base cannot train with its own words."""
+        """Refuse a label prior without classes, or a base trained with its own predictions."""
         wanted = {
             "local.logit_adjustment": self.local.logit_adjustment != "none",
             "base.logit_adjustment": self.base.logit_adjustment != "none",

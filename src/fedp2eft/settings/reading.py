@@ -176,7 +176,7 @@ def options_tree(options: Sequence[str]) -> dict[str, Any]:
 
 
 def _place(word: str, name: str) -> tuple[str, str]:
-    """Section and key that an option names."""
+    """Return section and key that an option names."""
     known = {f"--{each}" for each in option_names()}
     if f"--{name}" not in known or not word.startswith("--"):
         hint = nearest(word.split("=")[0], sorted(known)) if word.startswith("--") else ""
@@ -195,7 +195,7 @@ def option_names() -> list[str]:
 
 
 def _merged(below: Any, above: Any) -> Any:
-    """One mapping of two; the second wins."""
+    """Return one mapping of two; the second wins."""
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
     both = {key: _merged(below[key], above[key]) for key in above if key in below}
@@ -204,7 +204,7 @@ def _merged(below: Any, above: Any) -> Any:
 
 @lru_cache(maxsize=4)
 def _settings_of_text(text: str, source: str, _sections: tuple[str, ...]) -> Settings:
-    """Kept as long as no method adds a section: every message of a run asks for the same."""
+    """Return settings, cached until a method adds a section: every message asks for them."""
     return _settings(_mapping(text, source), None, source)
 
 
@@ -263,7 +263,7 @@ def add_section(name: str, kind: type) -> None:
 
 
 def settings_class() -> type[Settings]:
-    """`Settings` with the sections of all methods, built in or installed, as further fields."""
+    """Return `Settings` with the sections of all methods, built in or installed, as fields."""
     import_module("fedp2eft.methods").load()  # by name: methods are above settings, and fill them
     return _extended(tuple(_SECTIONS.items()))
 
@@ -278,7 +278,7 @@ def with_sections(settings: Settings) -> Settings:
 
 @lru_cache(maxsize=4)
 def _extended(sections: Iterable[tuple[str, type]]) -> type[Settings]:
-    """A subclass: everything that reads the fields of `Settings` finds the sections among them."""
+    """Return a subclass: what reads the fields of `Settings` finds the sections among them."""
     sections = list(sections)
     made = make_dataclass(
         "Settings",

@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
     """YAML whose plain scalars are text; only null and the merge key `<<` mean something else."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Keys are words too, and each may stand once."""
+        """Return a mapping; keys are words too, and each may stand once."""
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -105,7 +105,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
 
 
 def _section(kind: Any, value: Any, where: str) -> Any:
-    """A dataclass of its fields; those that are not named keep their defaults."""
+    """Return a dataclass of its fields; those not named keep their defaults."""
     if isinstance(value, kind):
         return value
     hints = types_of(kind)
@@ -139,7 +139,7 @@ def _is_required(field: Any) -> bool:
 
 
 def _named(items: Mapping[Any, Any]) -> list[tuple[str, Any]]:
-    """A mapping's items; a key that is no text (only Python can give one) is refused."""
+    """Return a mapping's items; refuse a key that is no text (only Python can give one)."""
     for key in items:
         if not isinstance(key, str):
             raise UserError(f"Key {key!r} is not text: put it in quotes.")
@@ -157,7 +157,7 @@ def parsed(value: Any) -> Any:
 
 
 def _first_that_fits(kind: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
-    """A value of one of several types, text last: every word is text."""
+    """Return a value of one of several types, text last: every word is text."""
     if value is None and NoneType in args:
         return None
     kinds = sorted((each for each in args if each is not NoneType), key=lambda each: each is str)
@@ -200,7 +200,7 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
 
 
 def _named_kind(kind: Any) -> str:
-    """A type in a user's words."""
+    """Return a type in a user's words."""
     names = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))

@@ -26,8 +26,8 @@ def make_task(
         tokenizer: A Hugging Face tokenizer.
         max_length: Longest input in tokens.
         device: Where batches go.
-        config: The model's; it tells how many tokens the model knows and whether its results
-            depend on how far a row is padded.
+        config: The model's: how many tokens it has embeddings for, and whether its results
+            depend on a row's padding.
     """
     text = config.get_text_config() if config else None
     size = getattr(text, "vocab_size", None)

@@ -95,7 +95,7 @@ class _Words:
 
 
 class _NoSynonyms:
-    """WordNet's place where there is none."""
+    """Stands in for WordNet if it is absent."""
 
     def synsets(self, _word: str) -> Iterable[Any]:
         return ()

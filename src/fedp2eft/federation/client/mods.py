@@ -31,11 +31,11 @@ def tell_errors(message: Message, context: Context, handle: Handler) -> Message:
     """An error reaches the server as one line that holds nothing of the client's data.
 
     The text of an error may quote a row or a label. Outside the server's own process only a
-    `TellableError` goes out as it is; of any other the server hears that it happened, and the
+    `TellableError` goes out as it is. Of any other, the server receives only its kind, and the
     client's own log has the rest.
     """
     if is_local():
-        return handle(message, context)  # all data is the user's own: the engine tells it whole
+        return handle(message, context)  # all data is the user's own: the engine reports it in full
     try:
         return handle(message, context)
     except TellableError as error:

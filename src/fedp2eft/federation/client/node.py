@@ -70,7 +70,7 @@ def own_folder(node: Mapping[str, Value], settings: Settings, run: str) -> Path:
 
 
 def kept_base(workspace: Workspace) -> str:
-    """`base_id` of the base that this SuperNode keeps for the run; empty where it has none."""
+    """Return the `base_id` of the base that this SuperNode keeps for the run; empty if none."""
     assert workspace.run is not None
     kept = read_json(workspace.run / "base" / RECEIVED)
     return str(kept["base"]) if isinstance(kept, dict) and "base" in kept else ""

@@ -28,7 +28,7 @@ Node = dict[int, "Node"]
 
 
 def encode_charsmap(rules: Mapping[str, str]) -> bytes:
-    """The charsmap that rewrites each key of `rules` to its value.
+    """Return the charsmap that rewrites each key of `rules` to its value.
 
     Args:
         rules: at least one; non-empty keys to replacements (which may be empty). No string contains
@@ -58,7 +58,7 @@ def encode_charsmap(rules: Mapping[str, str]) -> bytes:
 
 
 def _place(root: Node, values: Mapping[int, int]) -> np.ndarray:
-    """Lays the trie out in an array of units: inner nodes where they first fit, then leaves.
+    """Lay the trie out in an array of units: inner nodes where they first fit, then leaves.
 
     Blocks are kept whole, so that `base ^ c` lies in the array for every byte c.
     """

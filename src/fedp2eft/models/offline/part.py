@@ -28,7 +28,7 @@ class OfflinePart:
         licence: of the model, one line.
         room: bytes that the converted folder takes, rounded up.
         install: the command that gets the package.
-        terms: where the terms are that a user must accept first; "" where there are none.
+        terms: where the terms are that a user must accept first; "" if there are none.
     """
 
     hub_name: str

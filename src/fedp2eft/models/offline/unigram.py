@@ -24,7 +24,7 @@ _LONGEST_KEY = 5  # bytes
 
 
 def composition_rules(charmap: Mapping[str, str]) -> dict[str, str]:
-    """Letter + combining mark -> one letter, for the pairs that XLM-R's normalizer joins.
+    """Return letter + combining mark → letter, for the pairs that XLM-R's normalizer joins.
 
     Args:
         charmap: one code point -> its replacement. A letter that it rewrites starts no pair, as the
@@ -50,7 +50,7 @@ def composition_rules(charmap: Mapping[str, str]) -> dict[str, str]:
 def build_tokenizer(
     pieces: Sequence[str], scores: Sequence[float], charmap: Mapping[str, str], *, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer, in a form that `AutoTokenizer` reloads without the package sentencepiece.
+    """Return the tokenizer in a form that `AutoTokenizer` loads without sentencepiece.
 
     Args:
         pieces: the vocabulary in order of ids, in the layout of XLM-R: `<s> <pad> </s> <unk>`
