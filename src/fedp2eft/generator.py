@@ -306,8 +306,8 @@ def _read_config(path: Path) -> PSGConfig:
         raise UserError(f"{path} is not a PSG's: {shortened(str(error), 200)}.") from error
     a, g = config.adapter, config.generator
     sizes = (a.r_max, g.hidden_multiplier, len(config.layer_names), config.n_features)
-    numbers = (a.scaling, a.lambda_max, g.init_lambda)
-    if not all(0 < n < 1_000_000 for n in sizes) or not all(map(math.isfinite, numbers)):
+    scales = (a.scaling, a.lambda_max, g.init_lambda)
+    if not all(0 < n < 1_000_000 for n in sizes) or not all(map(math.isfinite, scales)):
         raise UserError(f"{path} is not a PSG's: its sizes or its range of λ are impossible.")
     return config
 

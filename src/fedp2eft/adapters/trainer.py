@@ -162,9 +162,7 @@ class BTLoraTrainer(Trainer):  # type: ignore[misc]
             self.accelerator.backward(penalty * self.accelerator.gradient_accumulation_steps)
             self._penalty = penalty.detach()
             loss = loss + self._penalty
-        if not bool(
-            torch.isfinite(loss)
-        ):  # the Trainer would leave it out of the logs and continue
+        if not bool(torch.isfinite(loss)):  # the Trainer would drop it from the logs
             raise DivergedError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}: lower the "
                 "learning rates, or check the text and the base model."

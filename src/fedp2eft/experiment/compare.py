@@ -29,7 +29,7 @@ from fedp2eft.federation.wire.messages import any_arrays, to_arrays
 from fedp2eft.files import read_json, write_json, write_text, write_whole
 from fedp2eft.methods import METHODS, check_task
 from fedp2eft.progress import Reporter, current
-from fedp2eft.results.cells import traffic
+from fedp2eft.results.cells import cell_record
 from fedp2eft.results.plan import Cell, SharedTraining, claim, plan, settings_of
 from fedp2eft.runtime.inputs import check_inputs
 from fedp2eft.runtime.phases import shared_phases
@@ -258,22 +258,15 @@ class _Site:
         for done, (member, scores) in enumerate(personalize(grid, told, members, timeout), 1):
             clients.append({"client": member.client, "language": member.language, **scores})
             self.reporter.part("compare", done / len(members), cell.name)
-        shared = METHODS[cell.method].shared
-        up, down = traffic(self.run, shared) if shared else (0, 0)
-        return {
-            "method": cell.method,
-            "base": self.training.base,
-            "rank": cell.rank,
-            "seed": self.training.seed,
-            "pool": cell.pool,
-            "clients": sorted(clients, key=lambda scores: str(scores["client"])),
-            "seconds": round(time.perf_counter() - start, 3),
-            "bytes_up": up,
-            "bytes_down": down,
-            **_answers(told, cell.method),
-            **({"ablations": ablations} if (ablations := self.settings.data.ablations) else {}),
-            **environment(self.engine.workspace.device),
-        }
+        more = _answers(told, cell.method)
+        if ablations := self.settings.data.ablations:
+            more["ablations"] = ablations
+        return cell_record(
+            self.run, cell.method, self.training.base, cell.rank, self.training.seed, cell.pool,
+            sorted(clients, key=lambda scores: str(scores["client"])),
+            round(time.perf_counter() - start, 3),
+            more | environment(self.engine.workspace.device),
+        )  # fmt: skip
 
 
 def _answers(told: Instruction, method: str) -> dict[str, Any]:

@@ -86,7 +86,6 @@ def local_engine(
 
 
 PACKAGES = ("fedp2eft", "torch", "transformers", "peft", "flwr")
-MACHINE_FILE = "machine.json"
 
 
 def machine(device: torch.device) -> str:

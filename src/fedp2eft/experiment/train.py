@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedp2eft.experiment.engine import MACHINE_FILE, environment, local_engine
+from fedp2eft.experiment.engine import environment, local_engine
 from fedp2eft.experiment.lambdas import keep_lambdas_of
 from fedp2eft.federation.server_app import app as server_app
 from fedp2eft.files import write_json
 from fedp2eft.progress import Reporter
+from fedp2eft.results.cells import MACHINE_FILE
 from fedp2eft.results.rows import Results, read_results
 from fedp2eft.settings.experiment import Settings
 

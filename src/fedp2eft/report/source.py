@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedp2eft.errors import UserError
 from fedp2eft.files import read_json, read_lines
-from fedp2eft.methods import METHODS
-from fedp2eft.results.cells import CellRecord, is_client, read_cells, traffic
+from fedp2eft.results.cells import MACHINE_FILE, CellRecord, cell_record, is_client, read_cells
 from fedp2eft.results.summary import Comparison, summarize
 from fedp2eft.settings.experiment import CompareSettings, Settings
 from fedp2eft.settings.reading import settings_of_folder
@@ -123,25 +122,19 @@ def _cells_of_run(folder: Path, settings: Settings, notes: list[str]) -> Iterato
             )
             continue
         groups[method, int(rank), pool].append(cell)
-    about = read_json(folder / "machine.json")
+    about = read_json(folder / MACHINE_FILE)
     about = about if isinstance(about, dict) else {}
+    machine = {
+        "peak_memory": int(about.get("peak_memory", 0)),
+        "versions": dict(about.get("versions", {})),
+        "machine": str(about.get("machine", "")),
+    }
     for (method, budget, pool), clients in groups.items():
-        shared = METHODS[method].shared if method in METHODS else None
-        up, down = traffic(folder, shared) if shared else (0, 0)
-        yield {
-            "method": method,
-            "base": settings.base.kind,
-            "rank": budget,
-            "seed": settings.seed,
-            "pool": pool,
-            "clients": clients,
-            "seconds": sum(float(client["seconds"]) for client in clients),
-            "bytes_up": up,
-            "bytes_down": down,
-            "peak_memory": int(about.get("peak_memory", 0)),
-            "versions": dict(about.get("versions", {})),
-            "machine": str(about.get("machine", "")),
-        }
+        seconds = sum(float(client["seconds"]) for client in clients)
+        yield cell_record(
+            folder, method, settings.base.kind, budget, settings.seed, pool, clients, seconds,
+            machine,
+        )  # fmt: skip
 
 
 def _cells_of_comparison(folder: Path, notes: list[str]) -> list[CellRecord]:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fedp2eft.files import read_json, read_lines
+from fedp2eft.methods import METHODS
 from fedp2eft.results.metrics import metric_of
 
+MACHINE_FILE = "machine.json"
+"""In a run folder of the local engine: the last columns of `cell_record`."""
 CellRecord = Mapping[str, Any]
 """The content of a cell's file, or of one client in it."""
 
@@ -48,6 +51,46 @@ def read_cells(folder: Path) -> list[CellRecord]:
             continue
         cells.append(record)
     return cells
+
+
+def cell_record(
+    run: Path,
+    method: str,
+    base: str,
+    rank: int,
+    seed: int,
+    pool: str,
+    clients: Sequence[CellRecord],
+    seconds: float,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what a cell's file holds.
+
+    Args:
+        run: Folder of the run that trained what the method starts from.
+        method: The method's name.
+        base: Value of base.kind.
+        rank: The budget; 0 for a method without one.
+        seed: The run's.
+        pool: The clients' pool.
+        clients: Scores of each client.
+        seconds: What the cell took.
+        more: `peak_memory`, `versions` and `machine`, and what else is known.
+    """
+    shared = METHODS[method].shared if method in METHODS else None
+    up, down = traffic(run, shared) if shared else (0, 0)
+    return {
+        "method": method,
+        "base": base,
+        "rank": rank,
+        "seed": seed,
+        "pool": pool,
+        "clients": clients,
+        "seconds": seconds,
+        "bytes_up": up,
+        "bytes_down": down,
+        **more,
+    }
 
 
 def scored(record: CellRecord) -> Sequence[CellRecord]:
