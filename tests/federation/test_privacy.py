@@ -101,7 +101,7 @@ def asked(message: Any) -> tuple[str, int]:
 
 
 def test_only_these_methods_ask_and_only_the_seen_clients(all_methods) -> None:
-    asking = {name for name, method in METHODS.items() if method.surveys}
+    asking = {n for n, m in METHODS.items() if m.surveys and not n.endswith("+prior")}
     assert asking == set(ANSWERS)
     surveys = of_type(all_methods, SURVEY)
     for method, questions in ANSWERS.items():

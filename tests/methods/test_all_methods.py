@@ -11,9 +11,11 @@ import torch
 from one_client import LOCAL, adapted, asked, one_client
 
 from fedp2eft.errors import UserError
+from fedp2eft.experiment.compare import compare
 from fedp2eft.experiment.train import train
-from fedp2eft.methods import METHODS
+from fedp2eft.methods import METHODS, WITH_PRIOR, method_named
 from fedp2eft.methods.settings import AdaLoraSettings, TuningSettings
+from fedp2eft.results.cells import read_cells
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 
@@ -98,7 +100,53 @@ def test_causal_lm_is_personalized(kind, method) -> None:
 def test_every_method_has_its_line_in_the_docs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     lines = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| `")]
-    assert sorted(lines) == sorted(f"`{name}`" for name in METHODS)
+    names = [name for name in METHODS if not name.endswith(WITH_PRIOR)]
+    assert sorted(lines) == sorted(f"`{name}`" for name in [*names, "NAME+prior"])
+
+
+def test_every_method_that_trains_has_a_variant_with_the_label_prior() -> None:
+    without = {name for name in METHODS if name + WITH_PRIOR not in METHODS}
+    without = {name for name in without if not name.endswith(WITH_PRIOR)}
+    assert without == {"base", "majority", "prior", "label-prior", "auto"}
+    own = {"logit_adjustment": "own"}
+    for name in ("lora-tuned", "bt-lora", "gradient-shared", "fedp2eft-global", "fedl2p"):
+        plain, variant = METHODS[name], METHODS[name + WITH_PRIOR]
+        assert variant.variant == {"local": own}
+        assert variant.classes
+        assert (variant.fit, variant.surveys, variant.phase, variant.settings) == (
+            plain.fit, plain.surveys, plain.phase, plain.settings,
+        )  # fmt: skip
+    paper = METHODS["fedp2eft-paper"].variant
+    both = {"local": paper["local"] | own, "generator": paper["generator"]}
+    assert METHODS["fedp2eft-paper+prior"].variant == both
+
+
+def test_a_new_method_brings_its_variant_and_takes_it_away() -> None:
+    METHODS["mine"] = METHODS["lora"]
+    assert METHODS["mine+prior"].variant == {"local": {"logit_adjustment": "own"}}
+    del METHODS["mine"]
+    assert not {"mine", "mine+prior"} & set(METHODS)
+    with pytest.raises(UserError, match=r"'lroa' is unknown.*and NAME\+prior of those that train"):
+        method_named("lroa")
+
+
+def test_variants_with_the_label_prior_run(world, three_clients, tmp_path) -> None:
+    """Tuned, shared, from the client's own λ: with the prior in the logits, scores are others."""
+    names = ["lora-tuned", "fedp2eft-tuned", "fedp2eft-scale", "fedp2eft-random",
+             "fedp2eft-global", "gradient-shared", "bt-lora"]  # fmt: skip
+    settings = world.settings(
+        data__path=str(three_clients), base__rounds=1, federation__rounds=1, compare__seeds=[3],
+        evaluation__methods=[each + end for end in ("", WITH_PRIOR) for each in names],
+        evaluation__ranks=[2], evaluation__pools=["unseen"], tuning__lrs=[3e-3, 2e-2],
+    )  # fmt: skip
+    folder = compare(settings, tmp_path / "run")
+    loss = {c["method"]: [each["loss"] for each in c["clients"]] for c in read_cells(folder)}
+    assert set(loss) == {*settings.evaluation.methods}
+    for name in names:
+        assert loss[name] != loss[name + WITH_PRIOR]
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == [
+        "standard-fl-s3", "standard-fl-s3-local.logit_adjustment-own",
+    ]  # fmt: skip
 
 
 def test_the_papers_rates_are_those_of_a_run_without_settings() -> None:

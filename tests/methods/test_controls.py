@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,15 @@ from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.client.descent import local_order
 from fedp2eft.client.training import stage1
 from fedp2eft.errors import UserError
-from fedp2eft.methods import METHODS, check_trained_for
+from fedp2eft.experiment.compare import compare
+from fedp2eft.methods import METHODS, check_private, check_trained_for
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings.experiment import AdapterSettings, GeneratorSettings, Settings
+from fedp2eft.settings.experiment import (
+    AdapterSettings,
+    EvaluationSettings,
+    GeneratorSettings,
+    Settings,
+)
 from fedp2eft.settings.peers import PrivacySettings
 from fedp2eft.settings.profiles import PAPER
 from tiny import TASK, tiny
@@ -195,3 +202,18 @@ def test_rounds_that_are_not_private_are_refused_where_privacy_is_on():
         check_trained_for("fedl2p", private)
     check_trained_for("fedp2eft", private)
     check_trained_for("fedl2p", Settings())
+
+
+def test_answers_about_a_clients_own_rows_are_refused_where_privacy_is_on(tmp_path):
+    private = Settings(privacy=PrivacySettings(clipping="fixed", clip_norm=1.0))
+    for name, method in METHODS.items():
+        if method.surveys:
+            with pytest.raises(UserError, match=f"what method {re.escape(name)} asks every seen"):
+                check_private(name, private)
+        elif name not in ("fedl2p", "fedl2p+prior"):
+            check_private(name, private)
+        check_private(name, Settings())
+    asking = replace(private, evaluation=EvaluationSettings(methods=["lora-tuned"]))
+    with pytest.raises(UserError, match="what method lora-tuned asks"):
+        compare(asking, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -27,7 +27,7 @@ from fedp2eft.federation.server.phases import know_label_prior, train_base, trai
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.messages import any_arrays, to_arrays
 from fedp2eft.files import read_json, write_json, write_text, write_whole
-from fedp2eft.methods import METHODS, check_task
+from fedp2eft.methods import METHODS, check_private, check_task
 from fedp2eft.progress import Reporter, current
 from fedp2eft.results.cells import cell_record
 from fedp2eft.results.plan import Cell, SharedTraining, claim, plan, settings_of
@@ -69,6 +69,7 @@ def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = 
     folder, reporter = Path(folder).expanduser().resolve(), reporter or current()
     for name in settings.evaluation.methods:
         check_task(name, settings)
+        check_private(name, settings)
     cells = plan(settings)
     for training in {cell.training for cell in cells}:
         settings_of(settings, training)  # an unknown base is said before anything is computed

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fedp2eft.client.phase import Phase, Trained, Turn, lazy
@@ -15,7 +14,7 @@ from fedp2eft.errors import UserError, nearest
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.methods.fedl2p import PHASE as FEDL2P
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
-from fedp2eft.methods.method import METHODS, Method, Survey, register
+from fedp2eft.methods.method import METHODS, WITH_PRIOR, Method, Survey, register
 from fedp2eft.methods.settings import AdaLoraSettings, TuningSettings
 from fedp2eft.settings.experiment import GeneratorSettings, LocalSettings, Settings
 
@@ -31,6 +30,7 @@ __all__ = [
     "Survey",
     "Trained",
     "Turn",
+    "check_private",
     "check_task",
     "check_trained_for",
     "lazy",
@@ -114,24 +114,6 @@ _built_in = {
         **_tuning,
     ),
 }
-# With the client's label prior on the logits, beside the same without it (docs/label-prior.md).
-_built_in |= {
-    f"{_name}+prior": replace(
-        _built_in[_name],
-        section=_built_in[_name].section or _name,
-        classes=True,
-        variant={"local": {"logit_adjustment": "own"}},
-    )
-    for _name in (
-        "lora",
-        "adalora",
-        "bt-lora",
-        "fedl2p",
-        "fedp2eft",
-        "fedp2eft-structure",
-        "gradient",
-    )
-}
 for _name, _method in _built_in.items():
     register(_name, _method)
 
@@ -154,9 +136,10 @@ def method_named(name: str) -> Method:
     if name == "fedp2eft-normalized":
         raise UserError(f"Method {name} was removed; fedp2eft 0.1.0 was the last version with it.")
     if name not in METHODS:
-        known = ", ".join(METHODS)
+        known = ", ".join(each for each in METHODS if not each.endswith(WITH_PRIOR))
         raise UserError(
-            f"Method {name!r} is unknown.{nearest(name, list(METHODS))} Known: {known}."
+            f"Method {name!r} is unknown.{nearest(name, list(METHODS))} Known: {known}; and NAME"
+            f"{WITH_PRIOR} of those that train an adapter."
         )
     return METHODS[name]
 
@@ -175,14 +158,24 @@ def check_task(name: str, settings: Settings) -> None:
         )
 
 
-def check_trained_for(name: str, settings: Settings) -> None:
-    """Raise `UserError` unless a run under these settings trains what the method starts from."""
-    phase = method_named(name).phase
-    if settings.privacy.on and phase and not phase.private:
+def check_private(name: str, settings: Settings) -> None:
+    """Raise `UserError` if privacy is on and the method lets out what it does not cover."""
+    method = method_named(name)
+    if settings.privacy.on and method.phase and not method.phase.private:
         raise UserError(
-            f"privacy covers the PSG's rounds, not {phase.title}'s: leave {name} out of "
+            f"privacy covers the PSG's rounds, not {method.phase.title}'s: leave {name} out of "
             "evaluation.methods, or privacy off."
         )
+    if settings.privacy.on and method.surveys:
+        raise UserError(
+            f"privacy covers the PSG's rounds, not what method {name} asks every seen client about "
+            "its own rows: leave it out of evaluation.methods, or privacy off."
+        )
+
+
+def check_trained_for(name: str, settings: Settings) -> None:
+    """Raise `UserError` unless a run under these settings trains what the method starts from."""
+    check_private(name, settings)
     check_task(name, settings)
     for section, keys in method_named(name).variant.items():
         for key, wanted in keys.items():

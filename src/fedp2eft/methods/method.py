@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fedp2eft.client.side import ClientSide, Outcome
 
 GROUP = "fedp2eft.methods"
+WITH_PRIOR = "+prior"
+"""Ending of the variants that `Methods` makes of the methods that train an adapter."""
 TAKEN = {
     "adapters", "base", "cells", "checkpoints", "clients", "compare", "deliver", "generations",
     "personalize", "psg", "shared", "surveys", "tensorboard",
@@ -82,9 +84,27 @@ class Method:
         if self.phase:
             object.__setattr__(self, "shared", self.phase.name)
 
+    def with_prior(self, name: str) -> Method:
+        """Return the method with the client's label prior on its logits (docs/label-prior.md).
+
+        Args:
+            name: The method's own.
+        """
+        local = {**self.variant.get("local", {}), "logit_adjustment": "own"}
+        return replace(
+            self,
+            section=self.section or name.replace("-", "_"),
+            classes=True,
+            variant={**self.variant, "local": local},
+        )
+
 
 class Methods(MutableMapping[str, Method]):
-    """Methods by name; those of installed packages are loaded when it is first looked at."""
+    """Methods by name; those of installed packages are loaded when it is first looked at.
+
+    Every method NAME with a rank budget is there as NAME+prior, too, unless it has its own way with
+    the label prior.
+    """
 
     def __init__(self) -> None:
         self._known: dict[str, Method] = {}
@@ -112,6 +132,8 @@ class Methods(MutableMapping[str, Method]):
         if method.settings:
             add_section(method.section or name.replace("-", "_"), method.settings)
         self._known[name] = method
+        if method.ranked and not method.label_prior and not name.endswith(WITH_PRIOR):
+            self._known[name + WITH_PRIOR] = method.with_prior(name)
 
     def _check(self, name: str, phase: Phase) -> None:
         """Raise `UserError` unless files, seeds and messages can have the phase's name."""
@@ -125,6 +147,7 @@ class Methods(MutableMapping[str, Method]):
 
     def __delitem__(self, name: str) -> None:
         del self._known[name]
+        self._known.pop(name + WITH_PRIOR, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.load())
