@@ -110,7 +110,7 @@ def test_only_sums_leave_a_client(done: FinishedRun) -> None:
     words = {w for text in WORDS.values() for w in text.split() if len(w) >= 4}
     for _, reply in sent:
         [metrics] = reply.content.metric_records.values()
-        known = {"num-examples", "tokens", "loss", "parameters", "seconds"}
+        known = {"num-examples", "tokens", "loss", "parameters", "seconds", "steps"}
         assert set(metrics) - known - {METEOR, PLAIN_METEOR} == SCORES
         raw = b"".join(record.deflate() for record in reply.content.values())
         assert not [word for word in words if word.encode() in raw]

@@ -5,7 +5,7 @@ Every message of the run is looked at, record by record.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
@@ -15,6 +15,7 @@ from fedp2eft.federation.wire.messages import DESCRIBE, PERSONALIZE, SURVEY
 from fedp2eft.federation.wire.messages import LABELS as ASK_LABELS
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
+from fedp2eft.methods.auto.settings import Kind
 from tiny_run import CLIENTS, LABELS, R_MAX, SEEN, UNSEEN, vocabulary
 from turns import TRAIN_BASE, TRAIN_PSG
 
@@ -26,7 +27,7 @@ SCALARS = {
         "num-examples", "psg-loss", "stage1-first", "stage1-last", "stage1-task",
         "stage1-significance", "stage1-sparsity",
     },
-    PERSONALIZE: {"num-examples", "correct", "loss", "parameters", "seconds"},
+    PERSONALIZE: {"num-examples", "correct", "loss", "parameters", "seconds", "steps"},
 }  # fmt: skip
 NAMES = {DESCRIBE: {"client", "language", "pool"}}
 
@@ -35,7 +36,7 @@ LAYERS, RATES, TAUS, HELD_OUT = 14, 2, 2, 3
 # never to run in a deployment: they let out λ̂ and label counts.
 ANSWERS: dict[str, list[dict[str, tuple[int, ...]]]] = {
     "gradient-shared": [{}],
-    "auto": [{"candidates": (5, 4), "sums": (5,), "rows": (1,), "noise": (1,)}],
+    "auto": [{"candidates": (5, 4), "sums": (5,), "rows": (1,), "noise": (1,), "steps": (1,)}],
     "lora-tuned": [{"good": (RATES,)}],
     "fedp2eft-tuned": [{"good": (RATES,)}],
     "fedp2eft-global": [{"lambda": (LAYERS, R_MAX)}],
@@ -88,6 +89,8 @@ def check_reply(kind: str, reply: Any, allowed: dict[str, dict[str, tuple[int, .
     assert set(scalars) == SCALARS[kind]
     assert all(type(value) in (int, float) for value in scalars.values())
     names = {k: v for r in content.config_records.values() for k, v in r.items()}
+    if kind == PERSONALIZE and "choice" in names:
+        assert names.pop("choice") in get_args(Kind)
     assert set(names) == NAMES.get(kind, {"client"})
     assert names["client"] in CLIENTS
     assert names.get("language", "de") in ("de", "fr")

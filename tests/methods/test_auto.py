@@ -12,19 +12,14 @@ import torch
 from one_client import LOCAL, adapted, one_client
 
 import fedp2eft
+from fedp2eft.client.descent import steps_taken
 from fedp2eft.errors import UserError
 from fedp2eft.federation.wire.messages import SURVEY
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from fedp2eft.methods.auto import candidates as module
-from fedp2eft.methods.auto.candidates import (
-    Candidate,
-    candidates,
-    fit,
-    folds,
-    held_out,
-    with_prior,
-)
+from fedp2eft.methods.auto.candidate import Candidate
+from fedp2eft.methods.auto.candidates import candidates, fit, folds, held_out, with_prior
 from fedp2eft.methods.auto.choice import ask, choose
 from fedp2eft.methods.auto.guard import auto, decide, preferred
 from fedp2eft.methods.auto.settings import AutoSettings
@@ -111,6 +106,7 @@ def answers(sums: list[list[float]], noise: float = 1.0):
             "sums": torch.tensor(row),
             "rows": torch.tensor([10.0]),
             "noise": torch.tensor([noise]),
+            "steps": torch.tensor([7.0]),
         }
         for row in sums
     ]
@@ -268,6 +264,24 @@ def test_causal_lms_choose_without_a_prior() -> None:
 def test_bad_settings_are_named(changes) -> None:
     with pytest.raises(UserError, match=f"auto.{next(iter(changes))}"):
         AutoSettings(**changes)
+
+
+def test_steps_are_those_of_every_fine_tuning() -> None:
+    """24 rows in mini-batches of six; a fold leaves twelve of them."""
+    assert LOCAL.batch_size == 6
+    client = told(client_with(), LORA)
+    before = steps_taken()
+    auto(client, 2)
+    guard, final = 2 * 2, 4
+    assert steps_taken() - before in (guard, guard + final)  # it may turn the adapter down
+    assert auto(replace(client, own=replace(OWN, noise=1e9)), 2).choice == "lora"
+    assert steps_taken() - before in (2 * guard + final, 2 * guard + 2 * final)
+    trained = [each for each in candidates(OWN, 2, True) if each.epochs]
+    assert ask(client, 2)["steps"].tolist() == [len(trained) * 2 * 2]
+    assert choose(answers(SUMS))["steps"].tolist() == [21]
+    before = steps_taken()
+    assert auto(told(client, PRIOR), 2).choice in ("prior", "base")
+    assert steps_taken() == before
 
 
 # ── in a run ────────────────────────────────────────────────────────────────────────────────────

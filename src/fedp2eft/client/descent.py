@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from itertools import islice
 from typing import Any
 
@@ -27,6 +28,14 @@ Clip = Callable[[Sequence[nn.Parameter], float], Any]
 PASS_TOKENS = 128
 # Tokens of one pass of packed rows: what it keeps for its backward pass grows with them.
 MOST_TOKENS = 4096
+
+
+_STEPS = ContextVar("optimizer steps", default=0)
+
+
+def steps_taken() -> int:
+    """Return how many optimizer steps `descend` has taken in this thread."""
+    return _STEPS.get()
 
 
 def local_order(rows: int, epochs: int, batch_size: int, seed: int) -> Iterator[NDArray]:  # type: ignore[type-arg]
@@ -149,6 +158,7 @@ def descend(
             check(values, len(losses) + 1)
             clip(weights, settings.max_grad_norm)
             optimizer.step()
+            _STEPS.set(_STEPS.get() + 1)
             losses.append(values)
             if after:
                 after(len(losses), fits, size)

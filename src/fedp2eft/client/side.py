@@ -149,7 +149,14 @@ class ClientSide:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A client's scores with a method, and its adapter where the method makes one."""
+    """A client's scores with a method, and its adapter where the method makes one.
+
+    Args:
+        scores: On the client's test rows.
+        weights: The adapter.
+        choice: What a method that chooses has chosen for this client, a word.
+    """
 
     scores: Scores
     weights: AdapterWeights | None
+    choice: str = ""

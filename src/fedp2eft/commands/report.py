@@ -43,7 +43,7 @@ def show(folder: str) -> None:
     from fedp2eft.commands.terminal import cell, console, table
     from fedp2eft.report.facts import costs, facts, fault_counts
     from fedp2eft.report.source import read_report
-    from fedp2eft.results.layout import compact_table, gain_text, language_table
+    from fedp2eft.results.layout import choice_texts, compact_table, gain_text, language_table
 
     # Where the gain comes from, what was run, and what is missing.
     found, out = read_report(folder, ask=False), console()
@@ -51,6 +51,8 @@ def show(folder: str) -> None:
     out.print(cell(f"{'Run' if found.single else 'Comparison'} {found.folder}"))
     for gains in c.gains:
         out.print(cell(gain_text(c, gains)))
+    for text in choice_texts(c):
+        out.print(cell(text))
     about = Grid.grid(padding=(0, 2))
     for row in facts(found):
         about.add_row(*map(cell, row))

@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedp2eft.adapters.export import PEFT_TASKS, auto_mapping, column_facts, save_adapter
+from fedp2eft.client.descent import steps_taken
 from fedp2eft.client.phase import Phase, Turn
 from fedp2eft.client.side import ClientSide
 from fedp2eft.data.nodes import NODES
@@ -31,6 +32,7 @@ from fedp2eft.federation.wire.compression import DOWN, unpack
 from fedp2eft.federation.wire.messages import (
     ABOUT,
     ARRAYS,
+    CHOICE,
     EXAMPLES,
     LABEL_PRIOR,
     METRICS,
@@ -211,7 +213,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     name = client_name(context, workspace)
     s = workspace.settings
     method, rank = what_is_asked(message, workspace)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), steps_taken()
     # The method itself: fit and score, timed.
     client = client_side(workspace, message, name)
     client = replace(client, answer=answering(workspace, name, method, rank))
@@ -224,6 +226,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
         **scores,
         "parameters": weights.parameters() if weights else 0,
         "seconds": round(time.perf_counter() - start, 3),
+        "steps": steps_taken() - before,
     }
     # The adapter stays on this machine.
     keep = s.evaluation
@@ -255,6 +258,8 @@ def personalize_and_score(message: Message, context: Context) -> Message:
             card=adapter_card,
         )
     about = ConfigRecord({"client": name})
+    if outcome.choice:
+        about[CHOICE] = outcome.choice
     return Message(RecordDict({ABOUT: about, METRICS: MetricRecord(metrics)}), reply_to=message)
 
 

@@ -23,7 +23,14 @@ from fedp2eft.report.structure import grid_of, kept_by_language, likeness
 from fedp2eft.report.svg import inline
 from fedp2eft.results.figures import MARKS, STYLE, gain_span, look_of, shade
 from fedp2eft.results.gains import judged, signed
-from fedp2eft.results.layout import Table, language_table, long_table, notes
+from fedp2eft.results.layout import (
+    Table,
+    choice_table,
+    choice_texts,
+    language_table,
+    long_table,
+    notes,
+)
 from fedp2eft.results.metrics import METRICS
 from fedp2eft.settings.reading import settings_text
 
@@ -86,6 +93,8 @@ def page(report: ReportData, *, refresh: int = 0) -> str:
             methods=_methods(report),
             ranks=[(rank, _css(shade(_ranks(report), rank))) for rank in _ranks(report)],
             gains=list(_gains(report)),
+            choice_texts=choice_texts(report.comparison),
+            choice_tables=[choice_table(choice) for choice in report.comparison.choices],
             scores=list(_scores(report)),
             notes=notes(report.comparison),
             structure=structure_data(report),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedp2eft.errors import UserError
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.results.cells import MACHINE_FILE, CellRecord, cell_record, is_client, read_cells
+from fedp2eft.results.choices import prepared_of
 from fedp2eft.results.summary import Comparison, summarize
 from fedp2eft.settings.experiment import CompareSettings, Settings
 from fedp2eft.settings.reading import settings_of_folder
@@ -131,10 +132,11 @@ def _cells_of_run(folder: Path, settings: Settings, notes: list[str]) -> Iterato
     }
     for (method, budget, pool), clients in groups.items():
         seconds = sum(float(client["seconds"]) for client in clients)
-        yield cell_record(
+        record = cell_record(
             folder, method, settings.base.kind, budget, settings.seed, pool, clients, seconds,
             machine,
         )  # fmt: skip
+        yield record | prepared_of(folder, method, budget)
 
 
 def _cells_of_comparison(folder: Path, notes: list[str]) -> list[CellRecord]:

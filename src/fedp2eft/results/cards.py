@@ -154,7 +154,7 @@ def _prior(config: PSGConfig) -> str:
 
 def _choices(config: PSGConfig) -> list[tuple[int, str]]:
     """Return what method auto chose for each rank budget."""
-    from fedp2eft.methods.auto.candidates import Candidate
+    from fedp2eft.methods.auto.candidate import Candidate
 
     chosen = {
         int(name.removeprefix("auto-r")): str(Candidate.of(kept["chosen"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fedp2eft.results.choices import Choice
 from fedp2eft.results.gains import Gains
 from fedp2eft.results.metrics import ACCURACY, METRICS, Metric
 from fedp2eft.results.statistics import Estimate
@@ -15,7 +16,7 @@ WORSE = "worse than base"
 COLUMNS = (
     *("mean", "worst language", "worst client", WORSE),
     *(f"to {name}" for name in REFERENCES),
-    *("seeds", "seconds", "parameters", "kB up", "kB down", "memory GB"),
+    *("seeds", "steps", "seconds", "parameters", "kB up", "kB down", "memory GB"),
 )
 NOTES = (
     "Within a language pooled over its clients' test rows, then the plain mean of the languages. "
@@ -27,7 +28,8 @@ NOTES = (
     "to seed (Student's t). [ ] is about clients: the 95 % interval of the difference between two "
     "methods on the same clients (paired bootstrap within languages). Methods whose ± overlap may "
     "still differ: much of what changes with a seed changes for both alike.",
-    "Seconds, parameters and kB (up and down, a client and round of the method's own federation) "
+    "Steps (optimizer steps of a client's personalization, those of its own trials included), "
+    "seconds, parameters and kB (up and down, a client and round of the method's own federation) "
     "are means per client; memory is the most that the process held.",
     f"{MISSING}: not computed, or not defined.",
 )
@@ -51,6 +53,38 @@ class Table:
 def gain_text(comparison: Comparison, gains: Gains) -> str:
     """Return where the gain comes from in words, with the base if there are several."""
     return (f"Base {gains.base}. " if len(comparison.bases) > 1 else "") + gains.text
+
+
+def choice_texts(comparison: Comparison) -> list[str]:
+    """Return what `auto` chose, in words: the seen clients together, then each pool's clients.
+
+    A pool's text also says what it costs a client beside LoRA of the same rank.
+    """
+    texts = []
+    several = len(comparison.bases) > 1
+    for choice in comparison.choices:
+        texts.append((f"Base {choice.base}. " if several else "") + choice.text)
+    for line in comparison.lines:
+        if line.method == "auto" and line.choices:
+            counts = ", ".join(f"{kind} {count}" for kind, count in line.choices.items())
+            text = f"auto, r = {line.rank}, {line.pool} clients, all seeds: {counts}"
+            if line.cost.steps is not None:
+                text += f"; {line.cost.steps:.1f} fine-tuning steps per client"
+                lora = comparison.line(line.base, line.pool, "lora", line.rank)
+                if lora and lora.cost.steps is not None:
+                    text += f", lora {lora.cost.steps:.1f}"
+            texts.append((f"Base {line.base}. " if several else "") + text + ".")
+    return texts
+
+
+def choice_table(choice: Choice) -> Table:
+    """Candidates of the seen clients' choice × what they are on held-out rows, in nats per row."""
+    head = ["candidate", "log-likelihood", "below the best", "standard error"]
+    rows = [
+        [t.candidate, *(f"{x:.4f}" for x in (t.log_likelihood, t.worse, t.standard_error))]
+        for t in choice.tried
+    ]
+    return Table(choice.text, head, rows)
 
 
 def budgets(comparison: Comparison, base: str, pool: str) -> Iterator[tuple[int, str, Line | None]]:
@@ -155,6 +189,7 @@ def numbers(line: Line, rank: int) -> list[str]:
         score(line.worse_than_base, ACCURACY),  # a share too
         *(difference(line.difference(to, rank), metric) for to in REFERENCES),
         str(len(line.mean.seeds)),
+        MISSING if cost.steps is None else f"{cost.steps:.1f}",
         f"{cost.seconds:.1f}",
         f"{cost.parameters:,.0f}",
         f"{cost.bytes_up / 1e3:,.0f}",

@@ -9,13 +9,18 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedp2eft.errors import UserError
 from fedp2eft.files import read_json, write_json
+from fedp2eft.results.choices import Choice, choice_from, choices_of, chosen_by, prepared_of
 from fedp2eft.results.gains import Gains, adjusted, gains_from, gains_of
 from fedp2eft.results.metrics import ACCURACY, further_metrics, metric_of
 from fedp2eft.settings.reading import settings_of_folder
+
+PARTS = ("gains", "choices", "rows")
+"""Of results.json."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Row:
         further: Other metrics of a causal LM by name, each by language and pooled in the same way:
             perplexity, and what generated texts score, 0 to 1, the mean over a language's rows.
         further_means: Their plain means over languages.
+        steps: Mean number of optimizer steps of a client's personalization, trials of its own
+            included; None of a version before 0.3.
+        choices: How many clients a method that chooses has personalized in which way.
     """
 
     method: str
@@ -53,6 +61,8 @@ class Row:
     metric: str = ACCURACY.name
     further: dict[str, dict[str, float]] = field(default_factory=dict)
     further_means: dict[str, float] = field(default_factory=dict)
+    steps: float | None = None
+    choices: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,11 +73,13 @@ class Results:
         run: The run folder.
         rows: Sorted by pool, rank and method as they were asked for.
         gains: Where the gain comes from, per pool; empty of a run of an earlier version.
+        choices: What the seen clients chose where `auto` was run.
     """
 
     run: Path
     rows: tuple[Row, ...]
     gains: tuple[Gains, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     def row(self, method: str, rank: int, pool: str) -> Row:
         """Return one row; a `UserError` if it was not computed."""
@@ -85,7 +97,8 @@ def read_results(run: str | Path) -> Results:
     if not isinstance(found, dict) or "rows" not in found:
         raise UserError(f"{run} has no results yet: finish the run first.")
     rows = tuple(Row(**row) for row in found["rows"])
-    return Results(Path(run), rows, tuple(map(gains_from, found["gains"])))
+    gains, choices = map(gains_from, found["gains"]), map(choice_from, found.get("choices", ()))
+    return Results(Path(run), rows, tuple(gains), tuple(choices))
 
 
 def collect(run: str | Path) -> Results:
@@ -112,8 +125,13 @@ def collect(run: str | Path) -> Results:
         here = {key[:2]: {settings.seed: cells} for key, cells in groups.items() if key[2] == pool}
         if found := gains_of(settings.base.kind, pool, here, adjusted=adjusted(settings)):
             gains.append(found)
-    results = Results(run, rows, tuple(gains))
-    parts = {"gains": [asdict(each) for each in gains], "rows": [asdict(row) for row in rows]}
+    asked = {"method": "auto", "base": settings.base.kind, "seed": settings.seed}
+    choices = choices_of(
+        {**asked, "rank": rank, **prepared_of(run, "auto", rank)}
+        for rank in settings.evaluation.ranks
+    )
+    results = Results(run, rows, tuple(gains), choices)
+    parts = {part: list(map(asdict, getattr(results, part))) for part in PARTS}
     write_json(run / "results.json", parts)
     return results
 
@@ -142,6 +160,7 @@ def row_of(
         other.name: {name: other.value(spoken[name]) for name in sorted(spoken)}
         for other in further_metrics(cells)
     }
+    steps = [cell["steps"] for cell in cells if "steps" in cell]
     worse = sum(metric.is_worse(each[name], base[name]) for name in known)
     return Row(
         method=method,
@@ -157,4 +176,6 @@ def row_of(
         metric=metric.name,
         further=further,
         further_means={name: sum(v.values()) / len(v) for name, v in further.items()},
+        steps=fmean(steps) if len(steps) == len(cells) else None,
+        choices=chosen_by(cells),
     )

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from fedp2eft.methods import METHODS
 from fedp2eft.results.cells import CellRecord, name_of, scored, values
+from fedp2eft.results.choices import Choice, choices_of, chosen_by
 from fedp2eft.results.gains import Gains, adjusted, gains_of
 from fedp2eft.results.metrics import ACCURACY, METRICS, Metric
 from fedp2eft.results.paired import Paired
@@ -49,6 +50,8 @@ class Cost:
 
     Args:
         seconds: Wall seconds a client takes to personalize and be scored.
+        steps: Optimizer steps of a client's personalization, trials of its own included; None
+            where cells of a version before 0.3 lack them.
         parameters: Adapter parameters of a client.
         bytes_up: Bytes a client sent per round while the method's shared parameters were trained.
         bytes_down: Bytes it got.
@@ -56,6 +59,7 @@ class Cost:
     """
 
     seconds: float
+    steps: float | None
     parameters: float
     bytes_up: float
     bytes_down: float
@@ -83,6 +87,8 @@ class Line:
         further: A causal LM's other metrics by name, each by language: perplexity, and the scores
             of generated texts.
         further_means: Their plain means over languages.
+        choices: How many clients, over all seeds, a method that chooses has personalized in which
+            way.
     """
 
     base: str
@@ -100,6 +106,7 @@ class Line:
     metric: str
     further: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     further_means: dict[str, Estimate] = field(default_factory=dict)
+    choices: dict[str, int] = field(default_factory=dict)
 
     def difference(self, to: str, rank: int) -> Difference | None:
         """Return the difference to a reference at its budget `rank`."""
@@ -123,6 +130,7 @@ class Comparison:
         machines: Machines that computed the cells.
         versions: Versions of the packages that computed them.
         ablations: What was done to the clients' rows for a diagnostic (see `DataSettings`).
+        choices: What the seen clients chose where `auto` was run.
     """
 
     bases: list[str]
@@ -136,6 +144,7 @@ class Comparison:
     machines: list[str]
     versions: list[dict[str, str]]
     ablations: list[str] = field(default_factory=list)
+    choices: tuple[Choice, ...] = ()
 
     @property
     def metric(self) -> Metric:
@@ -235,6 +244,7 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
         machines=sorted({record["machine"] for record in found.values()}),
         versions=[dict(items) for items in sorted(versions)],
         ablations=settings.data.ablations,
+        choices=choices_of(found.values()),
     )
 
 
@@ -256,6 +266,7 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Line:
     # Texts count where every seed has them: a mean over other seeds than the loss's misleads.
     first, *others = (row.further for row in rows.values())
     further = [name for name in first if all(name in other for other in others)]
+    steps = [row.steps for row in rows.values() if row.steps is not None]
     worse = {s: r.worse_than_base for s, r in rows.items() if r.worse_than_base is not None}
     return Line(
         base=base,
@@ -276,6 +287,7 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Line:
             if (difference := _difference(key, mine, other, theirs))
         ),
         cost=Cost(
+            steps=fmean(steps) if len(steps) == len(rows) else None,
             seconds=fmean(
                 fmean(c["seconds"] for c in record["clients"]) for record in mine.values()
             ),
@@ -289,6 +301,7 @@ def _line(key: Key, groups: Mapping[Key, Mapping[int, CellRecord]]) -> Line:
         further_means=_by_name(
             {s: {n: row.further_means[n] for n in further} for s, row in rows.items()}
         ),
+        choices=chosen_by([client for record in mine.values() for client in scored(record)]),
     )
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from fedp2eft.files import write_json, write_text
 from fedp2eft.results.cells import read_cells
-from fedp2eft.results.layout import budgets, gain_text, notes, tables
+from fedp2eft.results.layout import budgets, choice_texts, gain_text, notes, tables
 from fedp2eft.results.metrics import METRICS
 from fedp2eft.results.statistics import Estimate
 from fedp2eft.results.summary import REFERENCES, Comparison, Line, summarize
 from fedp2eft.settings.reading import settings_of_folder
 
 _SHARES = ("mean", "worst_language", "worst_client", "worse_than_base")
-_COSTS = ("seconds", "parameters", "bytes_up", "bytes_down", "peak_memory")
+_COSTS = ("steps", "seconds", "parameters", "bytes_up", "bytes_down", "peak_memory")
 _log = logging.getLogger(__name__)
 
 
@@ -57,6 +57,9 @@ def markdown(comparison: Comparison) -> str:
     if comparison.gains:
         parts.append("## Where the gain comes from")
         parts += [_markdown_cell(gain_text(comparison, gains)) for gains in comparison.gains]
+    if texts := choice_texts(comparison):
+        parts.append("## What auto chose")
+        parts += [_markdown_cell(text) for text in texts]
     for table in tables(comparison):
         head, *rows = [list(map(_markdown_cell, row)) for row in [table.head, *table.rows]]
         ruler = ["---"] * len(head)
@@ -119,7 +122,7 @@ def as_csv(comparison: Comparison) -> str:
     """Return one row per (base, pool, rank, method) that the tables show; empty where missing.
 
     Shares, accuracies and scores of texts among them, are numbers from 0 to 1, losses are in nats
-    per token, costs in seconds and bytes.
+    per token, costs in optimizer steps, seconds and bytes.
     """
     metric = _column(comparison.metric.name)
     told = [line.further_means for line in comparison.lines]

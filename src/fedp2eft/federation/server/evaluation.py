@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedp2eft.data.clients import SEEN
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, shortened
 from fedp2eft.federation.server.admission import FIRST_ENDS, Failures
 from fedp2eft.federation.server.exchange import Member, exchange
 from fedp2eft.federation.server.run_folder import RunFolder
@@ -173,9 +174,15 @@ def scores_of(reply: Message) -> dict[str, Any]:
     if len(units) != 1:
         raise UserError("its scores are neither those of a classification nor of a causal LM.")
     examples = wire.whole(metrics, wire.EXAMPLES)
-    scores = {"examples": examples, "loss": _number(metrics, "loss")}
+    scores: dict[str, Any] = {"examples": examples, "loss": _number(metrics, "loss")}
     scores |= {name: wire.whole(metrics, name) for name in (*units, "parameters")}
     scores["seconds"] = _number(metrics, "seconds")
+    if "steps" in metrics:
+        scores["steps"] = wire.whole(metrics, "steps")
+    if choice := reply.content.config_records.get(wire.ABOUT, ConfigRecord()).get(wire.CHOICE):
+        if not re.fullmatch(r"[A-Za-z0-9-]{1,40}", str(choice)):
+            raise UserError(f"{shortened(str(choice))} is nothing that a method can choose.")
+        scores["choice"] = str(choice)
     texts = {name: _number(metrics, name) for name in TEXT_SCORES if name in metrics}
     if max(texts.values(), default=0.0) > examples * (1 + 1e-6):
         raise UserError(f"each of {examples} texts scores at most 1, and its sums are {texts}.")

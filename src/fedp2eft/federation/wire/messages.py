@@ -23,6 +23,7 @@ from torch import Tensor
 from fedp2eft.errors import TellableError, UserError, shortened
 
 ARRAYS, CONFIG, METRICS, ABOUT = "arrays", "config", "metrics", "about"
+CHOICE = "choice"
 PREPARED = "prepared"
 EXAMPLES = "num-examples"
 LABEL_PRIOR = "label-prior"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,42 +16,14 @@ from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import personalize
 from fedp2eft.data.partition import rng_for
 from fedp2eft.errors import DivergedError
-from fedp2eft.methods.auto.settings import AutoSettings, Kind
+from fedp2eft.methods.auto.candidate import FREE, KINDS, Candidate
+from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
 from fedp2eft.methods.prior import no_ranks
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.label_prior import adjusted
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
-FREE: tuple[Kind, ...] = ("base", "prior")
-"""Kinds that train nothing."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to personalize; `lr`, `epochs` and `rank` are 0 where nothing is trained."""
-
-    kind: Kind
-    lr: float = 0.0
-    epochs: int = 0
-    rank: int = 0
-
-    def numbers(self) -> list[float]:
-        """The candidate as four numbers, which travel and are kept with a PSG."""
-        return [KINDS.index(self.kind), self.lr, self.epochs, self.rank]
-
-    @classmethod
-    def of(cls, numbers: Sequence[float]) -> Candidate:
-        """Return the candidate that `numbers` made, which travelled as float32."""
-        kind, lr, epochs, rank = numbers
-        return cls(KINDS[int(kind)], float(f"{lr:.6g}"), int(epochs), int(rank))
-
-    def __str__(self) -> str:
-        if self.kind in FREE:
-            return self.kind
-        return f"{self.kind}, rank {self.rank}, learning rate {self.lr:g}, {self.epochs} epochs"
 
 
 def candidates(own: AutoSettings, rank: int, classes: bool) -> list[Candidate]:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedp2eft.client.descent import steps_taken
 from fedp2eft.client.side import ClientSide
 from fedp2eft.methods.auto.candidates import candidates, folds, has_classes, held_out
 from fedp2eft.methods.auto.settings import AutoSettings
@@ -30,12 +31,13 @@ COLUMNS = ("kind", "lr", "epochs", "rank", "log_likelihood", "worse", "standard_
 
 
 def ask(client: ClientSide, rank: int) -> dict[str, Tensor]:
-    """Answer the sum of held-out log-likelihoods of each candidate, and the number of rows.
+    """Answer the sum of held-out log-likelihoods of each candidate, the rows, and the steps taken.
 
     A client with fewer than `auto.min_rows` rows answers zeros.
     """
     own: AutoSettings = client.own
     tried = candidates(own, rank, has_classes(client))
+    before = steps_taken()
     sums, rows = torch.zeros(len(tried), dtype=torch.float64), 0
     if len(client.train) >= own.min_rows:
         rows = len(client.train)
@@ -45,11 +47,14 @@ def ask(client: ClientSide, rank: int) -> dict[str, Tensor]:
         "sums": sums.clamp(min=DIVERGED),
         "rows": torch.tensor([rows], dtype=torch.float64),
         "noise": torch.tensor([own.noise], dtype=torch.float64),
+        "steps": torch.tensor([steps_taken() - before], dtype=torch.float64),
     }
 
 
 def choose(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the chosen candidate ("chosen", 4 numbers) and the "table" (C × 7, `COLUMNS`).
+
+    With them the "steps" of all clients' fine-tunings together, which the choice has cost.
 
     A candidate that diverged at any client is never chosen.
     """
@@ -68,4 +73,5 @@ def choose(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     equal[best] = True
     chosen = int(equal.nonzero()[0])
     table = torch.cat([known, torch.stack([total, worse, error], dim=1) / rows], dim=1)
-    return {"chosen": known[chosen].clone(), "table": table}
+    steps = torch.stack([answer["steps"] for answer in answers]).double().sum(dim=0)
+    return {"chosen": known[chosen].clone(), "table": table, "steps": steps}

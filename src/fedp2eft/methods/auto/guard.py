@@ -14,13 +14,15 @@ one fine-tuning per fold on the other folds' rows: with two folds as much as one
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.errors import DivergedError
-from fedp2eft.methods.auto.candidates import Candidate, fit, folds, has_classes, held_out
+from fedp2eft.methods.auto.candidate import Candidate
+from fedp2eft.methods.auto.candidates import fit, folds, has_classes, held_out
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.progress import current
 
@@ -34,13 +36,17 @@ def auto(client: ClientSide, rank: int) -> Outcome:
     chosen = Candidate.of(client.prepared["chosen"].tolist())
     if not len(client.train):
         current().note("A client has no training rows: auto leaves it the base model.")
-        return fit(client, Candidate("base"))
+        return _fitted(client, Candidate("base"))
     decided = decide(client, chosen)
     try:
-        return fit(client, decided)
+        return _fitted(client, decided)
     except DivergedError:
         current().note(f"A client's fine-tuning ({decided}) diverged: auto trains nothing there.")
-        return fit(client, Candidate("prior" if has_classes(client) else "base"))
+        return _fitted(client, Candidate("prior" if has_classes(client) else "base"))
+
+
+def _fitted(client: ClientSide, candidate: Candidate) -> Outcome:
+    return replace(fit(client, candidate), choice=candidate.kind)
 
 
 def decide(client: ClientSide, chosen: Candidate) -> Candidate:
