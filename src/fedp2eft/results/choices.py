@@ -52,7 +52,7 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """All but the table, in words."""
+        """Return all but the table, in words."""
         cost = "" if self.steps is None else f", at {self.steps:,} fine-tuning steps in all"
         return (
             f"auto, r = {self.rank}, seed {self.seed}: of {len(self.tried)} candidates the seen "

@@ -78,7 +78,7 @@ def choice_texts(comparison: Comparison) -> list[str]:
 
 
 def choice_table(choice: Choice) -> Table:
-    """Candidates of the seen clients' choice × what they are on held-out rows, in nats per row."""
+    """Return the candidates of the seen clients' choice × their held-out scores, nats per row."""
     head = ["candidate", "log-likelihood", "below the best", "standard error"]
     rows = [
         [t.candidate, *(f"{x:.4f}" for x in (t.log_likelihood, t.worse, t.standard_error))]

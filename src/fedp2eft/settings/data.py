@@ -111,7 +111,7 @@ class DataSettings:
 
     @property
     def ablations(self) -> list[str]:
-        """What was done to the rows for a diagnostic, in words."""
+        """Return what was done to the rows for a diagnostic, in words."""
         found = []
         if self.texts == "one-token":
             found.append("every text replaced by one token")
