@@ -138,7 +138,10 @@ def about(data: bytes) -> None:
         record = ConfigRecord.inflate(data)
     except Exception:  # Flower refuses it
         return
-    member = _described(2, reply(RecordDict({ABOUT: record, METRICS: MetricRecord({EXAMPLES: 3})})))
+    member = _described(
+        Member(2, "", "", "", 0),
+        reply(RecordDict({ABOUT: record, METRICS: MetricRecord({EXAMPLES: 3})})),
+    )
     assert "/" not in member.client
     assert member.client.isascii()
 

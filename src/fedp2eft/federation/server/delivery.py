@@ -12,10 +12,10 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedp2eft.errors import UserError, shortened
+from fedp2eft.errors import UserError, require, shortened
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.checkpoints import load_checkpoint
-from fedp2eft.federation.server.exchange import Member, exchange
+from fedp2eft.federation.server.exchange import Member, read_replies
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire import messages as wire
 from fedp2eft.models.sources import hash_weights
@@ -50,6 +50,11 @@ def deliver_base(
     if not missing:
         return
     failures = Failures.on(grid, s.peers, reporter, run.faults)
+
+    def check(member: Member, reply: Message) -> None:
+        told = str(reply.content.config_records.get(wire.ABOUT, ConfigRecord()).get("base", ""))
+        require(told == wanted, f"it keeps {shortened(told)}, not {wanted}.")
+
     what = "taking the base"
     reporter.start("deliver", len(missing), 0)
     taken = 0
@@ -58,15 +63,8 @@ def deliver_base(
         some = {member.node: member for member in missing[first : first + AT_ONCE]}
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: ConfigRecord({"model": model})})
         messages = [Message(content, node, wire.TAKE_BASE) for node in some]
-        for member, reply in exchange(grid, messages, some, s.federation.timeout, what, failures):
-            told = str(reply.content.config_records.get(wire.ABOUT, ConfigRecord()).get("base", ""))
-            if told != wanted:
-                failures.add(
-                    member.client,
-                    f"Client {member.client}, {what}: it keeps {shortened(told)}, not {wanted}.",
-                    "refused",
-                )
-                continue
+        timeout = s.federation.timeout
+        for member, _ in read_replies(grid, messages, some, timeout, what, check, failures):
             taken += 1
             reporter.advance("deliver", member.client)
     failures.check(len(members) - len(missing) + taken, len(members), what)

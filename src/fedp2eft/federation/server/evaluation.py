@@ -17,7 +17,7 @@ from torch import Tensor
 from fedp2eft.data.clients import SEEN
 from fedp2eft.errors import UserError, shortened
 from fedp2eft.federation.server.admission import FIRST_ENDS, Failures
-from fedp2eft.federation.server.exchange import Member, exchange
+from fedp2eft.federation.server.exchange import Member, exchange, read_replies
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire import messages as wire
 from fedp2eft.files import read_json, write_folder, write_json
@@ -152,15 +152,11 @@ def personalize(
     messages = [told.message(member.node, wire.PERSONALIZE) for member in members]
     by_node = {member.node: member for member in members}
     what = "personalization"
-    replies = exchange(grid, messages, by_node, timeout, what, failures, renewed=True)
-    for member, reply in replies:
-        try:
-            scores = scores_of(reply)
-        except UserError as error:
-            failures.add(member.client, f"Client {member.client}, {what}: {error}", "refused")
-        else:
-            failures.usable(member.client)
-            yield member, scores
+    for member, scores in read_replies(
+        grid, messages, by_node, timeout, what, lambda _, reply: scores_of(reply), failures, True
+    ):
+        failures.usable(member.client)
+        yield member, scores
 
 
 def scores_of(reply: Message) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -18,6 +19,7 @@ from fedp2eft.federation.server.faults import Kind
 from fedp2eft.federation.wire.messages import ABOUT, DESCRIBE, EXAMPLES, scalars, whole
 
 PULL_SECONDS = 0.2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,40 @@ def exchange(
             time.sleep(PULL_SECONDS)
 
 
+def read_replies(
+    grid: Grid,
+    messages: Sequence[Message],
+    members: dict[int, Member],
+    timeout: float,
+    what: str,
+    check: Callable[[Member, Message], T],
+    failures: Failures = FIRST_ENDS,
+    renewed: bool = False,
+) -> Iterator[tuple[Member, T]]:
+    """Yield what `check` reads in every reply; a client whose reply it refuses has failed.
+
+    Args:
+        grid: As the others, see `exchange`.
+        messages: One for each client.
+        members: Clients by node.
+        timeout: Seconds to wait for all of them.
+        what: What is asked, for errors.
+        check: Raises `UserError` if a reply cannot be: the rest of a sentence, "its … is …".
+        failures: Receives clients that fail. Without it, the first one raises.
+        renewed: Every reply renews the time.
+
+    Raises:
+        UserError: A client failed, and a failure ends the run.
+    """
+    for member, reply in exchange(grid, messages, members, timeout, what, failures, renewed):
+        try:
+            found = check(member, reply)
+        except UserError as error:
+            failures.add(member.client, f"Client {member.client}, {what}: {error}", "refused")
+        else:
+            yield member, found
+
+
 def roster(grid: Grid, timeout: float, failures: Failures = FIRST_ENDS) -> list[Member]:
     """Ask every node who it is; sorted by client name.
 
@@ -115,13 +151,8 @@ def roster(grid: Grid, timeout: float, failures: Failures = FIRST_ENDS) -> list[
     nodes = list(grid.get_node_ids())
     unknown = {node: Member(node, f"on node {node}", "", "", 0) for node in nodes}
     messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
-    members: list[Member] = []
-    for asked, reply in exchange(grid, messages, unknown, timeout, "at the start", failures):
-        try:
-            members.append(_described(asked.node, reply))
-        except UserError as error:
-            reason = f"Client {asked.client}, at the start: {error}"
-            failures.add(asked.client, reason, "refused")
+    told = read_replies(grid, messages, unknown, timeout, "at the start", _described, failures)
+    members = [member for _, member in told]
     times = Counter(member.client for member in members)
     for name in sorted(name for name, number in times.items() if number > 1):
         claim = ", ".join(str(m.node) for m in members if m.client == name)
@@ -133,7 +164,7 @@ def roster(grid: Grid, timeout: float, failures: Failures = FIRST_ENDS) -> list[
     return sorted(kept, key=lambda member: member.client)
 
 
-def _described(node: int, reply: Message) -> Member:
+def _described(asked: Member, reply: Message) -> Member:
     """Return the client that a node reports, its words checked: they become file names."""
     about = reply.content.config_records.get(ABOUT, ConfigRecord())
     client, language, pool = (str(about.get(key, "")) for key in ("client", "language", "pool"))
@@ -143,4 +174,4 @@ def _described(node: int, reply: Message) -> Member:
     if not language.isprintable() or not 1 <= len(language) <= 100:
         raise UserError(f"its language {shortened(language)} is no name.")
     examples = whole(scalars(reply), EXAMPLES)
-    return Member(node, client, language, pool, examples, str(about.get("base", "")))
+    return Member(asked.node, client, language, pool, examples, str(about.get("base", "")))
