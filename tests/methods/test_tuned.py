@@ -62,10 +62,10 @@ def test_best_is_the_first_of_the_largest_sums(counts) -> None:
 
 @pytest.mark.parametrize("method", TUNED)
 def test_trials_see_the_same_rows_and_never_the_test(method, monkeypatch) -> None:
-    """Every trial trains on 75 % and is scored on the other 25 %, alike in labels."""
+    """Every trial trains on one half and is scored on the other, alike in labels."""
     labels = np.arange(24) % 3
     client = one_client(train=replace(tiny_rows([5] * 24, seed=1), labels=labels))
-    client = replace(client, own=TuningSettings(lrs=[1e-3, 1e-2], scales=[1.0, 3.0]))
+    client = replace(client, own=TuningSettings([1e-3, 1e-2], [1.0, 3.0], holdout=0.5))
     seen = []
 
     def fit(self, lam, keep, settings):
@@ -86,9 +86,9 @@ def test_trials_see_the_same_rows_and_never_the_test(method, monkeypatch) -> Non
             for part in (train, test)
             for i in range(len(part))
         ]
-        assert (len(train), len(test)) == (18, 6)
+        assert (len(train), len(test)) == (12, 12)
         assert sorted(rows) == sorted(every)
-        assert sorted(test.labels) == [0, 0, 1, 1, 2, 2]
+        assert sorted(test.labels) == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_tuned_fit_is_the_method_at_the_chosen_rate(monkeypatch) -> None:
