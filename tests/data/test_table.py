@@ -102,6 +102,12 @@ def test_gzip_of_nothing(file):
     refused(file("a.jsonl.gz", gzip.compress(b"\n")), "is empty")
 
 
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff\x00\n"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_file_of_a_byte_order_mark_alone_is_empty(file, name, mark):
+    refused(file(name, mark), "is empty")
+
+
 def test_no_rows(file, tmp_path):
     refused(file("a.csv", b"text,label\n"), "has no rows")
     schema = pa.schema([("text", pa.string()), ("label", pa.string())])

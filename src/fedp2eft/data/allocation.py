@@ -8,7 +8,7 @@ _STEPS = 300
 
 
 def allocate(wanted: NDArray[np.float64], stock: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Whole numbers of rows, `size` for each client, near the wanted shares and within the stock.
+    """Return whole numbers of rows, `size` per client, near the wanted shares and within stock.
 
     Where `wanted * size` asks for more of no label than there is, it is only rounded. Else the
     shares are fitted first: a label that runs short is scaled down alike for all clients, and each

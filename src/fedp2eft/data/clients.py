@@ -91,11 +91,11 @@ class ClientData:
         object.__setattr__(self, "clients", in_order)
 
     def rows(self, indices: Sequence[int] | Indices) -> dict[str, list[Any]]:
-        """The columns of those rows, in the order of `indices`: column name -> list of values."""
+        """Return the columns of those rows, in the order of `indices`: column name → values."""
         return dict(self.table[[int(index) for index in indices]])
 
     def label_ids(self, indices: Sequence[int] | Indices) -> Indices:
-        """Class ids of those rows, shape (len(indices),): positions in `labels`.
+        """Return class ids of those rows, shape (len(indices),): positions in `labels`.
 
         Raises:
             UserError: the data set has no classes.
@@ -107,7 +107,7 @@ class ClientData:
         return np.array([ids[value] for value in values], dtype=np.int64)
 
     def answers(self, indices: Sequence[int] | Indices, task: str) -> Sequence[Any]:
-        """What a model of that task shall answer to those rows: class ids, or texts.
+        """Return what a model of that task should answer to those rows: class ids, or texts.
 
         Raises:
             UserError: the data set has no classes, or no column of answers.
@@ -125,12 +125,12 @@ class ClientData:
     def texts_and_answers(
         self, indices: Sequence[int] | Indices, task: str
     ) -> tuple[list[Sequence[Any]], Sequence[Any]]:
-        """The text columns of those rows, and `answers`: what a task makes tokens of."""
+        """Return the text columns of those rows, and `answers`, for a task to tokenize."""
         rows = self.rows(indices)
         return [rows[column] for column in self.text_columns], self.answers(indices, task)
 
     def pool(self, name: str) -> tuple[Client, ...]:
-        """The clients of one pool, sorted by name; empty if there are none.
+        """Return the clients of one pool, sorted by name; empty if there are none.
 
         Raises:
             UserError: `name` is not one of `POOLS`.

@@ -140,7 +140,7 @@ class LocalCopy:
 
 
 def _files(home: Path, split: str) -> list[Path]:
-    """A split's file, or the shards of one, in order."""
+    """Return a split's file, or the shards of one, in order."""
     words = SPLITS.get(split, (split,))
     found = []
     for path in sorted(home.iterdir()):
@@ -168,7 +168,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _renamed(table: Table, source: HubSource) -> Table:
-    """A file's columns under the names that they have on the hub."""
+    """Return a file's columns under the names that they have on the hub."""
     own = {clean(name): values for name, values in table.columns.items()}
     made: Columns = {}
     for name in source.columns:
@@ -188,7 +188,7 @@ def _renamed(table: Table, source: HubSource) -> Table:
 
 
 def _joined(*parts: Any) -> Any:
-    """The parts of a row as one text; None where one is blank or no text."""
+    """Return the parts of a row as one text; None where one is blank or no text."""
     if all(isinstance(part, str) and part.strip() for part in parts):
         return " ".join(parts)
     return None

@@ -25,7 +25,7 @@ LANGUAGES = (
 
 @cache
 def read_descriptions() -> "Dataset":
-    """All 22,127 rows in the order of the shipped file: 13 MB, read once in a process."""
+    """Return all 22,127 rows in the order of the shipped file: 13 MB, read once per process."""
     from fedp2eft.data.table import read_table
 
     with as_file(files("fedp2eft.data") / "assets" / "debian_descriptions.jsonl.gz") as path:

@@ -135,7 +135,7 @@ def read_delimited(
 
 
 def _delimiter(header: str, needed: Sequence[str], usual: str) -> str:
-    """The delimiter by which a header has the needed columns, else the most names."""
+    """Return the delimiter by which a header has the needed columns, else the most names."""
     order = [usual, *(other for other in DELIMITERS if other != usual)]
     names = {mark: [clean(n.strip().strip('"')) for n in header.split(mark)] for mark in order}
     wanted = {clean(name) for name in needed}
@@ -146,7 +146,7 @@ def _delimiter(header: str, needed: Sequence[str], usual: str) -> str:
 
 
 def _without_quotes(lines: Sequence[str]) -> bool:
-    """Whether quotation marks at a field's ends are the text's own, in a tab-separated file.
+    """Return whether quotes at a field's ends belong to the text, in a tab-separated file.
 
     A line of another length than the header's can only be explained by quotes around a tab or a
     line break. Else they are the writer's only if each such field is whole and doubles its inner
@@ -166,7 +166,7 @@ def _without_quotes(lines: Sequence[str]) -> bool:
 
 
 def _quoted(path: Path, text: str, delimiter: str, first: int, loose: bool) -> Iterator[Record]:
-    """The rows of text quoted as RFC 4180 says."""
+    """Yield the rows of text quoted as RFC 4180 says."""
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=loose)
     start = first

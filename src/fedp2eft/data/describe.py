@@ -15,7 +15,7 @@ from fedp2eft.files import write_text
 
 
 def describe(data: ClientData) -> list[dict[str, Any]]:
-    """One row per (language, pool), sorted by both.
+    """Return one row per (language, pool), sorted by both.
 
     Each has `language`, `pool`, `clients`, `train` and `test` (rows of all its clients), `labels`
     (class name -> rows, train and test together; empty without classes) and `characters` (mean
@@ -51,7 +51,7 @@ def classes_of_clients(data: ClientData) -> dict[str, dict[str, int]]:
 
 
 def _counts(data: ClientData, clients: Sequence[Client]) -> dict[str, int]:
-    """Rows by class; empty without classes."""
+    """Return rows by class; empty without classes."""
     if not data.label_column:
         return {}
     names = data.table[data.label_column]
@@ -93,7 +93,7 @@ def repeats(data: ClientData) -> list[str]:
 
 
 def _characters(text: Any) -> int:
-    """Length of a text, or of the turns of a conversation together."""
+    """Return the length of a text, or of the turns of a conversation together."""
     return len(text) if isinstance(text, str) else sum(len(turn["content"]) for turn in text)
 
 

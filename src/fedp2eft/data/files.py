@@ -35,7 +35,7 @@ class _Part:
 
 
 def _chat(settings: DataSettings) -> str | None:
-    """The column of conversations, if there is one."""
+    """Return the column of conversations, if there is one."""
     chat = settings.target_column if settings.target_column in settings.text_columns else None
     if chat and list(settings.text_columns) != [chat]:
         raise UserError(
@@ -82,7 +82,7 @@ def client_from_file(
 
 
 def clients_from_files(settings: DataSettings) -> ClientData:
-    """Clients from one file each (`files`), or all from one that has a column `client` (`path`).
+    """Load clients from one file each (`files`), or from one with a column `client` (`path`).
 
     The one file may also have the columns `language` (else "und") and `pool` (else "seen"), the
     same in all rows of a client; without a column `client` it is one client of the pool `unseen`.
@@ -155,7 +155,7 @@ def _client_data(
 
 
 def _read(part: _Part, settings: DataSettings, chat: str | None) -> tuple[Table, Columns]:
-    """A file's named columns, and what it says of client, language, pool and split."""
+    """Return a file's named columns, and what it says of client, language, pool and split."""
     given = [*settings.text_columns, settings.target_column]
     texts = [column for column in dict.fromkeys(given) if column and column != chat]
     others = [column for column in (settings.label_column, chat) if column]
@@ -192,7 +192,7 @@ def _read(part: _Part, settings: DataSettings, chat: str | None) -> tuple[Table,
 
 
 def _words(table: Table, column: str) -> list[str]:
-    """A column of names, in NFC and without blanks around them; whole numbers are names too."""
+    """Return a column of names, in NFC, stripped; whole numbers are names too."""
     values = table.columns[column]
     table.columns[column] = [
         str(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -221,7 +221,7 @@ def _check_one(table: Table, who: Columns, part: _Part) -> None:
 
 
 def _turns(where: str, talk: Any) -> list[dict[str, str]]:
-    """A conversation that ends with the assistant's turn, checked."""
+    """Return a conversation that ends with the assistant's turn, checked."""
     turns = talk if isinstance(talk, list) else []
     for turn in turns:
         facts = turn if isinstance(turn, Mapping) else {}
@@ -236,7 +236,7 @@ def _turns(where: str, talk: Any) -> list[dict[str, str]]:
 
 
 def _stem(path: str | Path) -> str:
-    """A client's name from a file's."""
+    """Return a client's name from a file's."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).name.split(".")[0]).strip("-") or "client"
 
 
@@ -248,7 +248,7 @@ def _clients(
     *,
     trains: bool,
 ) -> tuple[Client, ...]:
-    """Each client's rows, those to test on drawn where no file says them."""
+    """Return each client's rows; test rows are drawn where no file names them."""
     names = np.asarray(who["client"])
     split = np.asarray(who["split"], dtype=object)
     kinds = np.asarray(labels if labels is not None else [""] * len(names))

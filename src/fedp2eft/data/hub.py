@@ -29,7 +29,7 @@ def load_hub_dataset(
     columns: Sequence[str] | None = None,
     revision: str | None = None,
 ) -> "Dataset":
-    """One split of a data set of the hub, through `datasets.load_dataset` and its cache.
+    """Load one split of a data set of the hub, through `datasets.load_dataset` and its cache.
 
     Args:
         path: repository, `owner/name`.
@@ -199,7 +199,7 @@ def load_hub(
 
 
 def _can_train(source: HubSource, copy: LocalCopy | None, language: str) -> bool:
-    """Whether a language has the split `train`, if the data set's train rows come from there."""
+    """Return whether a language has the split `train`, if the train rows come from there."""
     if language in source.without_train:
         return False
     if copy is None or "train" not in source.train_split.split("+"):
@@ -210,7 +210,7 @@ def _can_train(source: HubSource, copy: LocalCopy | None, language: str) -> bool
 def _train_split(
     name: str, source: HubSource, copy: LocalCopy | None, language: str, new: bool
 ) -> str:
-    """The splits that a language's train rows come from.
+    """Return the splits that a language's train rows come from.
 
     A language without the split `train` may be new to the federation, and then has those of
     `validation`. A copy may have joined `validation` to `train`.
@@ -232,7 +232,7 @@ def _train_split(
 def _notes(
     source: HubSource, copy: LocalCopy | None, part: str, split: str, rows: _Rows
 ) -> list[str]:
-    """What `fedp2eft data describe` says of a split that was read."""
+    """Return what `fedp2eft data describe` prints about a split that was read."""
     notes = [rows.form] if rows.form else []
     if part == "train" and split != source.train_split:
         has = split.split("+")

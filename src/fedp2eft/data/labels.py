@@ -42,7 +42,7 @@ def check_names(names: Sequence[str], what: str = "Class", *, cases: bool = True
 
 
 def _skeleton(name: str, cases: bool = True) -> str:
-    """A name as it is seen: without marks of no width, any blank as a blank."""
+    """Return a name as it is seen: without marks of no width, any blank as a blank."""
     if not cases:
         # Turkish has a dotted and a dotless i in both cases: "İT", "IT", "ıt" and "it" are one.
         name = name.casefold().replace("\u0307", "").replace("ı", "i")

@@ -37,7 +37,7 @@ def new_languages_of(dataset: str, known: Sequence[str], settings: DataSettings)
 def choose_languages(
     dataset: str, known: Sequence[str], languages: Sequence[str] | None, new: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(languages of seen and unseen clients, languages of new-language clients).
+    """Return (languages of seen and unseen clients, languages of new-language clients).
 
     Args:
         dataset: its name, for the message.

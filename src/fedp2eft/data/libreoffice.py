@@ -30,7 +30,7 @@ COLUMNS = ("language", "pool", "split", "label")
 
 @cache
 def read_sample() -> Dataset:
-    """All rows of the sample that ships with the package, in the order of the file."""
+    """Return all rows of the sample that ships with the package, in the order of the file."""
     with as_file(files("fedp2eft.data") / "assets" / "libreoffice_help_sample.jsonl.gz") as path:
         return read_table(path)
 

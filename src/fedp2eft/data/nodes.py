@@ -25,7 +25,7 @@ Value = bool | float | int | str
 
 
 def data_without_clients(settings: DataSettings) -> ClientData:
-    """What the server knows of the data: columns and classes.
+    """Return what the server knows of the data: columns and classes.
 
     Raises:
         UserError: The settings do not name the classes: nobody sees the rows of all clients.
@@ -53,7 +53,7 @@ def data_without_clients(settings: DataSettings) -> ClientData:
 
 
 def clients_of_node(config: Mapping[str, Value], settings: DataSettings) -> ClientData:
-    """A SuperNode's own client.
+    """Return a SuperNode's own client.
 
     Args:
         config: The node config: `client` and `path`; `test-path`, `language` and `pool` as in

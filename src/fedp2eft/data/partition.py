@@ -19,7 +19,7 @@ from fedp2eft.settings.data import DataSettings, Proportions
 
 
 def rng_for(seed: int, *key: str) -> np.random.Generator:
-    """A generator that depends on `seed` and `key` alone, on any machine and in any order."""
+    """Return a generator that depends on `seed` and `key` alone, on any machine."""
     digest = hashlib.sha256("\x1f".join([str(seed), *key]).encode()).digest()
     return np.random.default_rng(np.random.SeedSequence(int.from_bytes(digest, "big")))
 
@@ -139,7 +139,7 @@ def partition_pools(
 
 
 def _common_pool(pools: Mapping[tuple[str, str], tuple[Indices, Indices]]) -> tuple[str, str]:
-    """The first seen pool, at whose positions all others can be split too."""
+    """Return the first seen pool at whose positions all others can be split too."""
     sizes = {pool: (len(train), len(test)) for pool, (train, test) in pools.items()}
     first = next((pool for pool in pools if pool[1] == SEEN), None)
     if first is None:
@@ -210,7 +210,7 @@ def distinct(
 
 
 def _stock(codes: NDArray[np.int64], labels: int, rng: np.random.Generator) -> list[Indices]:
-    """The rows of each label, in a drawn order."""
+    """Return the rows of each label, in a drawn order."""
     return [rng.permutation(np.flatnonzero(codes == label)) for label in range(labels)]
 
 
@@ -219,7 +219,7 @@ def _sizes(stock: Sequence[Indices]) -> NDArray[np.int64]:
 
 
 def _deal(stock: Sequence[Indices], counts: NDArray[np.int64]) -> list[Indices]:
-    """Each client's rows, ascending, for counts of shape (clients, labels)."""
+    """Return each client's rows, ascending, for counts of shape (clients, labels)."""
     ends = counts.cumsum(axis=0)
     return [
         np.sort(
@@ -250,7 +250,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def hold_out(data: ClientData, settings: DataSettings) -> ClientData:
-    """The same clients, scored on held-out train rows; none of their test rows is in it."""
+    """Return the same clients, scored on held-out train rows; their test rows are left out."""
     clients = []
     for client in data.clients:
         labels = data.label_ids(client.train) if data.labels else client.train * 0

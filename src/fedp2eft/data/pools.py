@@ -26,7 +26,7 @@ def clients_of_pools(
     labels: tuple[str, ...],
     target_column: str | None,
 ) -> ClientData:
-    """Each language's pool split over its clients by label; a row's number is its place in `table`.
+    """Split each language's pool over its clients by label; row indices refer to `table`.
 
     Args:
         name: the data set's name.

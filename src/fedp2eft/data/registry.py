@@ -67,7 +67,7 @@ _SPLIT = (
 
 
 def _preset(name: str, description: str, licence: str, *unused: str) -> DatasetEntry:
-    """A data set of the hub that is known by name."""
+    """Return a data set of the hub that is known by name."""
     return DatasetEntry(
         f"{description}; from the hub, or a local copy in data.path",
         KNOWN[name].languages,
@@ -148,7 +148,7 @@ DATASETS: dict[str, DatasetEntry] = {
 
 
 def find(settings: DataSettings) -> DatasetEntry:
-    """The entry that `settings.dataset` names.
+    """Return the entry that `settings.dataset` names.
 
     Raises:
         UserError: no such data set, or a setting changed that means nothing to it.

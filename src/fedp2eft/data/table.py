@@ -172,24 +172,25 @@ def read_text(path: Path, unpack: Callable[[bytes], bytes] | None = None) -> str
     except OSError as error:
         cause = error.strerror or first_line(error)
         raise UserError(f"{path} cannot be read: {cause}.") from None
-    if not raw.strip():
-        raise UserError(f"{path} is empty: write at least one row.")
     for start, what in MAGIC.items():
         if raw.startswith(start):
             raise UserError(f"{path} is {what}.")
     wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        return raw.decode("utf-16" if wide else "utf-8-sig")
+        text = raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path} is not {'UTF-16' if wide else 'UTF-8'}: byte 0x{raw[error.start]:02x} in line "
             f"{line} (byte {error.start} of the file). Save it as UTF-8."
         ) from None
+    if not text.strip():
+        raise UserError(f"{path} is empty: write at least one row.")
+    return text
 
 
 def _read_json(path: Path, text: str, select: Select) -> Table:
-    """JSON lines, or one list of objects."""
+    """Read JSON lines, or one list of objects."""
     rows, lines = _json_list(path, text), None
     if rows is None:
         rows, lines = _json_lines(path, text)
@@ -207,7 +208,7 @@ def _read_json(path: Path, text: str, select: Select) -> Table:
 
 
 def _json_list(path: Path, text: str) -> list[dict[str, Any]] | None:
-    """The objects of a file that is one JSON list; None where it is none."""
+    """Return the objects of a file that is one JSON list; None if it is not."""
     if not text.lstrip().startswith("["):
         return None
     try:
@@ -289,7 +290,7 @@ def _read_parquet(path: Path, select: Select) -> Columns:
 
 
 def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """Column -> class names, as the `datasets` library writes them into a Parquet file."""
+    """Return column → class names, as the `datasets` library writes them into a Parquet file."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {
@@ -302,5 +303,5 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, without its closing full stop."""
+    """Return the first line of another library's message, without its closing full stop."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -132,7 +132,7 @@ def load() -> None:
 
 
 def method_named(name: str) -> Method:
-    """The method of that name; an unknown one is a `UserError`."""
+    """Return the method of that name; an unknown one is a `UserError`."""
     if name == "fedp2eft-normalized":
         raise UserError(f"Method {name} was removed; fedp2eft 0.1.0 was the last version with it.")
     if name not in METHODS:
@@ -145,7 +145,7 @@ def method_named(name: str) -> Method:
 
 
 def phases(methods: Iterable[str] | None = None) -> dict[str, Phase]:
-    """Phases of the named methods' own, of all methods if absent; by name."""
+    """Return the own phases of the named methods (default: all), by name."""
     chosen = (METHODS[name].phase for name in (METHODS if methods is None else methods))
     return {phase.name: phase for phase in chosen if phase}
 

@@ -55,7 +55,7 @@ class Schedule:
 
     @classmethod
     def of(cls, rank: int, steps: int, settings: AdaLoraSettings) -> Schedule:
-        """Shares of the steps rounded down; of two or more steps at least the second drops ranks.
+        """Return shares of the steps, rounded down; of two or more steps the second drops ranks.
 
         Raises:
             UserError: Fewer than two steps.
@@ -105,7 +105,7 @@ def adalora(client: ClientSide, rank: int) -> Outcome:
 
 
 def wrap(base: nn.Module, bt: BTLora, schedule: Schedule, orth: float) -> PeftModel:
-    """PEFT's AdaLoRA on the layers that `bt` adapts; every client starts from the same P and Q.
+    """Return PEFT's AdaLoRA on the layers that `bt` adapts; P and Q start alike for all clients.
 
     Raises:
         UserError: PEFT has no AdaLoRA for a kind of layer.
@@ -133,7 +133,7 @@ def wrap(base: nn.Module, bt: BTLora, schedule: Schedule, orth: float) -> PeftMo
 
 
 def orthogonality(model: nn.Module) -> Tensor:
-    """Mean over all P and Q of ‖PᵀP − I‖ and ‖QQᵀ − I‖ (Frobenius norms).
+    """Return the mean over all P and Q of ‖PᵀP − I‖ and ‖QQᵀ − I‖ (Frobenius norms).
 
     PEFT's AdaLoraModel.forward adds the same to a loss that the model itself computes. Here the
     task computes the loss, and a PeftModel without task type goes past that forward anyway.
@@ -146,7 +146,7 @@ def orthogonality(model: nn.Module) -> Tensor:
 
 
 def adapter_weights(model: PeftModel, bt: BTLora) -> AdapterWeights:
-    """The ranks with E ≠ 0 as A = Q, B = P, λ = E: the same function of the input.
+    """Return the ranks with E ≠ 0 as A = Q, B = P, λ = E: the same function of the input.
 
     Raises:
         UserError: No rank was ever dropped.
@@ -165,5 +165,5 @@ def adapter_weights(model: PeftModel, bt: BTLora) -> AdapterWeights:
 
 
 def _share(share: float, whole: int) -> int:
-    """A share of a whole number, rounded down; 0.3 of 10 is 3 whatever floats make of it."""
+    """Return a share of a whole number, rounded down; 0.3 of 10 is 3 in spite of float rounding."""
     return math.floor(round(share * whole, 9))

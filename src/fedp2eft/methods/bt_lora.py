@@ -10,7 +10,7 @@ from fedp2eft.settings.profiles import PROFILES
 
 
 def bt_lora(client: ClientSide, rank: int) -> Outcome:
-    """Stage 1 from λ = generator.init_lambda for `local.epochs`, then personalization with λ^s.
+    """Run stage 1 from λ = generator.init_lambda for `local.epochs`, then personalize with λ^s.
 
     The adapter of stage 1 is thrown away, as in a round of FedP²EFT.
     """

@@ -19,20 +19,20 @@ from fedp2eft.seeding import derive_seed
 
 
 def structure_only(client: ClientSide, rank: int) -> Outcome:
-    """FedP²EFT's kept ranks, each with λ = 1 as in LoRA."""
+    """Fit FedP²EFT's kept ranks, each with λ = 1 as in LoRA."""
     lam, keep = predicted(client, rank)
     return client.fit(torch.ones_like(lam), keep)
 
 
 def scale_only(client: ClientSide, rank: int) -> Outcome:
-    """LoRA's uniform structure, with the mean of FedP²EFT's kept λ on every rank."""
+    """Fit LoRA's uniform structure, with the mean of FedP²EFT's kept λ on every rank."""
     lam, keep = predicted(client, rank)
     ones, first = uniform(client.bt, rank)
     return client.fit(ones * lam[keep].mean(), first)
 
 
 def random_structure(client: ClientSide, rank: int) -> Outcome:
-    """FedP²EFT's kept λ, dealt out to r·L ranks drawn at random from the client's seed."""
+    """Fit FedP²EFT's kept λ on r·L ranks drawn at random from the client's seed."""
     lam, keep = predicted(client, rank)
     values = lam[keep]
     generator = torch.Generator().manual_seed(derive_seed("random structure", client.seed))
@@ -43,16 +43,16 @@ def random_structure(client: ClientSide, rank: int) -> Outcome:
 
 
 def global_lambda(client: ClientSide, rank: int) -> Outcome:
-    """The mean of λ̂ over the seen clients, the same ranks and λ for every client."""
+    """Fit the mean λ̂ of the seen clients: the same ranks and λ for every client."""
     return client.fit(*cut_to(rank, client.prepared["lambda"], client.bt.settings.r_max))
 
 
 def ask_lambda(client: ClientSide, _rank: int) -> dict[str, Tensor]:
-    """λ̂ of a seen client, which leaves it: for experiments, never for a deployment."""
+    """Return λ̂ of a seen client, which leaves it: for experiments, never for a deployment."""
     with torch.no_grad():
         return {"lambda": client.psg(client.features())}
 
 
 def mean_lambda(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of λ̂ over the seen clients."""
+    """Return the mean of λ̂ over the seen clients."""
     return {"lambda": torch.stack([answer["lambda"] for answer in answers]).mean(dim=0)}

@@ -9,10 +9,10 @@ from fedp2eft.client.training import structure
 
 
 def predicted(client: ClientSide, rank: int) -> tuple[Tensor, Tensor]:
-    """λ = PSG(ξ) and its r·L largest entries: (λ, kept ranks), both L × r_max."""
+    """Return λ = PSG(ξ) and its r·L largest entries: (λ, kept ranks), both L × r_max."""
     return structure(client.psg, client.features(), rank)
 
 
 def fedp2eft(client: ClientSide, rank: int) -> Outcome:
-    """λ = PSG(ξ), its r·L largest entries kept and frozen; A and B fine-tuned."""
+    """Fit λ = PSG(ξ), its r·L largest entries kept and frozen: fine-tune A and B."""
     return client.fit(*predicted(client, rank))

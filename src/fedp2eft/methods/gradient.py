@@ -56,7 +56,7 @@ def gradient_norms(client: ClientSide) -> Tensor:
 
 
 def _gradients(client: ClientSide, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Gradient of the mean loss over the client's training rows, from one pass."""
+    """Return the gradient of the mean loss over the client's training rows, from one pass."""
     bt, rows = client.bt, len(client.train)
     loss_of, _ = rows_loss(client.task, bt.model, client.train)
     total = [torch.zeros_like(each) for each in parameters]
@@ -71,7 +71,7 @@ def _gradients(client: ClientSide, parameters: Sequence[nn.Parameter]) -> list[T
 
 
 def gradient_shared(client: ClientSide, rank: int) -> Outcome:
-    """The same along the directions of the federation's mean gradient."""
+    """Fit the same along the directions of the federation's mean gradient."""
     bt = client.bt
     with bt.directions([client.prepared[name] for name in bt.names]):
         return gradient(client, rank)

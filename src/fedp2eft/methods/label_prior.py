@@ -40,7 +40,7 @@ def _taus(tuning: TuningSettings) -> list[float]:
 def _scores(
     client: ClientSide, data: Encoded, own: Tensor, pooled: Tensor, taus: list[float]
 ) -> list[Scores]:
-    """Scores of the rows at every τ; of no rows where there are none."""
+    """Return the scores of the rows at every τ."""
     task, bt = replace(with_classes(client.task, NAME), offset=None), client.bt
     if not len(data):
         return [task.unscored()] * len(taus)
@@ -56,13 +56,13 @@ def _counts(client: ClientSide, data: Encoded) -> Tensor:
 
 
 def ask_counts(client: ClientSide, _rank: int) -> dict[str, Tensor]:
-    """Rows of each class: all training rows, and those that are not held out."""
+    """Return rows of each class: all training rows, and those that are not held out."""
     kept = client.trial(client.own.holdout).train
     return {"all": _counts(client, client.train), "kept": _counts(client, kept)}
 
 
 def pool(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows of each class over all clients."""
+    """Return rows of each class over all clients."""
     return {
         name: torch.stack([answer[name] for answer in answers]).double().sum(dim=0)
         for name in ("all", "kept")
@@ -70,7 +70,7 @@ def pool(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def ask_correct(client: ClientSide, _rank: int) -> dict[str, Tensor]:
-    """How many held-out rows each τ gets right."""
+    """Return how many held-out rows each τ gets right."""
     trial = client.trial(client.own.holdout)
     own = _counts(client, trial.train)
     scores = _scores(client, trial.test, own, client.prepared["kept"], _taus(client.own))

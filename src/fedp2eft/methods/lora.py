@@ -10,7 +10,7 @@ from fedp2eft.client.side import ClientSide, Outcome
 
 
 def uniform(bt: BTLora, rank: int) -> tuple[Tensor, Tensor]:
-    """The first r ranks of every layer, with λ = 1: (λ, kept ranks), both L × r_max."""
+    """Return the first r ranks of every layer, with λ = 1: (λ, kept ranks), both L × r_max."""
     ones = torch.ones(len(bt.names), bt.settings.r_max)
     keep = torch.zeros_like(ones, dtype=torch.bool)
     keep[:, :rank] = True
@@ -18,5 +18,5 @@ def uniform(bt: BTLora, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def lora(client: ClientSide, rank: int) -> Outcome:
-    """The first r ranks of every layer, with λ = 1; at the same learning rate as FedP²EFT."""
+    """Fit the first r ranks of every layer, λ = 1, at the same learning rate as FedP²EFT."""
     return client.fit(*uniform(client.bt, rank))

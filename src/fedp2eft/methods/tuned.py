@@ -29,7 +29,7 @@ DIVERGED = -(2.0**100)  # a choice at which one client diverges serves none; fin
 
 
 def grid(tuning: TuningSettings) -> list[tuple[float, float]]:
-    """All (learning rate, scale), smallest first: of equals the first is taken."""
+    """Return all (learning rate, scale), smallest first: of equals the first is taken."""
     return [(lr, scale) for lr in sorted(set(tuning.lrs)) for scale in sorted(set(tuning.scales))]
 
 
@@ -44,11 +44,11 @@ class Tuned:
     strategy: Callable[[ClientSide, int], tuple[Tensor, Tensor]]
 
     def fit(self, client: ClientSide, rank: int) -> Outcome:
-        """Scores and adapter at the choice that the seen clients made."""
+        """Fit the choice that the seen clients made."""
         return self._at(client, rank, grid(client.own)[int(client.prepared["best"])])
 
     def ask(self, client: ClientSide, rank: int) -> dict[str, Tensor]:
-        """How good each choice of the grid is on a seen client's held-out rows."""
+        """Return how good each choice of the grid is on a seen client's held-out rows."""
         choices, trial = grid(client.own), client.trial(client.own.holdout)
         good = torch.zeros(len(choices))
         if len(trial.test):
@@ -66,26 +66,26 @@ class Tuned:
 
 
 def goodness(scores: Scores) -> float:
-    """Rows classified right, or the log likelihood of a causal LM's response tokens."""
+    """Return rows classified right, or the log-likelihood of a causal LM's response tokens."""
     if scores.correct is not None:
         return float(scores.correct)
     return -scores.loss * (scores.tokens or 0)
 
 
 def best(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The number of the choice whose goodness has the largest sum; of equals the first."""
+    """Return the number of the choice whose goodness has the largest sum; of equals the first."""
     total = torch.stack([answer["good"] for answer in answers]).double().sum(dim=0)
     first = (total == total.max()).nonzero()[0]  # argmax may give any of equals
     return {"best": first.float()}
 
 
 def uniform_ones(client: ClientSide, rank: int) -> tuple[Tensor, Tensor]:
-    """LoRA's structure, λ = 1."""
+    """Return LoRA's structure, λ = 1."""
     return uniform(client.bt, rank)
 
 
 def unit_predicted(client: ClientSide, rank: int) -> tuple[Tensor, Tensor]:
-    """FedP²EFT's structure, its λ rescaled to mean 1 over the kept ranks.
+    """Return FedP²EFT's structure, its λ rescaled to mean 1 over the kept ranks.
 
     Structure and learning rate are then separate choices, and both sides of a comparison with LoRA
     stand at the same scale.

@@ -83,7 +83,7 @@ def _settings(client: ClientSide, candidate: Candidate) -> Any:
 
 
 def _structure(client: ClientSide, candidate: Candidate) -> tuple[Tensor, Tensor]:
-    """λ and kept ranks, both L × r_max."""
+    """Return λ and kept ranks, both L × r_max."""
     if candidate.kind == "lora":
         return uniform(client.bt, candidate.rank)
     lam, keep = predicted(client, candidate.rank)
@@ -146,7 +146,7 @@ class _Unadapted:
     values: Tensor
 
     def rows(self, task: Any, part: NDArray[np.int64]) -> Tensor:
-        """Log-likelihood of some rows under a task, which may have a label prior."""
+        """Return the log-likelihood of some rows under a task, which may have a label prior."""
         chosen = self.values[torch.from_numpy(part)]
         if not isinstance(task, Classification):
             return chosen
@@ -165,7 +165,7 @@ def _unadapted(client: ClientSide) -> _Unadapted:
 
 
 def _trained(fold: ClientSide, candidate: Candidate) -> Tensor:
-    """Log-likelihood of the fold's held-out rows after fine-tuning on the others."""
+    """Return the log-likelihood of a fold's held-out rows after fine-tuning on the others."""
     side = with_prior(fold)
     settings = _settings(side, candidate)
     lam, keep = _structure(side, candidate)

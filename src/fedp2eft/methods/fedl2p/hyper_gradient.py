@@ -34,7 +34,7 @@ def hyper_gradient(
     terms: int,
     step: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """dL_V/dη by the implicit function theorem, its series cut off.
+    """Return dL_V/dη by the implicit function theorem, its series cut off.
 
     Args:
         outer: ∂L_V/∂θ, one tensor per inner parameter.

@@ -54,14 +54,14 @@ class MetaNet(nn.Module):
 
     @classmethod
     def of(cls, eta: Mapping[str, Tensor]) -> MetaNet:
-        """The meta-net whose parameters these are."""
+        """Return the meta-net whose parameters these are."""
         hidden, features = eta["layers.0.weight"].shape
         net = cls(features, hidden, len(eta["lr"]))
         net.load_state_dict(eta)
         return net
 
     def forward(self, features: Tensor) -> Tensor:
-        """Learning rates from ξ.
+        """Return learning rates from ξ.
 
         Args:
             features: ξ.
@@ -77,7 +77,7 @@ class MetaNet(nn.Module):
         return rates.reshape(-1, 2)
 
     def eta(self) -> dict[str, Tensor]:
-        """Parameter name → float32 tensor, detached copies."""
+        """Return parameter name → float32 tensor, detached copies."""
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
 

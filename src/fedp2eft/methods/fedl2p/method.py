@@ -39,13 +39,13 @@ from fedp2eft.tasks.encoded import Encoded
 
 
 def first(workspace: Workspace) -> dict[str, Tensor]:
-    """The meta-net before its first round."""
+    """Return the meta-net before its first round."""
     s, matrices = workspace.settings.section(FedL2PSettings), 2 * len(workspace.bt.names)
     return MetaNet(workspace.psg_config.n_features, s.hidden, matrices, s.init_lr, s.seed).eta()
 
 
 def train_turn(turn: Turn) -> Trained:
-    """One client's part of a federated round."""
+    """Run one client's part of a federated round."""
     net = MetaNet.of(turn.parameters)
     settings = turn.workspace.settings.section(FedL2PSettings)
     metrics = train_round(turn.side(), net, settings, turn.seed)
@@ -53,7 +53,7 @@ def train_turn(turn: Turn) -> Trained:
 
 
 def fedl2p(client: ClientSide, rank: int) -> Outcome:
-    """Uniform LoRA at the budget asked for, at the learning rates that the meta-net predicts."""
+    """Fit uniform LoRA at the budget, at the learning rates that the meta-net predicts."""
     with torch.no_grad():
         rates = MetaNet.of(client.shared)(client.features())
     return client.fit(*uniform(client.bt, rank), rates=rates)
@@ -62,7 +62,7 @@ def fedl2p(client: ClientSide, rank: int) -> Outcome:
 def train_round(
     client: ClientSide, net: MetaNet, settings: FedL2PSettings, seed: int
 ) -> dict[str, float]:
-    """One client's part of a federated round: inner fine-tuning and one outer step, three times.
+    """Run one client's part of a round: inner fine-tuning and one outer step, three times.
 
     Epochs, mini-batches, clip and dropout of the inner run are those of personalization.
 
@@ -141,7 +141,7 @@ def train_round(
 
 @torch.no_grad()
 def last_direction(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """u of every parameter in AdamW's last step, which moved it by −lr·u; zeros before a step."""
+    """Return u per parameter in AdamW's last step, which moved it by −lr·u; zeros before a step."""
     found = []
     for group in optimizer.param_groups:
         (b1, b2), eps = group["betas"], group["eps"]
@@ -159,7 +159,7 @@ def last_direction(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _mean_gradient(
     client: ClientSide, data: Encoded, weights: Sequence[Tensor]
 ) -> tuple[float, list[Tensor]]:
-    """Mean loss over all rows, and its gradient."""
+    """Return mean loss over all rows, and its gradient."""
     task, model = client.task, client.bt.model
     total, gradient = 0.0, [torch.zeros_like(weight) for weight in weights]
     for rows in data.by_length(client.settings.batch_size):
