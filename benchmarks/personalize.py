@@ -1,9 +1,10 @@
 """One new client, from a file to a saved adapter, beside its fine-tuning steps alone.
 
-    python benchmarks/personalize.py [--rows 64] [--rank 8] [--runs 5]
+    python benchmarks/personalize.py [--rows 64] [--rank 8] [--tokens 0 1024] [--runs 5]
 
 The model is loaded already. Everything else counts: reading and tokenizing the file, ξ, λ, choosing
-ranks, building the trimmed adapter, and writing the folder.
+ranks, building the trimmed adapter, and writing the folder. `--tokens` are values of
+`generator.feature_tokens`, measured in turn (A B A B …); 0 is "all".
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import LABELS, client_rows, clock, machine, median, spread
+from numpy.typing import NDArray
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import save_adapter
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[0, 1024])
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     task, _, source = client_rows(8, options.max_length)
@@ -56,7 +60,7 @@ def main() -> None:
         languages=("de",), clients_per_language=1, max_train=options.rows, max_test=8
     )
     rows = federation.rows(federation.pool("unseen")[0].train)
-    whole, steps, listening = [], [], []
+    seconds: dict[int, list[tuple[float, float, float]]] = {n: [] for n in options.tokens}
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "client.jsonl"
         file.write_text(
@@ -65,39 +69,50 @@ def main() -> None:
                 for text, label in zip(rows["text"], rows["label"], strict=True)
             )
         )
-        for run in range(options.runs + 1):
+
+        def one_client(tokens: int, folder: Path) -> tuple[float, float, float]:
+            """Seconds of all, of the steps alone and of ξ alone."""
             marks: list[float] = []
             start = clock()
             client = client_from_file(file, DataSettings(labels=NAMES, test_fraction=0.0))
             chosen = client.clients[0].train
             data = task.encode(tokenizer, [client.rows(chosen)["text"]], client.label_ids(chosen))
             before = clock()
-            xi = features(bt, task, data, s, PAPER)
+            xi = features(bt, task, data.sample(tokens, 0) if tokens else data, s, PAPER)
             heard = clock() - before
             lam, keep = structure(psg, xi, options.rank)
-            order = local_order(len(data), s.personalize_epochs, s.batch_size, 0)
 
-            def timed(order=order, marks=marks):
+            def timed() -> Iterator[NDArray]:
                 # Mini-batches are asked for between steps: first to last is the steps alone.
-                for rows in order:
+                for rows in local_order(len(data), s.personalize_epochs, s.batch_size, 0):
                     marks.append(clock())
                     yield rows
                 marks.append(clock())
 
             fitted = personalize(bt, task, data, lam, keep, timed(), s)
-            save_adapter(fitted.weights, Path(scratch) / f"adapter-{run}", base="base")
-            if run:
-                whole.append(clock() - start)
-                steps.append(marks[-1] - marks[0])
-                listening.append(heard)
+            save_adapter(fitted.weights, folder, base="base")
+            return clock() - start, marks[-1] - marks[0], heard
+
+        for run in range(options.runs + 1):
+            for tokens, found in seconds.items():
+                took = one_client(tokens, Path(scratch) / f"adapter-{run}-{tokens}")
+                if run:  # the first turn warms up
+                    found.append(took)
+    lengths = task.encode(tokenizer, [rows["text"]], [0] * len(rows["text"])).lengths
     print(machine())
-    print(f"{options.rows} rows, rank {options.rank}, {len(marks) - 1} steps, {dtype}")
-    print(f"file to adapter: {spread(whole)}")
-    print(f"its steps alone: {spread(steps)}")
-    print(f"ξ: {spread(listening)}")
-    over = median([a / b - 1 for a, b in zip(whole, steps, strict=True)])
-    xi_alone = median([a / b for a, b in zip(listening, steps, strict=True)])
-    print(f"on top of the steps: {over:.1%}, of it ξ {xi_alone:.1%}")
+    print(
+        f"{options.rows} rows, {lengths.sum()} tokens, {lengths.mean():.0f} per row; "
+        f"rank {options.rank}, {dtype}"
+    )
+    for tokens, found in seconds.items():
+        whole, steps, listening = zip(*found, strict=True)
+        over = median([a / b - 1 for a, b in zip(whole, steps, strict=True)])
+        xi_alone = median([a / b for a, b in zip(listening, steps, strict=True)])
+        print(f"ξ from {f'at most {tokens} tokens' if tokens else 'all rows'}:")
+        print(f"  file to adapter: {spread(list(whole))}")
+        print(f"  its steps alone: {spread(list(steps))}")
+        print(f"  ξ: {spread(list(listening))}")
+        print(f"  on top of the steps: {over:.1%}, of it ξ {xi_alone:.1%}")
 
 
 if __name__ == "__main__":

@@ -442,6 +442,7 @@ def test_a_psg_of_the_normalized_prior_names_the_last_version_that_had_it(folder
         ({"feature_kind": "padded"}, "another feature kind: it has masked, here it is padded"),
         ({"profile": "reference"}, "another profile: it has paper, here it is reference"),
         ({"generator__log_quantity": True}, "another log-quantity feature"),
+        ({"generator__feature_tokens": 64}, "another sample of tokens for ξ: it has all, here"),
         ({"linear_names": ("a", "b", "x")}, r"other linear layers .* 3 names.*first other: c"),
         ({"layer_names": ("a",)}, r"other adapted layers: it has 2 names.* 1 .*other: b"),
         ({"layer_names": ("b", "a")}, r"other adapted layers: .*their order"),

@@ -117,6 +117,7 @@ _MUST_AGREE = {
     "adapter.r_max": "r_max",
     "adapter.layerwise": "layer-wise λ",
     "generator.label_features": "label features",
+    "generator.feature_tokens": "sample of tokens for ξ",
     "local.logit_adjustment": "logit adjustment",
     "feature_kind": "feature kind",
     "profile": "profile",

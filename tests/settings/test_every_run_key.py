@@ -51,6 +51,7 @@ OTHER: dict[str, Any] = {
     "generator.init_lambda": 0.2,
     "generator.log_quantity": True,
     "generator.label_features": True,
+    "generator.feature_tokens": 6,
     "generator.steps": 1,
     "generator.lr": 1e-3,
     "generator.seed": 1,

@@ -81,6 +81,33 @@ def test_select_of_nothing_is_empty() -> None:
     assert len(Encoded.from_rows([], [])) == 0
 
 
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30),
+    tokens=st.integers(1, 150),
+    seed=st.integers(0, 9),
+)
+@settings(deadline=None)
+def test_a_sample_holds_whole_rows_up_to_the_bound_and_one_row_at_least(
+    lengths, tokens, seed
+) -> None:
+    data = Encoded.from_rows([[row] * n for row, n in enumerate(lengths)], range(len(lengths)))
+    sample = data.sample(tokens, seed)
+    rows = sample.labels.tolist()
+    assert rows == sorted(set(rows))
+    assert rows_of(sample) == [[row] * lengths[row] for row in rows]
+    assert len(sample.tokens) <= tokens or len(rows) == 1
+    left_out = [n for row, n in enumerate(lengths) if row not in rows]
+    assert not left_out or len(sample.tokens) + max(left_out) > tokens
+    assert rows == data.sample(tokens, seed).labels.tolist()
+
+
+def test_samples_of_other_seeds_are_other_rows() -> None:
+    data = Encoded.from_rows([[1, 2]] * 40, range(40))
+    drawn = {tuple(data.sample(20, seed).labels.tolist()) for seed in range(5)}
+    assert len(drawn) == 5
+    assert {len(rows) for rows in drawn} == {10}
+
+
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 12))
 @settings(deadline=None)
 def test_by_length_covers_every_row_once_longest_first(lengths, batch_size) -> None:

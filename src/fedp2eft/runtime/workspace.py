@@ -382,10 +382,13 @@ class Workspace:
         """Return ξ of a client as the PSG wants it, computed once."""
         if name not in self._features:
             self.for_client(name)
-            data = self.encoded(name, "train")
-            xi = features(self.bt, self.task, data, self.settings.local, self.profile)
+            data, g = self.encoded(name, "train"), self.settings.generator
+            rows = data
+            if g.feature_tokens != "all":
+                rows = data.sample(g.feature_tokens, derive_seed("feature rows", g.seed))
+            xi = features(self.bt, self.task, rows, self.settings.local, self.profile)
             own = None
-            if self.settings.generator.label_features:
+            if g.label_features:
                 q = self._q()
                 own = offset(label_counts(data, len(q)), q)
             self._features[name] = self.psg.features_of(xi, len(data), own)

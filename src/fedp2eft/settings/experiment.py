@@ -67,15 +67,18 @@ class GeneratorSettings:
         init_lambda: λ̂ that an untrained PSG predicts for every rank (the bias of its last layer).
         log_quantity: Add log N (N training examples) to the features.
         label_features: Add log p − log q, the client's label prior, to the features (C values).
+        feature_tokens: Compute ξ from a random sample of the client's training rows, at most so
+            many tokens in all and at least one row. "all": from all rows, as in the paper.
         steps: Adam steps of stage 2 per round.
         lr: Learning rate of stage 2.
-        seed: Seed of the PSG's initial weights.
+        seed: Seed of the PSG's initial weights, and of the sample of rows for ξ.
     """
 
     hidden_multiplier: int = 2
     init_lambda: float = 1e-4
     log_quantity: bool = False
     label_features: bool = False
+    feature_tokens: int | Literal["all"] = "all"
     steps: int = 10
     lr: float = 1e-4
     seed: int = 0
@@ -83,6 +86,10 @@ class GeneratorSettings:
     def __post_init__(self) -> None:
         bounds = {"0 or more": "steps", "1 or more": "hidden_multiplier"}
         check_bounds("generator", self, bounds | {"above 0": "lr init_lambda"})
+        require(
+            self.feature_tokens == "all" or self.feature_tokens >= 1,
+            f'generator.feature_tokens is {self.feature_tokens}; give 1 or more, or "all".',
+        )
 
 
 @dataclass(frozen=True)

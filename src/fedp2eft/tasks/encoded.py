@@ -77,6 +77,17 @@ class Encoded:
             None if self.starts is None else self.starts[chosen],
         )
 
+    def sample(self, tokens: int, seed: int) -> Encoded:
+        """Return random rows in their order: as many as hold at most so many tokens, or one row.
+
+        Args:
+            tokens: Most tokens of the sample.
+            seed: Which rows are drawn.
+        """
+        order = np.random.default_rng(seed).permutation(len(self))
+        kept = int((self.lengths[order].cumsum() <= tokens).sum())
+        return self if kept == len(self) else self.select(np.sort(order[: max(1, kept)]))
+
     def batch(
         self,
         indices: Sequence[int] | NDArray[np.int64],
