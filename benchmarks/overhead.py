@@ -14,11 +14,10 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from common import clock, machine
+from common import clock, machine, quickstart
 
 from fedp2eft.client import training as client
 from fedp2eft.client.training import features
@@ -26,7 +25,7 @@ from fedp2eft.data import registry
 from fedp2eft.experiment.train import train
 from fedp2eft.federation import client_app
 from fedp2eft.models import loading, sources
-from fedp2eft.settings.reading import read_yaml, settings_from
+from fedp2eft.settings.reading import settings_from
 from fedp2eft.tasks.classification import Classification
 
 MODEL = ("descend", "stage2", "client_features", "logits")
@@ -78,8 +77,7 @@ def main() -> None:
         (Classification, "encode"),
     ):  # fmt: skip
         watch.watch(owner, name)
-    raw = read_yaml(str(files("fedp2eft") / "presets" / "quickstart.yaml"))
-    raw["data"]["languages"] = raw["data"]["languages"][: options.languages]
+    raw = quickstart(options.languages)
     raw["base"]["rounds"] = raw["federation"]["rounds"] = options.rounds
     settings = settings_from(raw)
     with tempfile.TemporaryDirectory() as scratch:
