@@ -81,16 +81,15 @@ def quickstart(
 
 def _say_time(settings: Settings) -> None:
     """Print how long the run will take here, after a probe of a few seconds."""
-    import torch
-
     from fedp2eft.commands.probe import seconds_needed
+    from fedp2eft.experiment.engine import machine
     from fedp2eft.models.precision import choose_device, resolve_precision
 
     device = choose_device(settings.model.device)
     dtype = str(resolve_precision(settings.model.precision, device)).removeprefix("torch.")
     seconds = seconds_needed(settings)
     shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    where = f"{device}, {torch.get_num_threads()} threads, {dtype}"
+    where = f"{machine(device)}, {dtype}"
     print(f"About {shown} on this machine as it is now ({where}).", flush=True)
 
 

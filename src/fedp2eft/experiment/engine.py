@@ -92,7 +92,8 @@ def machine(device: torch.device) -> str:
     """Return the processor or GPU that the model runs on, and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory() -> int:
