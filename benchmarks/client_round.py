@@ -16,7 +16,7 @@ import argparse
 import copy
 
 import torch
-from common import LABELS, MINILM, alternate, client_rows, machine, median, model_source, spread
+from common import MINILM, alternate, client_rows, machine, median, model_source, spread
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from fedp2eft.adapters.btlora import BTLora, common_A
 from fedp2eft.client.descent import local_order
 from fedp2eft.client.training import features, train_round
+from fedp2eft.data.debian import LABELS
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
@@ -60,7 +61,7 @@ def usual_round(
     g: GeneratorSettings,
 ) -> torch.Tensor:
     """One client's round, the plain way; returns λ^s."""
-    base = load_base(source, "classification", num_labels=LABELS)
+    base = load_base(source, "classification", labels=LABELS)
     linears = [m for m in base.modules() if isinstance(m, nn.Linear)]
     moments = [[0, 0.0, 0.0] for _ in linears]
 
@@ -160,7 +161,7 @@ def main() -> None:
     order = list(local_order(len(data), s.epochs, s.batch_size, 0))
     adapters = {
         dtype: BTLora(
-            load_base(source, "classification", num_labels=LABELS, dtype=dtype,
+            load_base(source, "classification", labels=LABELS, dtype=dtype,
                       max_length=options.max_length),
             adapter,
         )

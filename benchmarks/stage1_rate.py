@@ -13,13 +13,14 @@ import argparse
 
 import numpy as np
 import torch
-from common import LABELS, alternate, client_rows, machine, median, spread
+from common import alternate, client_rows, machine, median, spread
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.client.descent import local_order
 from fedp2eft.client.training import stage1
+from fedp2eft.data.debian import LABELS
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.settings.experiment import LocalSettings
@@ -49,7 +50,7 @@ def products(bt: BTLora, data: Encoded, order: list[np.ndarray]) -> list[tuple[i
             assert isinstance(module, nn.Linear)
             last = f"layer.{config.num_hidden_layers - 1}." in name and ".self." not in name
             # One position a row: the head, and the last block after its attention.
-            pooled = module.out_features == LABELS or "pooler" in name or last
+            pooled = module.out_features == len(LABELS) or "pooler" in name or last
             first = number < 3  # query, key and value of the first layer
             m = len(rows) if pooled else tokens
             d_in, d_out = module.in_features, module.out_features
@@ -81,7 +82,7 @@ def main() -> None:
     dtype = resolve_precision(options.precision, "cpu")
     task, data, source = client_rows(options.rows, options.max_length)
     base = load_base(
-        source, "classification", num_labels=LABELS, dtype=dtype, max_length=options.max_length
+        source, "classification", labels=LABELS, dtype=dtype, max_length=options.max_length
     )
     bt = BTLora(base)
     s = LocalSettings(dropout=False, max_length=options.max_length)

@@ -17,6 +17,7 @@ LONG = ("quickstart", "train", "compare")
 ELSEWHERE = {
     ".": "enters the virtual environment",
     "git": "fetches the project",
+    "hf": "uploads to the hub",
     "export": "sets a variable",
     "cd": "goes to a folder",
     "ssh-keygen": "makes a key on another host",

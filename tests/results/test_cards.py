@@ -114,6 +114,20 @@ def test_a_new_layout_has_the_same_card(finished, tmp_path: Path):
     assert new != old
 
 
+def test_an_adapter_for_a_published_base_names_that_base(finished, tmp_path: Path):
+    folder = finished.folder / "adapters" / ADAPTER
+    here = ModelCard.load(folder / "README.md").data
+    assert here.base_model is None  # a folder on this machine
+    export(folder, tmp_path / "published", "portable", model="owner/base")
+    data = ModelCard.load(tmp_path / "published" / "README.md").data
+    assert data.base_model == "owner/base"
+    assert data.to_dict()["base_model_relation"] == "adapter"
+    assert "base_model:adapter:owner/base" in data.tags
+    config = read_json(tmp_path / "published" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == "owner/base"
+    says_nothing_private(str(ModelCard.load(tmp_path / "published" / "README.md")), str(tmp_path))
+
+
 def test_a_scored_adapter_of_a_new_client(finished, world: World, tmp_path: Path):
     rows = write_jsonl(tmp_path / "rows.jsonl", world.client_rows("fr-unseen-00", "train"))
     psg = PSG.from_pretrained(finished.folder / "psg")

@@ -132,7 +132,8 @@ def save_adapter(
         (scratch / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         (scratch / FACTS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         if card is not None:
-            (scratch / "README.md").write_text(str(card(told)), encoding="utf-8")
+            text = str(card({**told, "base": base}))
+            (scratch / "README.md").write_text(text, encoding="utf-8")
         if not _same(load_adapter(scratch), folded):
             raise UserError(f"{target} would not hold the adapter that was trained: not saved.")
         if check is not None:

@@ -75,6 +75,12 @@ class _HubUnreachableError(Exception):
     """The hub gave no answer; the text says why."""
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a name may be a hub id: it is no folder, and not written as a path."""
+    path = name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1
+    return bool(name) and not path and not Path(name).is_dir()
+
+
 def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
     """Find a model: a local folder, else on the hub, else in the hub's cache, else offline.
 
@@ -94,7 +100,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return _local(name, folder, revision)
-    if not name or name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1:
+    if not is_hub_id(name):
         raise UserError(
             f"There is no folder {name!r}: give a model folder that exists or a hub id."
         )

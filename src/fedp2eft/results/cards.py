@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedp2eft.models.sources import OFFLINE_PARTS, ModelSource
+from fedp2eft.models.sources import OFFLINE_PARTS, ModelSource, is_hub_id
 from fedp2eft.results.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -71,13 +71,15 @@ def adapter_card(facts: Mapping[str, Any]) -> ModelCard:
     """Return the card of an adapter folder.
 
     Args:
-        facts: What its fedp2eft.json says.
+        facts: What its fedp2eft.json says, and `base`, the name or folder of the base model.
     """
     origin = _mapping(facts.get("origin"))
     task = "causal_lm" if facts.get("task") == "causal_lm" else "classification"
     language = str(facts.get("language") or "")
     data = _front(origin, [language] if language else [], task, "peft")
-    if model := origin.get("model"):  # as PEFT's own cards have it
+    if is_hub_id(name := str(facts.get("base") or "")):
+        data["base_model"] = name
+    if model := data["base_model"]:  # as PEFT's own cards have it
         data["base_model_relation"] = "adapter"
         data["tags"] = [*_TAGS, f"base_model:adapter:{model}"]
     score = ""
