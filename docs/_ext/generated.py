@@ -15,6 +15,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from docstring_parser import parse
 from sphinx.application import Sphinx
 
+SETTINGS_NOTE = (
+    "And every [setting](settings.md), on top of the YAML file's: `--SECTION.NAME VALUE`, for "
+    "example `--local.lr 1e-3` or `--evaluation.ranks [2,4]`."
+)
 PLACE = re.compile(r"<!-- generated: (\w+) -->")
 
 
@@ -50,23 +54,18 @@ def _command(name: str) -> str:
         for option, action in named.items()
         if option not in skipped and "." not in option
     ]
-    words = [action.dest for action in named.values() if not action.option_strings]
-    usage = " ".join([parser.prog, *(word.upper() for word in words), "[OPTIONS]"])
+    words = [
+        f"[{action.metavar}]" if action.nargs == "?" else action.dest.upper()
+        for action in named.values()
+        if not action.option_strings
+    ]
+    usage = " ".join([parser.prog, *words, "[OPTIONS]"])
     parts = [title, f"```text\n{usage}\n```", description]
     if rows:
         parts.append(_table(("option", "default", "what"), rows))
     if sections:
-        parts.append(_settings_note(list(sections)))
+        parts.append(SETTINGS_NOTE)
     return "\n\n".join(parts)
-
-
-def _settings_note(sections: list[str]) -> str:
-    if sections == ["data"]:
-        return "And the settings of the section [`data`](settings.md#data), as `--data.NAME VALUE`."
-    return (
-        "And every [setting](settings.md), on top of the YAML file's: `--SECTION.NAME VALUE`, for "
-        "example `--local.lr 1e-3` or `--evaluation.ranks [2,4]`."
-    )
 
 
 def settings_reference() -> str:

@@ -33,7 +33,9 @@ def test_the_command_reference_has_every_command_and_option() -> None:
     personalize = text.split("## `fedp2eft personalize`")[1].split("\n## ")[0]
     assert "| `--model` | required |" in personalize
     assert "settings.md" not in personalize
-    assert "settings.md#data" in text.split("## `fedp2eft data describe`")[1].split("\n## ")[0]
+    describe = text.split("## `fedp2eft data describe`")[1].split("\n## ")[0]
+    assert "fedp2eft data describe [CONFIG] [OPTIONS]" in describe
+    assert "`--SECTION.NAME VALUE`" in describe
 
 
 def test_the_settings_reference_has_every_key_and_says_what_it_is() -> None:
