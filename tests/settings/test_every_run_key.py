@@ -165,6 +165,8 @@ SHOWN: dict[str, str] = {
     "_sit_on",
     "model.gradient_checkpointing": "models/test_quantized.py::test_gradient_checkpointing_computes"
     "_blocks_twice_and_changes_no_number",
+    "model.states_mib": "client/test_kept_states.py::test_a_cohort_in_which_one_client_has_too_"
+    "much_text_is_computed_whole",
     "model.device": "commands/test_bad_input.py::test_yaml",
     "local.eval_batch_size": "adapters/test_causal_layers.py::test_features_are_of_prompt_and_"
     "response_without_padding",

@@ -24,10 +24,11 @@ from fedp2eft.client.descent import not_finite, steps_of
 from fedp2eft.client.training import LossTerms, Round, minimise, stage2
 from fedp2eft.errors import UserError
 from fedp2eft.generator import PSG
-from fedp2eft.models.loading import has_dropout
+from fedp2eft.modes import has_dropout
 from fedp2eft.settings.experiment import GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import Profile
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.frozen_blocks import run
 from fedp2eft.tasks.task import Task
 
 Indices = NDArray  # type: ignore[type-arg]
@@ -155,6 +156,9 @@ def cohort_stage1(
         on_step: Called with L of every client at a step.
     """
     assert all(len(a.order) >= len(b.order) for a, b in pairwise(clients))
+    ready = [task.with_states(bt.model, client.data) for client in clients]
+    if all(data.states is not None for data in ready):  # one pass cannot start at two blocks
+        clients = [replace(c, data=data) for c, data in zip(clients, ready, strict=True)]
     ended = [Ended(lam) for lam in lora.lam.detach().clone()]
     steps = [steps_of(client.order, settings) for client in clients]
     longest = max((len(client.order) for client in clients), default=0)
@@ -212,11 +216,12 @@ def _losses(
     }
     lora.load(len(parts), height)
     inputs = {key: value for key, value in whole.items() if key != "labels"}
-    logits = torch.split(bt.model(**inputs).logits.float(), height)
+    logits = torch.split(run(bt.model, inputs).logits.float(), height)
     blocks = {key: torch.split(value, height) for key, value in whole.items()}
     found = []
     for c, part in enumerate(parts):
         mine = {key: _like(blocks[key][c], value.shape) for key, value in part.items()}
+        mine.pop("states", None)  # the logits are known already
         known = logits[c]
         # rows × classes, or rows × tokens × vocabulary
         size = part["input_ids"].shape[: known.dim() - 1]
@@ -230,7 +235,8 @@ def _grown(values: Tensor, height: int, width: int, fill: int) -> Tensor:
     A row of padding alone would make NaN in some kinds of attention.
     """
     if values.dim() > 1:
-        values = nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
+        sides = (0, 0) * (values.dim() - 2) + (0, width - values.shape[1])
+        values = nn.functional.pad(values, sides, value=fill)
     missing = height - len(values)
     return torch.cat([values, values[:1].expand(missing, *values.shape[1:])])
 

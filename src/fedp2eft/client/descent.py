@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -60,7 +61,14 @@ def rows_loss(task: Task, model: nn.Module, data: Encoded) -> tuple[RowsLoss, Pa
     packed = task.packed_loss(model, data)
     if packed is not None:
         return packed, lambda rows: data.passes(rows, MOST_TOKENS)
-    return lambda rows: task.loss(model, task.batch(data, rows)), length_parts(task, data)
+    return padded_loss(task, model, data), length_parts(task, data)
+
+
+def padded_loss(task: Task, model: nn.Module, data: Encoded) -> RowsLoss:
+    """The task loss of some rows, padded to the longest of them."""
+    # Looked up by the first mini-batch: the model is in its mode by then.
+    ready = cache(lambda: task.with_states(model, data))
+    return lambda rows: task.loss(model, task.batch(ready(), rows))
 
 
 def length_parts(task: Task, data: Encoded) -> PartsOf | None:

@@ -91,6 +91,7 @@ def seconds_needed(settings: Settings, clock: Callable[[], float] = time.perf_co
     pad = int(config.pad_token_id or 0)
     config.vocab_size = max(WORDS, pad + 1)
     task = Classification(pad, local.max_length, device, config.vocab_size)
+    kept = replace(task, states_mib=settings.model.states_mib)
     with torch.random.fork_rng():
         model = AutoModelForSequenceClassification.from_config(config).to(device).eval()
     prepare_for_length(model, local.max_length, device)
@@ -106,16 +107,17 @@ def seconds_needed(settings: Settings, clock: Callable[[], float] = time.perf_co
         action()
         return clock() - start
 
-    # A step of the base's training, a step of stage 1, and a batch without gradients.
+    # A step of the base's training, a step of stage 1, and a batch without gradients. Steps start
+    # from kept states as in a run; rows pass the whole model, which makes up for the first time.
     kind, once = BASES[settings.base.kind], replace(settings.base, epochs=1, steps=None)
-    fit = LocalWork("", task, rows(once.batch_size), replace(settings, base=once), dtype, 0)
+    fit = LocalWork("", kept, rows(once.batch_size), replace(settings, base=once), dtype, 0)
     wrapped = kind.wrap(model, settings)
     trained = kind.trained(wrapped, settings.base).values()
     full = timed(lambda: fit.fine_tune(wrapped, trained, once.lr)) if trained else 0.0
     bt = BTLora(kind.merged(wrapped).to(dtype), settings.adapter)
     data, profile = rows(local.batch_size), PROFILES[settings.federation.profile]
     order = list(local_order(len(data), 1, local.batch_size, 0))
-    adapter = timed(lambda: stage1(bt, task, data, order, local, profile))
+    adapter = timed(lambda: stage1(bt, kept, data, order, local, profile))
     batch = rows(local.eval_batch_size)
     with bt.off():
         row = timed(lambda: task.score(bt.model, batch, local.eval_batch_size)) / len(batch)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -327,26 +326,3 @@ def _other_head(source: ModelSource, found: int, wanted: int) -> UserError:
         f"{source.name} holds a classification head for {found} labels, and {wanted} are needed: "
         "use the base model without a head, or data with its labels."
     )
-
-
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Return whether the model draws random numbers in training, by its modules or config."""
-    if any(isinstance(module, DROPOUTS) and module.p > 0 for module in model.modules()):
-        return True
-    config: Any = getattr(model, "config", None) or {}
-    return _drops(config.to_dict() if hasattr(config, "to_dict") else config)
-
-
-def _drops(config: Mapping[Any, Any]) -> bool:
-    """Return whether a config, or one inside it, has a rate of dropout above 0."""
-    return any(
-        _drops(value) if isinstance(value, Mapping) else _is_rate(key, value)
-        for key, value in config.items()
-    )
-
-
-def _is_rate(key: object, value: object) -> bool:
-    return "drop" in str(key) and isinstance(value, int | float) and value > 0

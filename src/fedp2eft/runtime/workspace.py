@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from fedp2eft.models.fit import longest_input
 from fedp2eft.models.loading import (
     as_loaded,
     declares_head,
-    has_dropout,
     load_base,
     load_config,
     load_tokenizer,
@@ -42,6 +42,7 @@ from fedp2eft.models.loading import (
 )
 from fedp2eft.models.precision import choose_device, resolve_precision
 from fedp2eft.models.sources import HASHED, ModelSource, hash_weights, resolve_model
+from fedp2eft.modes import has_dropout
 from fedp2eft.progress import current
 from fedp2eft.runtime.own_base import PrivateParts
 from fedp2eft.seeding import derive_seed
@@ -134,7 +135,8 @@ class Workspace:
         """How rows become batches, losses and scores."""
         length = self.settings.local.max_length
         config = load_config(self.source)
-        return make_task(self.settings.model.task, self.tokenizer, length, self.device, config)
+        made = make_task(self.settings.model.task, self.tokenizer, length, self.device, config)
+        return replace(made, states_mib=self.settings.model.states_mib)
 
     @property
     def labels(self) -> tuple[str, ...]:

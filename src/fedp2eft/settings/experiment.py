@@ -162,6 +162,9 @@ class ModelSettings:
             memory, more time.
         device: "auto", "cpu", "cuda" or "cuda:1".
         seed: Seed of a new classification head, if the model has none.
+        states_mib: Memory per process, in MiB, for hidden states that enter the lowest trained or
+            adapted block: where nothing below it changes, they are computed once per text. 0
+            computes them in every pass.
     """
 
     name: str = "intfloat/multilingual-e5-small"
@@ -172,6 +175,10 @@ class ModelSettings:
     gradient_checkpointing: bool = False
     device: str = "auto"
     seed: int = 0
+    states_mib: int = 512
+
+    def __post_init__(self) -> None:
+        check_bounds("model", self, {"0 or more": "states_mib"})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fedp2eft.errors import UserError
 from fedp2eft.modes import in_mode
 from fedp2eft.tasks.encoded import Encoded, check_tokens
+from fedp2eft.tasks.frozen_blocks import run
 from fedp2eft.tasks.generation import Question
 from fedp2eft.tasks.prompts import Prompts
 from fedp2eft.tasks.task import Indices, Scores, Task
@@ -102,7 +103,8 @@ class CausalLM(Task):
         told = labels != IGNORED
         wanted = labels.shape[1] - int(told.any(dim=0).int().argmax()) + 1
         # A model that is asked for too many gives all; one that knows its logits already does too.
-        logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=wanted).logits[:, -wanted:]
+        out = run(model, inputs, use_cache=False, logits_to_keep=wanted)
+        logits: Tensor = out.logits[:, -wanted:]
         targets = labels[:, -logits.shape[1] + 1 :]
         known = targets != IGNORED
         return logits[:, :-1][known].float(), targets[known]
@@ -121,6 +123,7 @@ class CausalLM(Task):
             raise UserError("There are no rows to score: give the client's test split some text.")
         sums, tokens = torch.zeros(len(data), dtype=torch.float64), torch.zeros(len(data)).long()
         with in_mode(model, training=False):
+            data = self.with_states(model, data)
             for chosen in data.by_length(batch_size):
                 batch = self.batch(data, chosen)
                 each = F.cross_entropy(*self._predictions(model, batch), reduction="none").cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedp2eft.errors import UserError, shortened
 from fedp2eft.modes import in_mode
 from fedp2eft.tasks.encoded import Encoded, check_tokens
 from fedp2eft.tasks.first_position import only_first_position
+from fedp2eft.tasks.frozen_blocks import run
 from fedp2eft.tasks.packed import can_pack, pack, packed_logits
 from fedp2eft.tasks.task import Indices, RowsLoss, Scores, Task
 
@@ -80,7 +82,7 @@ class Classification(Task):
         """Return the mean cross-entropy of a batch, float32."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         with only_first_position(model):
-            logits: Tensor = model(**inputs).logits
+            logits: Tensor = run(model, inputs).logits
         return F.cross_entropy(self._adjusted(logits), batch["labels"])
 
     def _adjusted(self, logits: Tensor) -> Tensor:
@@ -93,8 +95,10 @@ class Classification(Task):
         if torch.device(self.device).type != "cpu" or not can_pack(model):
             return None
 
+        rows = cache(lambda: self.with_states(model, data))  # of the mode it is in by then
+
         def loss_of(indices: NDArray[np.int64]) -> Tensor:
-            inputs, packing, order = pack(data, indices)
+            inputs, packing, order = pack(rows(), indices)
             logits = packed_logits(model, inputs, packing)
             return F.cross_entropy(self._adjusted(logits), torch.from_numpy(data.labels[order]))
 
@@ -110,12 +114,13 @@ class Classification(Task):
         if not len(data):
             raise UserError("There are no rows to score: give the client's test split some text.")
         with in_mode(model, training=False):
+            data = self.with_states(model, data)
             parts, rows = [], []
             for chosen in data.by_length(batch_size):
                 batch = self.batch(data, chosen)
                 batch.pop("labels")
                 with only_first_position(model):
-                    parts.append(self._adjusted(model(**batch).logits).cpu())
+                    parts.append(self._adjusted(run(model, batch).logits).cpu())
                 rows.append(torch.from_numpy(chosen))
         order = torch.cat(rows)
         result = torch.empty(len(data), parts[0].shape[1])

@@ -28,6 +28,9 @@ class Encoded:
             causal LM.
         dropped: Rows left out because their prompt alone fills the longest input.
         cut: Rows whose text or response was cut at the longest input.
+        states: Hidden states of all tokens in the layout of `tokens`, tokens × width, that a frozen
+            model has at block `first_block` (`tasks.frozen_blocks`).
+        first_block: The block, from 0.
     """
 
     tokens: NDArray[np.int32]
@@ -37,6 +40,8 @@ class Encoded:
     starts: NDArray[np.int64] | None = None
     dropped: int = 0
     cut: int = 0
+    states: Tensor | None = None
+    first_block: int = 0
 
     @classmethod
     def from_rows(
@@ -64,8 +69,12 @@ class Encoded:
         """Tokens per row."""
         return np.diff(self.offsets)
 
+    def places(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the tokens of the given rows are in `tokens`, row by row."""
+        return np.concatenate([np.arange(*self.offsets[i : i + 2]) for i in indices])
+
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Encoded:
-        """Return the given rows, in the given order."""
+        """Return the given rows, in the given order, without `states`."""
         rows = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in indices]
         types, chosen = self.types, np.asarray(indices, dtype=np.int64)
         return Encoded.from_rows(
@@ -106,13 +115,14 @@ class Encoded:
 
         Returns:
             input_ids and attention_mask (rows × length), labels (rows), and token_type_ids where
-            the rows have them; all int64.
+            the rows have them; all int64. Where the rows have them also states (rows × length ×
+            width, zeros at padding) and first_block (rows, int64).
         """
         chosen = np.asarray(indices, dtype=np.int64)
         lengths = self.lengths[chosen]
         width = int(length or lengths.max())
         mask = np.arange(width) < lengths[:, None]
-        where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in chosen])
+        where = self.places(chosen)
 
         def padded(values: NDArray[np.int32], fill: int) -> Tensor:
             grid = np.full(mask.shape, fill, dtype=np.int64)
@@ -126,6 +136,12 @@ class Encoded:
         }
         if self.types is not None:
             inputs["token_type_ids"] = padded(self.types, 0)
+        if self.states is not None:
+            real = torch.from_numpy(mask).to(self.states.device)
+            states = self.states.new_zeros(*mask.shape, self.states.shape[-1])
+            states[real] = self.states[torch.from_numpy(where).to(self.states.device)]
+            inputs["states"] = states
+            inputs["first_block"] = torch.full((len(chosen),), self.first_block)
         return inputs
 
     def parts(

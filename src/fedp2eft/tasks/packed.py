@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from fedp2eft.modes import with_values
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.first_position import only_first_position, reads_first
+from fedp2eft.tasks.frozen_blocks import run
 
 ATTENTION = "packed_rows"
 # What one more block costs on a CPU, in positions of padding inside attention.
@@ -111,7 +112,7 @@ def pack(
 
     Returns:
         input_ids, position_ids counted from 0, and token_type_ids where the rows have them, each
-        1 × positions; how they stand; row indices in their order.
+        1 × positions, and states where they have them; how they stand; row indices in their order.
     """
     parts = [part for part, _ in data.parts(indices, BLOCK_TOKENS)]
     order = np.concatenate(parts)
@@ -127,6 +128,9 @@ def pack(
     if data.types is not None:
         inputs["token_type_ids"] = data.types[where]
     rows = {name: torch.from_numpy(values).long()[None] for name, values in inputs.items()}
+    if data.states is not None:
+        rows["states"] = data.states[torch.from_numpy(where)][None]
+        rows["first_block"] = torch.tensor([data.first_block])
     return rows, Packing(blocks, torch.from_numpy(starts)), order
 
 
@@ -146,7 +150,7 @@ def packed_logits(model: nn.Module, inputs: dict[str, Tensor], packing: Packing)
     _register()
     attending = with_values(encoder.config, _attn_implementation=ATTENTION)
     with attending, only_first_position(model, packing.starts):
-        logits: Tensor = model(**inputs, packing=packing).logits
+        logits: Tensor = run(model, inputs, packing=packing).logits
     return logits
 
 

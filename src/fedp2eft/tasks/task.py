@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.frozen_blocks import with_states
 
 Indices = Sequence[int] | NDArray[np.int64]
 RowsLoss = Callable[[NDArray[np.int64]], Tensor]
@@ -91,6 +92,7 @@ class Task(ABC):
         vocabulary: Token ids that the model has embeddings for; None if that is not known.
         offset: Added to the logits of a classification in training and in prediction, one value per
             class: a client's label prior (`fedp2eft.tasks.label_prior`).
+        states_mib: Memory for hidden states that frozen blocks give, in MiB: `with_states`.
     """
 
     pad_id: int
@@ -98,6 +100,7 @@ class Task(ABC):
     device: torch.device | str = "cpu"
     vocabulary: int | None = None
     offset: Tensor | None = field(default=None, compare=False, kw_only=True)
+    states_mib: int = 0
 
     @abstractmethod
     def encode(
@@ -118,6 +121,15 @@ class Task(ABC):
     def batch(self, data: Encoded, indices: Indices) -> dict[str, Tensor]:
         """Return model inputs and `labels` of those rows, padded to the longest of them."""
         return self.padded(data, indices, None)
+
+    def with_states(self, model: nn.Module, data: Encoded) -> Encoded:
+        """Return the rows with the states that enter the lowest trained block, where they are kept.
+
+        Args:
+            model: In the mode in which it will be used; it must not change meanwhile.
+            data: The rows.
+        """
+        return with_states(model, data, self.batch, self.states_mib * 2**20)
 
     def feature_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
         """Return all rows in large batches of similar length, for ξ (profile `paper`)."""

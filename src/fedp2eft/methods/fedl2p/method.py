@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedp2eft.client.descent import adamw, descend, local_order, rate_groups
+from fedp2eft.client.descent import adamw, descend, local_order, padded_loss, rate_groups
 from fedp2eft.client.phase import VALIDATION_LOSS, Trained, Turn, Workspace
 from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.errors import DivergedError
@@ -104,7 +104,7 @@ def train_round(
             optimizer = adamw(rate_groups(weights, rates))
             losses += descend(
                 bt.model,
-                lambda rows: task.loss(bt.model, task.batch(train, rows)),
+                padded_loss(task, bt.model, train),
                 order,
                 optimizer,
                 weights,
@@ -117,7 +117,7 @@ def train_round(
             held_losses.append(held_loss)
             [rows, *_] = local_order(len(train), 1, local.batch_size, derive_seed(part.seed, "H"))
             with sdpa_kernel(SDPBackend.MATH):  # the fused kinds have no second derivative
-                inner_loss = task.loss(bt.model, task.batch(train, rows))
+                inner_loss = padded_loss(task, bt.model, train)(rows)
             moved = [
                 -rate.to(u.device) * u
                 for rate, u in zip(rates.flatten(), last_direction(optimizer), strict=True)
@@ -161,9 +161,10 @@ def _mean_gradient(
 ) -> tuple[float, list[Tensor]]:
     """Return mean loss over all rows, and its gradient."""
     task, model = client.task, client.bt.model
+    loss_of = padded_loss(task, model, data)
     total, gradient = 0.0, [torch.zeros_like(weight) for weight in weights]
     for rows in data.by_length(client.settings.batch_size):
-        loss = task.loss(model, task.batch(data, rows)) * (len(rows) / len(data))
+        loss = loss_of(rows) * (len(rows) / len(data))
         parts = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
         total += loss.item()

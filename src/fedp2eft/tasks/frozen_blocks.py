@@ -1,0 +1,312 @@
+"""Hidden states that enter the lowest trained block, computed once per text.
+
+Where adapters sit on the upper blocks alone, the embeddings and the blocks below give the same
+hidden states in every epoch, for every method and in every scoring: constants of the text. They are
+kept, and a forward pass starts from them. Loss, gradients and logits are the same up to rounding.
+
+When this is allowed (`first_trained`, `may_keep`): the embeddings and the blocks below hold no
+adapter and no parameter that requires gradients; the model draws no dropout; the architecture is
+one of those listed here. States are kept per base model, under a key that names the text (its
+tokens), the block, autocast, and the values of every weight below, so neither another text nor
+another base can be given them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedp2eft.modes import has_dropout, with_values
+from fedp2eft.tasks.encoded import Encoded
+
+Batch = dict[str, Tensor]
+BATCH_SIZE = 32
+"""Rows at once. Fixed, so that a text has the same states, to the bit, whoever asks first."""
+# Where a model keeps its embeddings, and its blocks in the order in which they run.
+_ENCODER = ("embeddings", "encoder", "layer")
+_DECODER = ("embed_tokens", "", "layers")
+_PLACES = dict.fromkeys(("bert", "camembert", "roberta", "xlm-roberta"), _ENCODER)
+_PLACES |= dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _DECODER)
+# Rotary embeddings that depend on the longest row met so far.
+_GROWING = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The embeddings and the blocks of a model.
+
+    Args:
+        trunk: The model without its head.
+        embeddings: Name of the embeddings in `trunk`.
+        holder: Holds the blocks.
+        blocks: Their name in `holder`.
+    """
+
+    trunk: Any
+    embeddings: str
+    holder: Any
+    blocks: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Body | None:
+        """None for an architecture that is not listed."""
+        whole = _plain(model)
+        places = _PLACES.get(str(getattr(getattr(whole, "config", None), "model_type", "")))
+        if places is None:
+            return None
+        trunk, (embeddings, holder, blocks) = whole.base_model, places
+        rotary = getattr(trunk, "rotary_emb", None)
+        if getattr(rotary, "rope_type", None) in _GROWING:
+            return None
+        return cls(trunk, embeddings, getattr(trunk, holder) if holder else trunk, blocks)
+
+    def below(self, first: int) -> list[nn.Module]:
+        """The embeddings and the first blocks."""
+        return [getattr(self.trunk, self.embeddings), *getattr(self.holder, self.blocks)[:first]]
+
+    @contextmanager
+    def from_block(self, first: int, states: Tensor) -> Iterator[None]:
+        """Let these states enter block `first` in the next forward pass, whatever its tokens."""
+        upper = getattr(self.holder, self.blocks)[first:]
+        blocks = nn.ModuleList([*(_Same() for _ in range(first)), *upper])
+        with (
+            with_values(self.trunk, **{self.embeddings: _Given(states)}),
+            with_values(self.holder, **{self.blocks: blocks}),
+        ):
+            yield
+
+    def states(self, first: int, inputs: Batch) -> Tensor:
+        """What enters block `first`; nothing from there on is run.
+
+        Not even without gradients: inside `parametrize.cached` that would leave adapted weights
+        without gradients to the pass that follows.
+        """
+        blocks = nn.ModuleList([*getattr(self.holder, self.blocks)[:first], _End()])
+        try:
+            with with_values(self.holder, **{self.blocks: blocks}):
+                self.trunk(**inputs, use_cache=False)
+        except _ReachedError as reached:
+            return reached.states
+        raise RuntimeError(f"The model has run no block {first}.")
+
+
+class _Same(nn.Module):
+    """A block that gives what it gets."""
+
+    def forward(self, states: Tensor, *_args: Any, **_options: Any) -> Tensor:
+        return states
+
+
+class _ReachedError(Exception):
+    """The states that `_End` gets."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+class _End(nn.Module):
+    """A block that ends the pass."""
+
+    def forward(self, states: Tensor, *_args: Any, **_options: Any) -> Tensor:
+        raise _ReachedError(states)
+
+
+class _Given(nn.Module):
+    """Embeddings that give the same states whatever they are asked."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self._states = states
+
+    def forward(self, *_args: Any, **_options: Any) -> Tensor:
+        return self._states
+
+
+def first_trained(model: nn.Module) -> int:
+    """Return the number of the lowest block with anything that is trained or adapted, from 0.
+
+    0 also if the embeddings are trained, or the architecture is not known. An adapter counts where
+    it is switched off, too. The last block is never below: some tasks cut its inputs.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes a second
+
+    body = _Body.of(model)
+    if body is None:
+        return 0
+    embeddings, *blocks = body.below(len(getattr(body.holder, body.blocks)))
+
+    def trained(part: nn.Module) -> bool:
+        adapted = any(isinstance(module, BaseTunerLayer) for module in part.modules())
+        return adapted or any(parameter.requires_grad for parameter in part.parameters())
+
+    if trained(embeddings):
+        return 0
+    frozen = (number for number, block in enumerate(blocks) if trained(block))
+    return min(next(frozen, len(blocks)), len(blocks) - 1)
+
+
+def may_keep(model: nn.Module) -> bool:
+    """Whether states are constants in the model's present mode."""
+    if getattr(model, "is_activation_checkpointing", False):
+        return False
+    return not (model.training and has_dropout(_plain(model)))
+
+
+def run(model: nn.Module, inputs: Batch, **options: Any) -> Any:
+    """The model's output, from the states in the inputs if there are any.
+
+    Args:
+        model: With or without an adapter around it.
+        inputs: Of `Encoded.batch`, without labels.
+        options: Further arguments of the model.
+    """
+    if "states" not in inputs:
+        return model(**inputs, **options)
+    inputs = dict(inputs)
+    states, first = inputs.pop("states"), int(inputs.pop("first_block")[0])
+    body = _Body.of(model)
+    if body is None or not may_keep(model):
+        raise RuntimeError("These states are another model's, or of another mode.")
+    with body.from_block(first, states):
+        return model(**inputs, **options)
+
+
+def with_states(
+    model: nn.Module,
+    data: Encoded,
+    batch_of: Callable[[Encoded, NDArray], Batch],  # type: ignore[type-arg]
+    limit: int,
+) -> Encoded:
+    """Return rows with the states that enter the model's lowest trained block.
+
+    The same rows where that is not allowed, saves nothing, or takes too much memory. The model must
+    not change while they are used.
+
+    Args:
+        model: With or without an adapter around it, in the mode in which it will be used.
+        data: The rows.
+        batch_of: Gives model inputs of some rows, and labels.
+        limit: Most bytes that are kept for all texts of this base model. Above it, the texts that
+            were not used for longest are computed anew when they come again.
+    """
+    plain: Any = _plain(model)
+    first = first_trained(model) if limit and len(data) and may_keep(model) else 0
+    if not first:
+        return data
+    width, embedding = plain.config.hidden_size, plain.get_input_embeddings().weight
+    if len(data.tokens) * width * embedding.element_size() > limit:
+        return data
+    body = _Body.of(model)
+    assert body is not None
+    weights = _digest_of_weights(body.below(first), embedding, data)
+    key = (_digest_of(data), first, weights, *_autocast(embedding))
+    kept = _KEPT.setdefault(plain, _Kept())
+    states = kept.get(key)
+    if states is None:
+        states = _compute(body, first, data, batch_of)
+        kept.put(key, states, limit)
+    return replace(data, states=states, first_block=first)
+
+
+# A normal tensor, that training can use, even if a scoring asks for it first.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _compute(
+    body: _Body,
+    first: int,
+    data: Encoded,
+    batch_of: Callable[[Encoded, NDArray], Batch],  # type: ignore[type-arg]
+) -> Tensor:
+    """States of all tokens, in their order: tokens × width."""
+    states: Tensor | None = None
+    for rows in data.by_length(BATCH_SIZE):
+        batch = batch_of(data, rows)
+        batch.pop("labels")
+        found = body.states(first, batch)
+        if states is None:
+            states = found.new_empty(len(data.tokens), found.shape[-1])
+        states[data.places(rows)] = found[batch["attention_mask"].bool()]
+    assert states is not None
+    return states
+
+
+class _Kept:
+    """States of several texts, the least recently used first."""
+
+    def __init__(self) -> None:
+        self._states: OrderedDict[object, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: object) -> Tensor | None:
+        if key in self._states:
+            self._states.move_to_end(key)
+        return self._states.get(key)
+
+    def put(self, key: object, states: Tensor, limit: int) -> None:
+        self._states[key] = states
+        self._bytes += states.nbytes
+        while self._bytes > limit:
+            _, oldest = self._states.popitem(last=False)
+            self._bytes -= oldest.nbytes
+
+
+_KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+def _digest_of(data: Encoded) -> bytes:
+    """Of all that the embeddings read, and of where each row ends."""
+    digest = blake2b(data.offsets.tobytes(), digest_size=16)
+    digest.update(data.tokens.tobytes())
+    if data.types is not None:
+        digest.update(b"types" + data.types.tobytes())
+    return digest.digest()
+
+
+def _autocast(like: Tensor) -> tuple[object, ...]:
+    """What decides the numbers that a product is taken in."""
+    device = like.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return enabled, torch.get_autocast_dtype(device) if enabled else like.dtype
+
+
+def _digest_of_weights(below: Iterable[nn.Module], table: Tensor, data: Encoded) -> bytes:
+    """Of what tells weights from others, and from themselves after a change.
+
+    Autograd counts changes in place, but not those of `.data` (with which PEFT merges adapters), so
+    the values count too: as the exact sum of each row's bits, which takes a thousandth of the time
+    of a pass. Of the token embeddings, which may be most of the model, the text's rows are enough.
+    """
+    digest = blake2b(digest_size=16)
+    tokens = torch.from_numpy(np.unique(data.tokens)).long().to(table.device)
+    for tensor in chain.from_iterable((*m.parameters(), *m.buffers()) for m in below):
+        digest.update(repr((id(tensor), tensor.data_ptr(), tensor._version)).encode())
+        values = tensor.detach()[tokens] if tensor is table else tensor.detach()
+        if values.numel():
+            digest.update(_row_sums(values).cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """Each row of a tensor as whole numbers, added up in int64."""
+    rows = values.reshape(len(values) if values.dim() else 1, -1)
+    if rows.storage_offset() or not rows.is_contiguous():
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    whole = rows.shape[1] * rows.element_size() % 4 == 0
+    return rows.view(torch.int32 if whole else torch.uint8).sum(dim=1)
+
+
+def _plain(model: Any) -> Any:
+    """The model inside an adapter's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
