@@ -13,11 +13,12 @@ import argparse
 from dataclasses import replace
 
 import torch
-from common import LABELS, alternate, client_rows, machine, median, spread
+from common import alternate, client_rows, machine, median, spread
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.client.descent import local_order
 from fedp2eft.client.training import personalize
+from fedp2eft.data.debian import LABELS
 from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
@@ -39,9 +40,7 @@ def main() -> None:
     train = rows.select(range(o.rows))
     test = rows.select(range(o.rows, len(rows)))
     dtype = resolve_precision(o.precision, "cpu")
-    base = load_base(
-        source, "classification", num_labels=LABELS, dtype=dtype, max_length=o.max_length
-    )
+    base = load_base(source, "classification", labels=LABELS, dtype=dtype, max_length=o.max_length)
     upper = "|".join(str(block) for block in range(o.first, base.config.num_hidden_layers))
     targets = rf".*encoder\.layer\.({upper})\..*(query|key|value|dense)|.*pooler\.dense|classifier"
     bt = BTLora(base, AdapterSettings(r_max=16, target_modules=targets))
