@@ -12,6 +12,7 @@ import torch
 import fedp2eft
 from fedp2eft.client.training import structure
 from fedp2eft.errors import UserError
+from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.seeding import derive_seed
 from tiny_run import R_MAX, World, write_jsonl
@@ -74,6 +75,24 @@ def test_a_method_gives_the_same_bits_by_both_doors(
             assert torch.equal(getattr(one, name), getattr(two, name))
     assert made.scores == outcome.scores
     assert made.facts["method"] == method
+
+
+def test_a_budget_in_parameters_is_the_runs(finished, world: World, tmp_path: Path):
+    client = "fr-unseen-00"
+    data = write_jsonl(tmp_path / "rows.jsonl", world.client_rows(client, "train"))
+    psg = fedp2eft.PSG.from_pretrained(finished.folder / "psg")
+    made = fedp2eft.personalize(
+        psg, finished.folder / "base", data, 2, budget="parameters", precision="fp32"
+    )
+    workspace = Workspace(world.settings(evaluation__budget="parameters"), finished.folder)
+    workspace.psg = psg
+    lam, keep = predicted(workspace.side(client), 2)
+    assert list(made.ranks.values()) == keep.sum(dim=1).tolist()
+    left = 2 * sum(workspace.bt.costs) - made.weights.parameters()
+    assert 0 <= left < max(workspace.bt.costs)
+    assert made.facts["budget"] == "parameters"
+    with pytest.raises(UserError, match="budget is 'params': give ranks or parameters"):
+        fedp2eft.personalize(psg, finished.folder / "base", data, 2, budget="params")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fedp2eft.adapters.export import (
 )
 from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.data.files import client_from_file
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, require
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.methods import METHODS, check_trained_for, method_named
 from fedp2eft.models.fit import class_names, longest_input
@@ -32,7 +32,7 @@ from fedp2eft.models.sources import ModelSource, resolve_model
 from fedp2eft.results.cards import MODEL_FACTS, adapter_card
 from fedp2eft.runtime.one_client import OneClient
 from fedp2eft.settings.data import DataSettings
-from fedp2eft.settings.experiment import TaskName, check_rank
+from fedp2eft.settings.experiment import Budget, TaskName, budget_label, check_rank
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.generation import check_room
 from fedp2eft.tasks.generation import generate as generate_texts
@@ -95,6 +95,7 @@ def personalize(
     rank: int,
     *,
     method: str | None = None,
+    budget: Budget = "ranks",
     test_data: DataFile | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
@@ -108,17 +109,19 @@ def personalize(
 ) -> Adapter:
     """Fit one client's adapter with a method, as a federation's clients do.
 
-    FedP²EFT (paper section 4, inference): ξ, λ = PSG(ξ), the r·L largest kept, A and B fine-tuned.
+    FedP²EFT (paper section 4, inference): ξ, λ = PSG(ξ), the largest kept, A and B fine-tuned.
 
     Args:
         psg: A trained PSG.
         model: Folder or hub id of the base model that the PSG was trained with.
         data: The client's rows. All of them train, or, with a column `split`, those it calls
             "train".
-        rank: Rank budget r, from 1 to the PSG's r_max.
+        rank: Budget r, from 1 to the PSG's r_max.
         method: One of `METHODS` that needs no federation beside the PSG's, and no survey but one
             whose answers the PSG keeps. Default: "auto" if the PSG keeps a choice for this budget
             or a smaller one, else "fedp2eft".
+        budget: What the adapter may have: as many "ranks", or as many "parameters", as r ranks on
+            every layer.
         test_data: Rows to score the adapter on. Default: the rows of `data` with
             split "test".
         text_columns: Columns with the text. Default: the PSG's.
@@ -137,12 +140,14 @@ def personalize(
     # Only methods that one client can run alone.
     c = psg.config
     check_rank(rank, c.adapter.r_max)
-    method = method or ("auto" if _choice(c, "auto", rank) else "fedp2eft")
-    made, prepared = method_named(method), _choice(c, method, rank)
+    require(budget in get_args(Budget), f"budget is {budget!r}: give ranks or parameters.")
+    method = method or ("auto" if _choice(c, "auto", rank, budget) else "fedp2eft")
+    made, prepared = method_named(method), _choice(c, method, rank, budget)
     if made.kept and not prepared:
         raise UserError(
-            f"This PSG keeps no choice of method {method} for rank {rank} or less: train it with "
-            f"{method} among evaluation.methods, or name another method."
+            f"This PSG keeps no choice of method {method} for r = {rank} or less, in {budget}: "
+            f"train it with {method} among evaluation.methods, and evaluation.budget: {budget}, or "
+            "name another method."
         )
     if made.shared not in (None, "psg") or (made.surveys and not prepared):
         alone = [name for name, m in METHODS.items() if m.shared in (None, "psg") and not m.surveys]
@@ -174,8 +179,9 @@ def personalize(
     held = rows if test_data is None else client_from_file(test_data, columns, only_test=True)
     client = rows.clients[0].name
     workspace = OneClient(
-        psg, model, rows, held, local, precision=precision, device=device, seed=seed
-    )
+        psg, model, rows, held, local,
+        precision=precision, device=device, seed=seed, budget=budget,
+    )  # fmt: skip
     check_trained_for(method, workspace.settings)
     # The method itself, as the federation's clients run it.
     side = replace(workspace.side(client, method=made), prepared=prepared)
@@ -195,6 +201,7 @@ def personalize(
         scores,
         {
             "method": method,
+            "budget": budget,
             "task": c.task,
             "labels": list(c.labels),
             **column_facts(columns, c.task),
@@ -309,14 +316,14 @@ def export(
         convert.change_layout(adapter, out, layout, model, adapter_card)
 
 
-def _choice(config: PSGConfig, method: str, rank: int) -> dict[str, Tensor]:
+def _choice(config: PSGConfig, method: str, rank: int, budget: Budget) -> dict[str, Tensor]:
     """Return a method's kept surveys at the largest budget up to `rank`; empty if none.
 
     Raises:
         UserError: It is damaged.
     """
     try:
-        start = f"{method}-r"
+        start = f"{method}-{budget_label(1, budget)[0]}"
         kept = {int(k.removeprefix(start)): v for k, v in config.choices.items() if start in k}
         found = kept[max(budgets)] if (budgets := [b for b in kept if b <= rank]) else {}
         return {name: torch.tensor(values, dtype=torch.float32) for name, values in found.items()}

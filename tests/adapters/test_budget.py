@@ -1,4 +1,4 @@
-"""The rank budget keeps exactly r·L ranks, the largest, the same ones everywhere."""
+"""A budget keeps the largest λ: r·L ranks, or as many as the parameters of r·L ranks pay for."""
 
 from __future__ import annotations
 
@@ -54,6 +54,60 @@ def test_a_larger_budget_keeps_all_that_a_smaller_one_keeps(case) -> None:
     lam, rank = case
     if rank > 1:
         assert keep_largest(lam, rank)[keep_largest(lam, rank - 1)].all()
+
+
+@st.composite
+def costs_of(draw, budget) -> tuple[Tensor, int, list[int]]:
+    """(λ, r) with the parameters of a rank of each layer."""
+    lam, rank = draw(budget)
+    layers = len(lam)
+    return lam, rank, draw(st.lists(st.integers(1, 9), min_size=layers, max_size=layers))
+
+
+def spent(keep: Tensor, costs: list[int]) -> int:
+    return int((keep.sum(dim=1) * torch.tensor(costs)).sum())
+
+
+@given(costs_of(budgets(values=TIES)))
+@settings(deadline=None)
+def test_parameters_are_spent_in_the_order_of_lambda(case) -> None:
+    """Each rank in turn is kept if it fits: the next ones are tried, narrower or not."""
+    lam, rank, costs = case
+    flat, left, want = lam.reshape(-1).tolist(), rank * sum(costs), [False] * lam.numel()
+    for i in sorted(range(len(flat)), key=lambda i: (-flat[i], i)):
+        if costs[i // lam.shape[1]] <= left:
+            want[i], left = True, left - costs[i // lam.shape[1]]
+    keep = keep_largest(lam, rank, costs)
+    assert keep.reshape(-1).tolist() == want
+    assert spent(keep, costs) <= rank * sum(costs)
+
+
+@given(costs_of(budgets()))
+@settings(deadline=None)
+def test_less_than_any_rank_left_out_is_unspent(case) -> None:
+    lam, rank, costs = case
+    keep = keep_largest(lam, rank, costs)
+    left = rank * sum(costs) - spent(keep, costs)
+    assert all(cost > left for cost, row in zip(costs, keep, strict=True) if not row.all())
+
+
+@given(budgets(values=TIES), st.integers(1, 9))
+@settings(deadline=None)
+def test_layers_of_one_width_have_one_budget_of_both_kinds(case, cost) -> None:
+    lam, rank = case
+    assert torch.equal(keep_largest(lam, rank, [cost] * len(lam)), keep_largest(lam, rank))
+
+
+def test_a_wide_layer_with_the_larger_lambda_goes_first() -> None:
+    """λ per parameter would keep both ranks of the narrow layer, and nothing of the wide one."""
+    lam = torch.tensor([[0.5, 0.5], [0.6, 0.1]])
+    assert keep_largest(lam, 1, [2, 4]).tolist() == [[True, False], [True, False]]
+
+
+def test_a_rank_that_no_longer_fits_is_skipped() -> None:
+    """Of 6 parameters the first rank leaves 2: the next one in order needs 4, the third one 2."""
+    lam = torch.tensor([[0.2, 0.1], [0.9, 0.8]])
+    assert keep_largest(lam, 1, [2, 4]).tolist() == [[True, False], [True, False]]
 
 
 @given(budgets(values=st.integers(0, 10**6)), st.randoms(use_true_random=False))

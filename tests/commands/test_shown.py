@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,16 @@ def test_result_tables_show_languages_as_they_are(capsys, word: str) -> None:
     row = Row("fedp2eft", 2, "seen", {word: 0.5, "de": 0.25}, 0.375, 0.25, 0.1, None, 3, 8.0)
     show_results(Results(Path("run"), (row,)))
     assert word in capsys.readouterr().out
+
+
+def test_result_tables_show_parameters_and_the_kind_of_budget(capsys) -> None:
+    row = Row("lora", 2, "seen", {"de": 1.5}, 1.5, 1.5, 1.5, None, 3, 61234.4, "response loss")
+    row = replace(row, further_means={"perplexity": 4.5})
+    show_results(Results(Path("run"), (row,)))
+    shown = capsys.readouterr().out
+    assert shown.count("61,234") == shown.count("parameters") == 2  # one for each table
+    show_results(Results(Path("run"), (row,), budget="parameters"))
+    assert capsys.readouterr().out.count("parameters of rank") == 2
 
 
 def test_other_tables_and_progress(capsys) -> None:

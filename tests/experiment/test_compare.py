@@ -101,6 +101,27 @@ def test_a_seed_draws_everything_anew(world: World):
         assert getattr(settings, section).seed == 77
 
 
+def test_a_budget_in_parameters_adds_cells_to_the_same_trainings(
+    world: World, whole: Path, tmp_path: Path
+):
+    folder = tmp_path / "c"
+    shutil.copytree(whole, folder)
+    before, journal = cells(folder), Journal()
+    compare(world.settings(**SMALL, evaluation__budget="parameters"), folder, journal)
+    after = cells(folder)
+    assert {name: after[name] for name in before} == before
+    added = after.keys() - before.keys()
+    assert {name.rpartition("/")[2] for name in added} == {"lora-p1", "fedp2eft-p1"}
+    assert len(added) == len([name for name in before if "base" not in name.rpartition("/")[2]])
+    assert [phase for phase, *_ in journal.phases] == ["compare"]  # nothing is trained again
+    for name in added:
+        assert after[name]["budget"] == "parameters"
+        sizes = {client["parameters"] for client in after[name]["clients"]}
+        uniform = {c["parameters"] for c in after[name.replace("fedp2eft", "lora")]["clients"]}
+        assert max(sizes) <= max(uniform)
+        assert min(sizes) > max(uniform) - 40  # the widest rank
+
+
 def test_cells_equal_a_run_of_the_same_settings(world: World, whole: Path, tmp_path: Path):
     settings = settings_of(world.settings(**SMALL), SharedTraining("standard-fl", 4))
     train(settings, tmp_path / "run")

@@ -302,11 +302,20 @@ def test_the_choice_is_kept_with_the_psg_and_used_by_default(
     assert made.facts["method"] == "auto"
     made.save(tmp_path / "adapter")
     fedp2eft.evaluate(folder / "base", data, tmp_path / "adapter")
-    with pytest.raises(UserError, match="keeps no choice of method auto for rank 1"):
+    with pytest.raises(UserError, match="keeps no choice of method auto for r = 1"):
         fedp2eft.personalize(psg, folder / "base", data, 1, method="auto")
     bare = PSG(replace(psg.config, choices={}))
     bare.set_phi(psg.phi())
     assert fedp2eft.personalize(bare, folder / "base", data, 2).facts["method"] == "fedp2eft"
+    # A choice for a budget in parameters is for that one alone.
+    other = PSG(replace(psg.config, choices={"auto-p2": kept}))
+    other.set_phi(psg.phi())
+    methods = {
+        budget: fedp2eft.personalize(other, folder / "base", data, 2, budget=budget).facts["method"]
+        for budget in ("ranks", "parameters")
+    }
+    assert methods == {"ranks": "fedp2eft", "parameters": "auto"}
+    assert f"| 2 (in parameters) | {choice} |" in str(psg_card(other.config))
 
 
 def test_a_resumed_run_asks_nobody_again(all_methods, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,8 +73,18 @@ def test_grid_of_layers():
 
 
 def test_kept_ranks_are_means_over_a_languages_clients():
-    kept = kept_by_language(made({"de1": [3.0, 1.0], "de2": [1.0, 3.0], "fr1": [1.0, 2.0]}), 1)
+    lambdas = made({"de1": [3.0, 1.0], "de2": [1.0, 3.0], "fr1": [1.0, 2.0]})
+    kept = kept_by_language(lambdas, [1, 9], "ranks")[1]
     assert {name: value.tolist() for name, value in kept.items()} == {"de": [1.0], "fr": [1.0]}
+
+
+def test_kept_ranks_of_a_budget_in_parameters():
+    lam = {"de1": torch.tensor([[1.0, 1.0], [3.0, 2.0]])}
+    found = Lambdas(lam, {"de1": "de"}, {"de1": "seen"}, ("0.a", "0.b"), (1,), "", (1, 4))
+    assert kept_by_language(found, [1], "parameters")[1]["de"].tolist() == [1.0, 1.0]
+    assert kept_by_language(found, [1], "ranks")[1]["de"].tolist() == [0.0, 2.0]
+    assert kept_by_language(found, [1, 3], "ranks").keys() == {1}
+    assert kept_by_language(replace(found, costs=()), [1], "parameters") == {}
 
 
 def test_alike_languages_stand_together():

@@ -122,6 +122,11 @@ def test_what_is_missing_is_no_number():
     assert rows["lora"][1:6:2] == [MISSING] * 3
     assert all(re.fullmatch(r"\d+\.\d ± \d+\.\d", text) for text in rows["lora"][:6:2])
     assert all(text.endswith("*") for text in rows["fedp2eft"][:6])
+    assert compact.head[7] == "parameters"
+    cost = [made.line("none", "seen", "fedp2eft", rank).cost.parameters for rank in (2, 8)]
+    assert rows["fedp2eft"][6] == " / ".join(f"{number:,.0f}" for number in cost)
+    assert len(rows["lora"][6].split(" / ")) == len(rows["base"][6].split(" / ")) == 1
+    rows = {name: [*row[:6], *row[7:]] for name, row in rows.items()}
     assert rows["base"][6:] == ["0.0"] * 3
     shares = [made.line("none", "seen", "fedp2eft", rank).worse_than_base for rank in (2, 8)]
     assert rows["fedp2eft"][6] == " / ".join(f"{100 * share.mean:.1f}" for share in shares)

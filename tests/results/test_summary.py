@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedp2eft.results.layout import notes
 from fedp2eft.results.summary import summarize
 from fedp2eft.settings.experiment import CompareSettings, EvaluationSettings, Settings
 
@@ -75,6 +77,27 @@ def all_cells() -> list[dict[str, Any]]:
         }.items()
         for rank in ranks
     ]
+
+
+def test_a_comparison_shows_the_cells_of_its_budget():
+    asked = comparison_settings()
+    parameters = replace(asked, evaluation=replace(asked.evaluation, budget="parameters"))
+    other = [
+        cell(*key, seed=seed, pool="seen") | {"budget": "parameters", "seconds": 7.0}
+        for key in (("none", "lora", 8), ("none", "base", 0))
+        for seed in SEEDS
+    ]
+    whole = summarize(asked, all_cells())
+    assert whole.budget == "ranks"
+    assert summarize(asked, [*all_cells(), *other[:3]]) == whole
+    made = summarize(parameters, [*all_cells(), *other[:3]])
+    assert made.budget == "parameters"
+    assert {(line.method, line.rank) for line in made.lines} == {
+        ("lora", 8), ("base", 0), ("label-prior", 0),
+    }  # fmt: skip
+    assert "none/s42/seen/lora-p2" in made.missing
+    assert "in parameters" in " ".join(notes(made))
+    assert "in parameters" not in " ".join(notes(whole))
 
 
 def accuracy(facts: dict[str, Any]) -> dict[str, float]:

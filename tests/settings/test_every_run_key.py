@@ -90,6 +90,7 @@ OTHER: dict[str, Any] = {
     "privacy.test_seed": 2,
     "evaluation.methods": ["base"],
     "evaluation.ranks": [1],
+    "evaluation.budget": "parameters",
     "evaluation.pools": ["unseen"],
     "evaluation.save_adapters": False,
     "evaluation.layout": "compact",

@@ -128,6 +128,11 @@ class BTLora:
         return [layer.B for layer in self.layers]
 
     @property
+    def costs(self) -> list[int]:
+        """Parameters of one rank of every layer: d_in + d_out."""
+        return [layer.A.shape[1] + layer.B.shape[0] for layer in self.layers]
+
+    @property
     def weights(self) -> list[nn.Parameter]:
         """Every A, then every B."""
         return self.A + self.B

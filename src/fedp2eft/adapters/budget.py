@@ -1,6 +1,18 @@
-"""The rank budget: which of the L × r_max candidate ranks a client keeps (paper section 4)."""
+"""The budget: which of the L × r_max candidate ranks a client keeps (paper section 4).
+
+A budget of r is as many ranks, or as many parameters, as r ranks on every layer have. A rank of a
+layer has d_in + d_out parameters, so a budget in ranks rewards wide layers.
+
+Both budgets take ranks in the order of λ; one in parameters skips a rank that no longer fits and
+goes on with narrower ones, so that less than the narrowest of the ranks left out is unspent. λ per
+parameter would be the other order: λ̂ of one client differs by a few percent between layers, and
+their widths by a factor of four, so it would keep the narrowest layers of every client, whatever
+its PSG says.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,18 +21,20 @@ from fedp2eft.errors import UserError
 from fedp2eft.settings.experiment import check_rank
 
 
-def keep_largest(lam: Tensor, rank: int) -> Tensor:
-    """Return the mask of kept ranks: the r·L largest entries of λ over the whole model.
+def keep_largest(lam: Tensor, rank: int, costs: Sequence[int] | None = None) -> Tensor:
+    """Return the mask of kept ranks: the largest entries of λ over the whole model.
 
-    r·L is ⌊(r / r_max)·L·r_max⌋. Ties go to the earlier (layer, rank), so the result is the same on
-    every machine that computes the same λ.
+    Ties go to the earlier (layer, rank), so the result is the same on every machine that computes
+    the same λ.
 
     Args:
         lam: λ, L × r_max. A layer-wise λ is one column repeated.
         rank: Budget r, from 1 to r_max.
+        costs: Parameters of a rank of each layer, L, for a budget in parameters: at most
+            r · Σ costs. Default: a budget in ranks, r·L = ⌊(r / r_max)·L·r_max⌋ of them.
 
     Returns:
-        Boolean mask, L × r_max, with exactly r·L true entries.
+        Boolean mask, L × r_max.
 
     Raises:
         UserError: The budget is not in 1..r_max, or λ holds NaN.
@@ -29,7 +43,36 @@ def keep_largest(lam: Tensor, rank: int) -> Tensor:
     check_rank(rank, r_max)
     if lam.isnan().any():
         raise UserError("λ holds NaN, so no ranks can be chosen: train the PSG again.")
-    order = torch.sort(lam.reshape(-1), descending=True, stable=True).indices
+    if costs is not None:
+        return within(lam, rank * sum(costs), costs)
     mask = torch.zeros(layers * r_max, dtype=torch.bool, device=lam.device)
-    mask[order[: rank * layers]] = True
+    mask[_order(lam)[: rank * layers]] = True
     return mask.reshape(layers, r_max)
+
+
+def within(scores: Tensor, parameters: int, costs: Sequence[int]) -> Tensor:
+    """Return the mask of the ranks that so many parameters pay for, the highest scores first.
+
+    Args:
+        scores: One per rank, L × r_max.
+        parameters: The budget.
+        costs: Parameters of a rank of each layer, L.
+
+    Returns:
+        Boolean mask, L × r_max.
+    """
+    r_max, least, kept = scores.shape[1], min(costs), []
+    for number in _order(scores).tolist():
+        cost = costs[number // r_max]
+        if cost <= parameters:
+            parameters -= cost
+            kept.append(number)
+        if parameters < least:
+            break
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[kept] = True
+    return mask.reshape(scores.shape)
+
+
+def _order(scores: Tensor) -> Tensor:
+    return torch.sort(scores.reshape(-1), descending=True, stable=True).indices

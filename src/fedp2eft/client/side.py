@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +43,8 @@ class ClientSide:
         label_prior: q, the label distribution that the base was trained on, C; None if nothing in
             the run needs it.
         own: The method's own section of the settings, of the class `Method.settings`.
+        costs: Parameters of a rank of each layer, L, if budgets are in parameters; None if they are
+            in ranks.
         answer: Has a model answer the prompts of the test rows, keeps the texts, and gives the sums
             of their scores; None where nothing is to be generated.
     """
@@ -60,6 +62,7 @@ class ClientSide:
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
     label_prior: Tensor | None = None
     own: Any = None
+    costs: Sequence[int] | None = None
     answer: Callable[[nn.Module], Mapping[str, float]] | None = None
 
     def carrying(self, weights: AdapterWeights) -> AdapterWeights:

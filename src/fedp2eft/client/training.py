@@ -329,13 +329,17 @@ def personalize(
         return fitted
 
 
-def structure(psg: PSG, xi: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def structure(
+    psg: PSG, xi: Tensor, rank: int, costs: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return λ and kept ranks that the PSG predicts for a client: (λ, mask), both L × r_max."""
     with torch.no_grad():
-        return cut_to(rank, psg(xi), psg.config.adapter.r_max)
+        return cut_to(rank, psg(xi), psg.config.adapter.r_max, costs)
 
 
-def cut_to(rank: int, lam: Tensor, r_max: int) -> tuple[Tensor, Tensor]:
-    """Return λ (L × r_max or L × 1) and its r·L largest entries: (λ, mask), both L × r_max."""
+def cut_to(
+    rank: int, lam: Tensor, r_max: int, costs: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return λ (L × r_max or L × 1) and what `keep_largest` keeps: (λ, mask), both L × r_max."""
     lam = lam.expand(-1, r_max).contiguous()
-    return lam, keep_largest(lam, rank)
+    return lam, keep_largest(lam, rank, costs)

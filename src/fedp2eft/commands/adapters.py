@@ -15,6 +15,7 @@ def personalize_client(
     rank: int,
     out: str,
     method: str | None = None,
+    budget: Literal["ranks", "parameters"] = "ranks",
     layout: Literal["portable", "compact"] = "portable",
     test_data: str | None = None,
     text_columns: list[str] | None = None,
@@ -33,11 +34,13 @@ def personalize_client(
         psg: Folder or hub id of a trained PSG.
         model: Folder or hub id of the base model that the PSG was trained with.
         data: The client's rows: JSON, CSV, TSV or Parquet.
-        rank: Rank budget r, from 1 to the PSG's r_max: r·L ranks in total, placed by the PSG.
+        rank: Budget r, from 1 to the PSG's r_max.
         out: Folder for the adapter.
         method: How the adapter is fitted: auto, fedp2eft, lora, adalora, … (docs/methods.md); those
             that need a federation of their own or a survey of its clients are refused. Default:
             auto if the PSG keeps a choice, else fedp2eft.
+        budget: What the adapter may have: as many ranks, or as many parameters, as r ranks on every
+            layer. The method places them.
         layout: "portable" loads everywhere, "compact" keeps the true ranks.
         test_data: A second file to score the adapter on.
         text_columns: Columns with the text. Default: the PSG's.
@@ -61,8 +64,8 @@ def personalize_client(
     adapter.save(out, layout=layout)
     kept = sum(1 for r in adapter.ranks.values() if r)
     print(
-        f"Adapter of {sum(adapter.ranks.values())} ranks in {kept} of {len(adapter.ranks)} layers: "
-        f"{out}"
+        f"Adapter of {sum(adapter.ranks.values())} ranks in {kept} of {len(adapter.ranks)} layers "
+        f"({adapter.weights.parameters():,} parameters): {out}"
     )
     if adapter.scores:
         print(adapter.scores)

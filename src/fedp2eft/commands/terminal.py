@@ -205,18 +205,23 @@ def table(
 
 
 def show_results(results: Results) -> None:
-    """Print the tables of a run: methods × languages, worst, mean, clients worse than the base."""
-    from fedp2eft.results.layout import MISSING, WORSE, unit
+    """Print the tables of a run.
+
+    Methods × languages, worst, mean, clients worse than the base, parameters of an adapter.
+    """
+    from fedp2eft.results.layout import MISSING, PARAMETERS, WORSE, unit
     from fedp2eft.results.metrics import METRICS
 
     def line(row: Row, cells: Iterable[str]) -> list[str]:
-        return [row.method, str(row.rank) if row.rank else MISSING, *cells]
+        rank = str(row.rank) if row.rank else MISSING
+        return [row.method, rank, *cells, f"{row.parameters:,.0f}"]
 
     for pool in dict.fromkeys(row.pool for row in results.rows):
         rows = [row for row in results.rows if row.pool == pool]
         metric = METRICS[rows[0].metric]
         title = f"{metric.name.capitalize()} ({unit(metric)}), {pool} clients ({rows[0].clients})"
-        head = ["method", "rank", *rows[0].languages, "worst", "mean", WORSE]
+        rank = "rank" if results.budget == "ranks" else "parameters of rank"
+        head = ["method", rank, *rows[0].languages, "worst", "mean", WORSE, PARAMETERS]
         lines = []
         for row in rows:
             values = (*row.languages.values(), row.worst_language, row.mean)
@@ -237,7 +242,7 @@ def show_results(results: Results) -> None:
             known = row.further_means
             shown = (METRICS[n].shown(known[n]) if n in known else MISSING for n in names)
             lines.append(line(row, shown))
-        console().print(table(title, ["method", "rank", *names], lines))
+        console().print(table(title, ["method", rank, *names, PARAMETERS], lines))
 
 
 def show_gains(results: Results) -> None:

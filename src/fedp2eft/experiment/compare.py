@@ -40,6 +40,7 @@ from fedp2eft.settings.reading import SETTINGS_FILE, check_same, settings_of_fol
 FREE = {
     ("evaluation", "methods"),
     ("evaluation", "ranks"),
+    ("evaluation", "budget"),
     ("evaluation", "pools"),
     ("compare",),
     ("federation", "timeout"),
@@ -227,7 +228,7 @@ class _Site:
 
     def told(self, cell: Cell) -> Instruction:
         """Return a cell's instruction; surveys are taken once for all pools and kept."""
-        path = self.run / "surveys" / f"{cell.method}-r{cell.rank}.safetensors"
+        path = self.run / "surveys" / f"{cell.what}.safetensors"
         if path.exists():
             kind = METHODS[cell.method].shared
             parameters = to_arrays(self.shared[kind]) if kind else ArrayRecord()
@@ -259,7 +260,7 @@ class _Site:
         for done, (member, scores) in enumerate(personalize(grid, told, members, timeout), 1):
             clients.append({"client": member.client, "language": member.language, **scores})
             self.reporter.part("compare", done / len(members), cell.name)
-        more = _answers(told, cell.method)
+        more = {"budget": cell.budget, **_answers(told, cell.method)}
         if ablations := self.settings.data.ablations:
             more["ablations"] = ablations
         return cell_record(

@@ -41,6 +41,7 @@ class Lambdas:
         layers: Names of the L layers.
         ranks: Rank budgets that structure.json beside it is about.
         psg: Digest of the PSG that predicted it.
+        costs: Parameters of a rank of each layer; empty in files of earlier versions.
     """
 
     lam: dict[str, Tensor]
@@ -49,6 +50,7 @@ class Lambdas:
     layers: tuple[str, ...]
     ranks: tuple[int, ...]
     psg: str
+    costs: tuple[int, ...] = ()
 
 
 def keep_lambdas(
@@ -79,6 +81,7 @@ def keep_lambdas(
         tuple(workspace.bt.names),
         tuple(ranks),
         digest,
+        tuple(workspace.bt.costs),
     )
     metadata = {HEADER: json.dumps(asdict(about), ensure_ascii=False)}
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in lam.items()}
@@ -91,7 +94,7 @@ def read_lambdas(run: Path) -> Lambdas | None:
         with safe_open(run / FILE, framework="pt") as file:
             about = json.loads((file.metadata() or {})[HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about |= {"layers": tuple(about["layers"]), "ranks": tuple(about["ranks"])}
+        about |= {key: tuple(about.get(key, ())) for key in ("layers", "ranks", "costs")}
         found = Lambdas(**(about | {"lam": tensors}))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None

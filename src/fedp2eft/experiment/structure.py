@@ -27,6 +27,7 @@ def structure(
     languages: Mapping[str, str],
     layers: Sequence[str],
     ranks: Sequence[int],
+    costs: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Compare the structures that one φ predicts for clients.
 
@@ -36,6 +37,7 @@ def structure(
         languages: Language by client.
         layers: Names of the L layers.
         ranks: Budgets.
+        costs: Parameters of a rank of each layer, if the budgets are in parameters.
 
     Returns:
         `round` and `clients`: the finished rounds, and how many clients were looked at.
@@ -52,7 +54,8 @@ def structure(
     """
     stack = torch.stack([value.double() for value in lam.values()])
     masks = {
-        rank: {name: keep_largest(value, rank) for name, value in lam.items()} for rank in ranks
+        rank: {name: keep_largest(value, rank, costs) for name, value in lam.items()}
+        for rank in ranks
     }
     same = [p for p in combinations(lam, 2) if languages[p[0]] == languages[p[1]]]
     other = [p for p in combinations(lam, 2) if languages[p[0]] != languages[p[1]]]
@@ -81,7 +84,9 @@ def structures(
         psg.set_phi(finished.parameters)
         with torch.no_grad():
             lam = {name: psg(workspace.features(name)).expand(-1, columns) for name in clients}
-        found.append(structure(finished.round, lam, languages, workspace.bt.names, ranks))
+        found.append(
+            structure(finished.round, lam, languages, workspace.bt.names, ranks, workspace.costs)
+        )
     return found
 
 

@@ -244,6 +244,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
             facts={
                 "method": method,
                 "rank": rank,
+                "budget": s.evaluation.budget,
                 "client": name,
                 "language": workspace.client(name).language,
                 "task": s.model.task,

@@ -10,6 +10,9 @@ trains what is kept. PEFT ranks at one step what it measured before, so T must b
 PEFT multiplies by lora_alpha / (r0 + 1e-5), with r0 whatever a layer keeps: lora_alpha = s·r0
 leaves the scale at s throughout.
 
+A budget in parameters (`evaluation.budget`) falls from r0 to r on the same schedule, and ranks are
+kept in the order of their importance until the parameters are spent.
+
 Minimised: task loss + 0.1 · mean over all P and Q of ‖PᵀP − I‖ and ‖QQᵀ − I‖ (Frobenius norms).
 """
 
@@ -17,13 +20,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import RankAllocator
 from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.adapters.budget import within
 from fedp2eft.adapters.gates import adapted_layers
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.client.descent import adamw, descend, rows_loss
@@ -79,6 +85,8 @@ def adalora(client: ClientSide, rank: int) -> Outcome:
     schedule = Schedule.of(rank, math.ceil(len(order) / settings.accumulate), s)
     with client.bt.bare() as base:
         model = wrap(base, client.bt, schedule, s.orth)
+        if client.costs is not None:
+            model.base_model.rankallocator = ParameterAllocator(model, client.costs)
         weights = [p for p in model.parameters() if p.requires_grad]
         step = 0
         loss_of, parts_of = rows_loss(client.task, model, client.train)
@@ -130,6 +138,44 @@ def wrap(base: nn.Module, bt: BTLora, schedule: Schedule, orth: float) -> PeftMo
             line = str(error).splitlines()[0]
             raise UserError(f"AdaLoRA cannot adapt this model: {line}") from error
     return model.train(training)
+
+
+class ParameterAllocator(RankAllocator):  # type: ignore[misc]
+    """PEFT's allocator of ranks, with a budget in parameters.
+
+    Args:
+        model: As `wrap` gives it.
+        costs: Parameters of a rank of each adapted layer, in module order.
+    """
+
+    def __init__(self, model: PeftModel, costs: Sequence[int]) -> None:
+        super().__init__(model.base_model.model, model.peft_config[NAME], NAME)
+        self.costs = costs
+
+    @torch.no_grad()
+    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        """Set E to 0 outside the budget; returns the kept ranks by name of E.
+
+        Args:
+            model: The model with the adapter.
+            budget: Ranks of all layers together; their mean number stands for the parameters of as
+                many ranks on every layer.
+        """
+        values = dict(model.named_parameters())
+        names = [name for name in values if f"lora_E.{NAME}" in name]
+        scores = torch.stack([self._importance(name) for name in names])
+        parameters = budget * sum(self.costs) // len(names)
+        keep = within(scores, parameters, self.costs)
+        for name, kept in zip(names, keep, strict=True):
+            values[name].masked_fill_(~kept.unsqueeze(1), 0.0)
+        return {name: kept.tolist() for name, kept in zip(names, keep, strict=True)}
+
+    def _importance(self, name: str) -> Tensor:
+        """Importance of each rank of a layer, as PEFT has it: that of E and the mean of P and Q."""
+        A, B = (self._element_score(name.replace("lora_E", f"lora_{side}")) for side in "AB")
+        sides = torch.stack([A.mean(dim=1), B.mean(dim=0)], dim=1)
+        found: Tensor = self._combine_ipt(self._element_score(name), sides)
+        return found
 
 
 def orthogonality(model: nn.Module) -> Tensor:

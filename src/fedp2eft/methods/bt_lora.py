@@ -23,4 +23,4 @@ def bt_lora(client: ClientSide, rank: int) -> Outcome:
         bt, client.task, client.train, order, settings, PROFILES[config.profile],
         seed=seed, on_step=learning.each_of(len(order)),
     )  # fmt: skip
-    return fitting.fit(*cut_to(rank, bt.rank_lambda().cpu(), bt.settings.r_max))
+    return fitting.fit(*cut_to(rank, bt.rank_lambda().cpu(), bt.settings.r_max, client.costs))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import cut_to
 from fedp2eft.methods.fedp2eft import predicted
@@ -32,19 +33,31 @@ def scale_only(client: ClientSide, rank: int) -> Outcome:
 
 
 def random_structure(client: ClientSide, rank: int) -> Outcome:
-    """Fit FedP²EFT's kept λ on r·L ranks drawn at random from the client's seed."""
+    """Fit FedP²EFT's kept λ on ranks drawn at random from the client's seed.
+
+    A budget in parameters may pay for fewer or more of them: λ are then left out, or dealt twice,
+    evenly.
+    """
     lam, keep = predicted(client, rank)
     values = lam[keep]
     generator = torch.Generator().manual_seed(derive_seed("random structure", client.seed))
-    drawn = torch.randperm(lam.numel(), generator=generator)[: len(values)]
-    moved, chosen = torch.zeros(lam.numel()), torch.zeros(lam.numel(), dtype=torch.bool)
-    moved[drawn], chosen[drawn] = values, True
-    return client.fit(moved.reshape(lam.shape), chosen.reshape(lam.shape))
+    order = torch.randperm(lam.numel(), generator=generator)
+    drawn = order[: len(values)]
+    if client.costs is not None:
+        place = order.argsort().reshape(lam.shape)
+        chosen = keep_largest(-place.float(), rank, client.costs).flatten()
+        drawn = order[chosen[order]]
+    moved, kept = torch.zeros(lam.numel()), torch.zeros(lam.numel(), dtype=torch.bool)
+    moved[drawn] = values[torch.arange(len(drawn)) * len(values) // len(drawn)]
+    kept[drawn] = True
+    return client.fit(moved.reshape(lam.shape), kept.reshape(lam.shape))
 
 
 def global_lambda(client: ClientSide, rank: int) -> Outcome:
     """Fit the mean λ̂ of the seen clients: the same ranks and λ for every client."""
-    return client.fit(*cut_to(rank, client.prepared["lambda"], client.bt.settings.r_max))
+    return client.fit(
+        *cut_to(rank, client.prepared["lambda"], client.bt.settings.r_max, client.costs)
+    )
 
 
 def ask_lambda(client: ClientSide, _rank: int) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ along each direction of the common A (rows a_i):
 
     ∂L/∂B[:,i] = s·G·a_i        score of rank i: ‖∂L/∂B[:,i]‖₂
 
-The r·L ranks with the largest scores over the whole model are kept, each with λ = 1.
+The ranks with the largest scores over the whole model are kept within the budget, each with λ = 1.
 
 `gradient-shared` takes the federation's mean gradient as the common A in place of random
 directions. A seen client sends, of each layer, its gradient by A at A = 0 and B = Ωᵀ, the same
@@ -38,14 +38,14 @@ SMALLEST = 1e-5
 
 
 def gradient(client: ClientSide, rank: int) -> Outcome:
-    """Fine-tune the r·L ranks with the largest gradient, λ = 1."""
+    """Fine-tune the ranks with the largest gradient, λ = 1."""
     return client.fit(*structure(client, rank))
 
 
 def structure(client: ClientSide, rank: int) -> tuple[Tensor, Tensor]:
     """Return λ = 1 and the kept ranks, both L × r_max."""
     scores = gradient_norms(client)
-    return torch.ones_like(scores), keep_largest(scores, rank)
+    return torch.ones_like(scores), keep_largest(scores, rank, client.costs)
 
 
 def gradient_norms(client: ClientSide) -> Tensor:

@@ -23,10 +23,8 @@ def facts(report: ReportData) -> Iterator[tuple[str, str]]:
         yield "clients", ", ".join(f"{pools[pool]} {pool}" for pool in c.pools if pool in pools)
     yield "base model", f"{s.model.name} ({s.model.task})"
     yield "base training", f"{_words(c.bases)}, {s.base.rounds} rounds"
-    yield (
-        "adapter",
-        f"{s.adapter.target_modules}, r_max {s.adapter.r_max}, budgets {_words(c.ranks)}",
-    )
+    yield "adapter", f"{s.adapter.target_modules}, r_max {s.adapter.r_max}"
+    yield "budgets", f"r = {_words(c.ranks)}, in {s.evaluation.budget}"
     yield "PSG", f"{s.federation.rounds} rounds of {s.federation.clients_per_round} clients"
     yield "seeds", _words(c.seeds)
     if s.privacy.on:

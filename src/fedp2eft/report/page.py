@@ -207,8 +207,8 @@ def structure_data(report: ReportData) -> list[dict[str, Any]]:
         grid = grid_of(training.lambdas.layers)
         r_max = next(iter(training.lambdas.lam.values())).shape[1]
         ranks = {}
-        for rank in (rank for rank in _ranks(report) if 1 <= rank <= r_max):
-            kept = kept_by_language(training.lambdas, rank)
+        budget = report.settings.evaluation.budget
+        for rank, kept in kept_by_language(training.lambdas, _ranks(report), budget).items():
             ranks[str(rank)] = {
                 name: [[_rounded(v) for v in row] for row in grid.spread(value)]
                 for name, value in kept.items()

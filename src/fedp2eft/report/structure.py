@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedp2eft.settings.experiment import Budget
+
 if TYPE_CHECKING:
     from fedp2eft.experiment.lambdas import Lambdas
 
@@ -50,15 +52,26 @@ def grid_of(names: Sequence[str]) -> Grid:
     return Grid(modules, layers, places)
 
 
-def kept_by_language(lambdas: Lambdas, rank: int) -> dict[str, Matrix]:
-    """Return kept ranks per layer at a budget, mean over a language's clients: L values each."""
+def kept_by_language(
+    lambdas: Lambdas, ranks: Sequence[int], budget: Budget
+) -> dict[int, dict[str, Matrix]]:
+    """Return kept ranks per layer, by budget and language: L values each, mean over its clients.
+
+    Budgets above r_max are left out; all are if they are in parameters and the file, of an earlier
+    version, does not tell what a rank costs.
+    """
     from fedp2eft.adapters.budget import keep_largest  # torch: only where λ is there
 
-    groups: dict[str, list[Matrix]] = defaultdict(list)
-    for client, lam in lambdas.lam.items():
-        kept = keep_largest(lam, rank).sum(1).double().numpy()
-        groups[lambdas.languages[client]].append(kept)
-    return {name: np.mean(groups[name], axis=0) for name in sorted(groups)}
+    costs = lambdas.costs if budget == "parameters" else None
+    r_max = next(iter(lambdas.lam.values())).shape[1]
+    found = {}
+    for rank in (rank for rank in ranks if 1 <= rank <= r_max and costs != ()):
+        groups: dict[str, list[Matrix]] = defaultdict(list)
+        for client, lam in lambdas.lam.items():
+            kept = keep_largest(lam, rank, costs).sum(1).double().numpy()
+            groups[lambdas.languages[client]].append(kept)
+        found[rank] = {name: np.mean(groups[name], axis=0) for name in sorted(groups)}
+    return found
 
 
 def likeness(lambdas: Lambdas) -> tuple[list[str], Matrix]:

@@ -57,8 +57,8 @@ def figures_of(report: ReportData) -> dict[str, Figure]:
         end = f"-{training.name}" if training.name else ""
         grid, r_max = grid_of(found.layers), next(iter(found.lam.values())).shape[1]
         means = {}
-        for rank in (rank for rank in report.comparison.ranks if 1 <= rank <= r_max):
-            kept = kept_by_language(found, rank)
+        budget = report.settings.evaluation.budget
+        for rank, kept in kept_by_language(found, report.comparison.ranks, budget).items():
             means[rank] = np.mean(list(kept.values()), axis=0)
             made[f"structure-r{rank}{end}"] = charts.structure_figure(grid, kept, rank, r_max)
             made[f"structure-difference-r{rank}{end}"] = charts.structure_figure(

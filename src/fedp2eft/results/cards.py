@@ -7,6 +7,7 @@ name is in it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,16 +155,16 @@ def _prior(config: PSGConfig) -> str:
     return f"{_SOURCES[config.local.label_prior]}: {shares} (in the order of class ids)"
 
 
-def _choices(config: PSGConfig) -> list[tuple[int, str]]:
-    """Return what method auto chose for each rank budget."""
+def _choices(config: PSGConfig) -> list[tuple[str, str]]:
+    """Return what method auto chose for each budget."""
     from fedp2eft.methods.auto.candidate import Candidate
 
-    chosen = {
-        int(name.removeprefix("auto-r")): str(Candidate.of(kept["chosen"]))
-        for name, kept in config.choices.items()
-        if name.startswith("auto-r")
-    }
-    return sorted(chosen.items())
+    found = []
+    for name, kept in config.choices.items():
+        if at := re.fullmatch(r"auto-([rp])(\d+)", name):
+            unit = " (in parameters)" if at[1] == "p" else ""
+            found.append((at[1], int(at[2]), unit, str(Candidate.of(kept["chosen"]))))
+    return [(f"{rank}{unit}", choice) for _, rank, unit, choice in sorted(found)]
 
 
 def _front(

@@ -10,6 +10,7 @@ from typing import Any
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.methods import METHODS
 from fedp2eft.results.metrics import metric_of
+from fedp2eft.settings.experiment import budget_label
 
 MACHINE_FILE = "machine.json"
 """In a run folder of the local engine: the last columns of `cell_record`."""
@@ -105,7 +106,8 @@ def values(record: CellRecord | None) -> dict[str, float]:
 
 def name_of(record: CellRecord) -> str:
     """Return the name that `fedp2eft.results.plan.Cell` gives to a cell of this content."""
-    return "{base}/s{seed}/{pool}/{method}-r{rank}".format(**record)
+    label = budget_label(record["rank"], record.get("budget", "ranks"))
+    return "{base}/s{seed}/{pool}/{method}".format(**record) + f"-{label}"
 
 
 def traffic(run: Path, phase: str) -> tuple[int, int]:

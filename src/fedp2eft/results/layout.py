@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from fedp2eft.results.choices import Choice
 from fedp2eft.results.gains import Gains
 from fedp2eft.results.metrics import ACCURACY, METRICS, Metric
 from fedp2eft.results.statistics import Estimate
 from fedp2eft.results.summary import REFERENCES, Comparison, Difference, Line
+from fedp2eft.settings.experiment import Budget
 
 MISSING = "–"
 WORSE = "worse than base"
+PARAMETERS = "parameters"
 COLUMNS = (
     *("mean", "worst language", "worst client", WORSE),
     *(f"to {name}" for name in REFERENCES),
-    *("seeds", "steps", "seconds", "parameters", "kB up", "kB down", "memory GB"),
+    *("seeds", "steps", "seconds", PARAMETERS, "kB up", "kB down", "memory GB"),
 )
 NOTES = (
     "Within a language pooled over its clients' test rows, then the plain mean of the languages. "
@@ -29,10 +32,19 @@ NOTES = (
     "methods on the same clients (paired bootstrap within languages). Methods whose ± overlap may "
     "still differ: much of what changes with a seed changes for both alike.",
     "Steps (optimizer steps of a client's personalization, those of its own trials included), "
-    "seconds, parameters and kB (up and down, a client and round of the method's own federation) "
-    "are means per client; memory is the most that the process held.",
+    "seconds and kB (up and down, a client and round of the method's own federation) are means per "
+    "client; memory is the most that the process held.",
     f"{MISSING}: not computed, or not defined.",
 )
+_PARAMETERS = "Parameters: of a client's adapter, mean over clients. "
+BUDGET: dict[Budget, str] = {
+    "ranks": _PARAMETERS
+    + "The budget r is in ranks, r per layer on average. A rank of a wide layer "
+    "has more parameters, so adapters of one r may differ.",
+    "parameters": _PARAMETERS
+    + "The budget r is in parameters: at most as many as r ranks on every "
+    "layer have.",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,8 @@ def budgets(comparison: Comparison, base: str, pool: str) -> Iterator[tuple[int,
 def compact_table(comparison: Comparison, base: str) -> Table:
     """Return methods × (pool, rank), best first: mean over languages, interval over seeds.
 
-    A further column per pool holds the share of clients worse than the base, at each rank.
+    Further columns hold the parameters, and per pool the share of clients worse than the base, at
+    each rank.
     """
     at = [(pool, rank) for pool in comparison.pools for rank in comparison.ranks]
 
@@ -112,18 +125,26 @@ def compact_table(comparison: Comparison, base: str) -> Table:
         few = "*" if len(line.mean.seeds) < len(comparison.seeds) else ""
         return score(line.mean, comparison.metric) + few
 
-    def worse(method: str, pool: str) -> str:
-        lines = [comparison.line(base, pool, method, rank) for rank in comparison.ranks]
-        shares = [score(line.worse_than_base, ACCURACY, half=False) for line in lines if line]
-        unranked = any(line.rank == 0 for line in lines if line)
-        return " / ".join(shares[:1] if unranked else shares) or MISSING
+    def at_each_rank(method: str, pools: Sequence[str], shown: Callable[[list[Line]], str]) -> str:
+        texts = []
+        for rank in comparison.ranks:
+            found = (comparison.line(base, pool, method, rank) for pool in pools)
+            lines = [line for line in found if line]
+            texts += [shown(lines)] if lines else []
+            if any(line.rank == 0 for line in lines):
+                break  # the same at every rank
+        return " / ".join(texts) or MISSING
+
+    def worse(lines: list[Line]) -> str:
+        return score(lines[0].worse_than_base, ACCURACY, half=False)
 
     rows = [
         [method, *(cell(method, *place) for place in at)]
-        + [worse(method, pool) for pool in comparison.pools]
+        + [at_each_rank(method, comparison.pools, parameters)]
+        + [at_each_rank(method, [pool], worse) for pool in comparison.pools]
         for method in comparison.ordered(base)
     ]
-    head = ["method", *(f"{pool} r={rank}" for pool, rank in at)]
+    head = ["method", *(f"{pool} r={rank}" for pool, rank in at), PARAMETERS]
     head += [f"{pool} worse (%)" for pool in comparison.pools]
     return Table(f"{_title(comparison)} on the base {base}", head, rows)
 
@@ -145,9 +166,9 @@ def language_table(comparison: Comparison, base: str, pool: str) -> Table:
     for rank, method, line in budgets(comparison, base, pool):
         made = [line.languages.get(name) if line else None for name in languages]
         cells = [comparison.metric.shown(one.mean) if one else MISSING for one in made]
-        rows.append([str(rank), method, *cells, _worse(line)])
+        rows.append([str(rank), method, *cells, *_further(line)])
     title = f"{_title(comparison)} by language, base {base}, pool {pool}"
-    return Table(title, ["rank", "method", *languages, WORSE], rows)
+    return Table(title, ["rank", "method", *languages, WORSE, PARAMETERS], rows)
 
 
 def further_table(comparison: Comparison, base: str, pool: str) -> Table | None:
@@ -161,13 +182,21 @@ def further_table(comparison: Comparison, base: str, pool: str) -> Table | None:
     for rank, method, line in lines:
         made = [line.further_means.get(name) if line else None for name in names]
         cells = [score(one, METRICS[name]) for one, name in zip(made, names, strict=True)]
-        rows.append([str(rank), method, *cells, _worse(line)])
+        rows.append([str(rank), method, *cells, *_further(line)])
     title = f"Perplexity per token, scores of texts in %, base {base}, pool {pool}"
-    return Table(title, ["rank", "method", *names, WORSE], rows)
+    return Table(title, ["rank", "method", *names, WORSE, PARAMETERS], rows)
 
 
-def _worse(line: Line | None) -> str:
-    return score(line.worse_than_base, ACCURACY, half=False) if line else MISSING
+def _further(line: Line | None) -> tuple[str, str]:
+    """Share of the clients worse than the base, and parameters."""
+    if line is None:
+        return MISSING, MISSING
+    return score(line.worse_than_base, ACCURACY, half=False), parameters([line])
+
+
+def parameters(lines: Sequence[Line]) -> str:
+    """Parameters of a client's adapter, mean over the lines."""
+    return f"{fmean(line.cost.parameters for line in lines):,.0f}"
 
 
 def unit(metric: Metric) -> str:
@@ -191,7 +220,7 @@ def numbers(line: Line, rank: int) -> list[str]:
         str(len(line.mean.seeds)),
         MISSING if cost.steps is None else f"{cost.steps:.1f}",
         f"{cost.seconds:.1f}",
-        f"{cost.parameters:,.0f}",
+        parameters([line]),
         f"{cost.bytes_up / 1e3:,.0f}",
         f"{cost.bytes_down / 1e3:,.0f}",
         f"{cost.peak_memory / 1e9:.1f}",
@@ -235,7 +264,7 @@ def tables(comparison: Comparison) -> list[Table]:
 def notes(comparison: Comparison) -> list[str]:
     """Return what the reader of the tables must know."""
     seeds = ", ".join(map(str, comparison.seeds))
-    lines = [*NOTES, f"Seeds: {seeds}. * fewer seeds than these."]
+    lines = [*NOTES, BUDGET[comparison.budget], f"Seeds: {seeds}. * fewer seeds than these."]
     if comparison.ablations:
         lines.append(f"A diagnostic: {', '.join(comparison.ablations)}.")
     if comparison.missing:

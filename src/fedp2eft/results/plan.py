@@ -5,7 +5,8 @@ A comparison folder:
 settings.yaml                                       the resolved settings
 bases/<base>-s<seed>/                               run folder of a base model's training
 runs/<base>-s<seed>[-<variant>]/                    run folder of the methods' federations on it
-cells/<base>/s<seed>/<pool>/<method>-r<rank>.json   one file per cell, written once
+cells/<base>/s<seed>/<pool>/<method>-r<rank>.json   one file per cell, written once; of a budget in
+                                                    parameters <method>-p<rank>.json
 locks/                                              what the processes at work hold
 results.json, table.md, table.csv, table.tex, …     what the cells say
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 from fedp2eft.files import read_json, take_lock
 from fedp2eft.methods import METHODS, method_named
-from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.experiment import Budget, Settings, budget_label
 from fedp2eft.settings.reading import with_sections
 
 
@@ -58,18 +59,25 @@ class Cell:
         pool: Whose clients are scored.
         method: The method.
         rank: The budget; 0 for a method without one.
+        budget: What it is a budget of.
     """
 
     training: SharedTraining
     pool: str
     method: str
     rank: int
+    budget: Budget = "ranks"
+
+    @property
+    def what(self) -> str:
+        """Method and budget, e.g. "lora-r2"."""
+        return f"{self.method}-{budget_label(self.rank, self.budget)}"
 
     @property
     def name(self) -> str:
         """Its file under cells/, without the ending."""
         t = self.training
-        return f"{t.base}/s{t.seed}/{self.pool}/{self.method}-r{self.rank}"
+        return f"{t.base}/s{t.seed}/{self.pool}/{self.what}"
 
     def path(self, folder: Path) -> Path:
         """Return its file in a comparison folder."""
@@ -94,7 +102,7 @@ def plan(settings: Settings) -> list[Cell]:
                 variant = variant_name(method_named(name).variant)
                 trainings.setdefault(SharedTraining(base, seed, variant), []).append(name)
     return [
-        Cell(training, pool, method, rank)
+        Cell(training, pool, method, rank, evaluation.budget if rank else "ranks")
         for training, methods in trainings.items()
         for pool in evaluation.pools
         for method in methods

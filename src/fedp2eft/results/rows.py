@@ -17,6 +17,7 @@ from fedp2eft.files import read_json, write_json
 from fedp2eft.results.choices import Choice, choice_from, choices_of, chosen_by, prepared_of
 from fedp2eft.results.gains import Gains, adjusted, gains_from, gains_of
 from fedp2eft.results.metrics import ACCURACY, further_metrics, metric_of
+from fedp2eft.settings.experiment import Budget
 from fedp2eft.settings.reading import settings_of_folder
 
 PARTS = ("gains", "choices", "rows")
@@ -74,12 +75,14 @@ class Results:
         rows: Sorted by pool, rank and method as they were asked for.
         gains: Where the gain comes from, per pool; empty of a run of an earlier version.
         choices: What the seen clients chose where `auto` was run.
+        budget: What the ranks are a budget of.
     """
 
     run: Path
     rows: tuple[Row, ...]
     gains: tuple[Gains, ...] = ()
     choices: tuple[Choice, ...] = ()
+    budget: Budget = "ranks"
 
     def row(self, method: str, rank: int, pool: str) -> Row:
         """Return one row; a `UserError` if it was not computed."""
@@ -98,7 +101,8 @@ def read_results(run: str | Path) -> Results:
         raise UserError(f"{run} has no results yet: finish the run first.")
     rows = tuple(Row(**row) for row in found["rows"])
     gains, choices = map(gains_from, found["gains"]), map(choice_from, found.get("choices", ()))
-    return Results(Path(run), rows, tuple(gains), tuple(choices))
+    budget = found.get("budget", "ranks")
+    return Results(Path(run), rows, tuple(gains), tuple(choices), budget)
 
 
 def collect(run: str | Path) -> Results:
@@ -130,8 +134,10 @@ def collect(run: str | Path) -> Results:
         {**asked, "rank": rank, **prepared_of(run, "auto", rank)}
         for rank in settings.evaluation.ranks
     )
-    results = Results(run, rows, tuple(gains), choices)
+    budget = settings.evaluation.budget
+    results = Results(run, rows, tuple(gains), choices, budget)
     parts = {part: list(map(asdict, getattr(results, part))) for part in PARTS}
+    parts |= {"budget": budget}
     write_json(run / "results.json", parts)
     return results
 

@@ -17,7 +17,7 @@ from fedp2eft.results.plan import Cell, plan
 from fedp2eft.results.rows import Row, row_of
 from fedp2eft.results.statistics import Estimate, estimate
 from fedp2eft.seeding import derive_seed
-from fedp2eft.settings.experiment import Settings
+from fedp2eft.settings.experiment import Budget, Settings
 
 Key = tuple[str, str, str, int]
 """Base, pool, method, rank."""
@@ -131,6 +131,7 @@ class Comparison:
         versions: Versions of the packages that computed them.
         ablations: What was done to the clients' rows for a diagnostic (see `DataSettings`).
         choices: What the seen clients chose where `auto` was run.
+        budget: What the ranks are a budget of.
     """
 
     bases: list[str]
@@ -145,6 +146,7 @@ class Comparison:
     versions: list[dict[str, str]]
     ablations: list[str] = field(default_factory=list)
     choices: tuple[Choice, ...] = ()
+    budget: Budget = "ranks"
 
     @property
     def metric(self) -> Metric:
@@ -211,7 +213,8 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
         if record["method"] in set(evaluation.methods) - {*installed}:
             training = trainings.get((record["base"], record["seed"]))
             if training and record["pool"] in evaluation.pools:
-                cell = Cell(training, record["pool"], record["method"], record["rank"])
+                budget = evaluation.budget if record["rank"] else "ranks"
+                cell = Cell(training, record["pool"], record["method"], record["rank"], budget)
                 planned[cell.name] = cell
     # Group by line of the table, then by seed.
     found = {name_of(record): record for record in cells if name_of(record) in planned}
@@ -245,6 +248,7 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
         versions=[dict(items) for items in sorted(versions)],
         ablations=settings.data.ablations,
         choices=choices_of(found.values()),
+        budget=evaluation.budget,
     )
 
 

@@ -14,6 +14,7 @@ from fedp2eft.models.sources import hash_weights
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import (
+    Budget,
     EvaluationSettings,
     FederationSettings,
     LocalSettings,
@@ -34,6 +35,7 @@ class OneClient(Workspace):
         precision: dtype of the frozen base model, or "auto".
         device: Where the model runs.
         seed: Seed of mini-batches and dropout.
+        budget: What a budget of r counts.
 
     Raises:
         UserError: The PSG was made for another base model.
@@ -50,6 +52,7 @@ class OneClient(Workspace):
         precision: Literal["auto", "fp32", "bf16"],
         device: str,
         seed: int,
+        budget: Budget = "ranks",
     ) -> None:
         c = psg.config
         super().__init__(
@@ -61,7 +64,7 @@ class OneClient(Workspace):
                 generator=c.generator,
                 local=local,
                 federation=FederationSettings(profile=c.profile),
-                evaluation=EvaluationSettings(ranks=[]),  # the caller's to say
+                evaluation=EvaluationSettings(ranks=[], budget=budget),  # r is the caller's to say
             )
         )
         self.psg = psg

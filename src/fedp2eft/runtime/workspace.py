@@ -329,6 +329,11 @@ class Workspace:
         return bt
 
     @property
+    def costs(self) -> list[int] | None:
+        """Parameters of a rank of each layer if budgets are in parameters, else None."""
+        return self.bt.costs if self.settings.evaluation.budget == "parameters" else None
+
+    @property
     def has_head(self) -> bool:
         """Whether an adapter can carry a label prior."""
         return head_of(self.bt.linears, len(self.labels)) is not None
@@ -429,4 +434,5 @@ class Workspace:
             label_prior=self.label_prior,
             progress=lambda share: reporter.part(phase, share, name),
             own=self.settings.section(method.settings) if method and method.settings else None,
+            costs=self.costs,
         )

@@ -19,6 +19,7 @@ LabelPrior = Literal["counts", "predicted", "uniform"]
 TaskName = Literal["classification", "causal_lm"]
 Quantize = Literal["none", "8bit", "4bit"]
 T = TypeVar("T")
+Budget = Literal["ranks", "parameters"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 PoolName = Literal["seen", "unseen", "new-language"]
 BaseKind = Literal[
@@ -298,7 +299,9 @@ class EvaluationSettings:
     Args:
         methods: Methods to compare; by default base, lora and fedp2eft, and for a classification
             also majority and prior, which train nothing.
-        ranks: Rank budgets r, each at most adapter.r_max.
+        ranks: Budgets r, each at most adapter.r_max.
+        budget: What a budget of r allows an adapter: as many "ranks" as r on every layer are, as in
+            the paper, or as many "parameters" as those have (a rank of a layer has d_in + d_out).
         pools: Client pools to personalize and score.
         save_adapters: Save every FedP²EFT adapter in the run folder.
         layout: Layout of saved adapters.
@@ -309,6 +312,7 @@ class EvaluationSettings:
 
     methods: list[str] = field(default=None)  # type: ignore[arg-type]  # `Settings` sets it
     ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
+    budget: Budget = "ranks"
     pools: list[PoolName] = field(default_factory=lambda: ["seen", "unseen"])
     save_adapters: bool = True
     layout: Literal["portable", "compact"] = "portable"
@@ -423,6 +427,14 @@ class Settings:
             "local.label_prior: predicted is what the trained base predicts, so the base cannot be "
             "trained with it: set it to counts or uniform, or base.logit_adjustment to none.",
         )
+
+
+def budget_label(rank: int, budget: Budget) -> str:
+    """Return a budget in names of files: "r2", or "p2" for the parameters of rank 2.
+
+    A method without a budget has rank 0, and the same label under both.
+    """
+    return f"{'p' if rank and budget == 'parameters' else 'r'}{rank}"
 
 
 def check_rank(rank: int, r_max: int) -> None:

@@ -25,6 +25,7 @@ from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter
 from fedp2eft.results.metrics import metric_of
+from fedp2eft.settings.experiment import budget_label
 from fedp2eft.tasks.text_scores import TEXT_SCORES
 
 Shared = Mapping[str, Mapping[str, Tensor]]
@@ -282,7 +283,12 @@ def _keep_with_psg(
     run: RunFolder, digests: Mapping[str, str], wanted: Sequence[tuple[str, int]]
 ) -> None:
     """Write what the surveys gave into the PSG's config, for clients that come later."""
-    found = {f"{name}-r{rank}": _kept(run, digests, name, rank) for name, rank in wanted}
+    found = {
+        f"{name}-{budget_label(rank, run.settings.evaluation.budget)}": _kept(
+            run, digests, name, rank
+        )
+        for name, rank in wanted
+    }
     choices = {name: value for name, value in found.items() if value is not None}
     if choices:
         trained = PSG.from_pretrained(run.psg)
