@@ -86,7 +86,7 @@ def test_a_budget_in_parameters_is_the_runs(finished, world: World, tmp_path: Pa
     )
     workspace = Workspace(world.settings(evaluation__budget="parameters"), finished.folder)
     workspace.psg = psg
-    lam, keep = predicted(workspace.side(client), 2)
+    _, keep = predicted(workspace.side(client), 2)
     assert list(made.ranks.values()) == keep.sum(dim=1).tolist()
     left = 2 * sum(workspace.bt.costs) - made.weights.parameters()
     assert 0 <= left < max(workspace.bt.costs)

@@ -21,6 +21,7 @@ from fedp2eft.adapters.export import (
     save_adapter,
 )
 from fedp2eft.adapters.weights import AdapterWeights
+from fedp2eft.client.side import check_size
 from fedp2eft.data.files import client_from_file
 from fedp2eft.errors import UserError, require
 from fedp2eft.generator import PSG, PSGConfig
@@ -190,6 +191,7 @@ def personalize(
         raise UserError(
             f"Method {method} makes no adapter: score the model with fedp2eft evaluate."
         )
+    check_size(side, outcome.weights, rank)
     # The adapter, with what its card and config tell.
     scores = outcome.scores if len(workspace.encoded(client, "test")) else None
     source = workspace.source

@@ -24,6 +24,7 @@ from fedp2eft.methods.auto.choice import ask, choose
 from fedp2eft.methods.auto.guard import auto, decide, preferred
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.methods.tuned import DIVERGED
+from fedp2eft.results.cards import psg_card
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 from tiny import TASK, tiny_rows

@@ -10,7 +10,8 @@ import torch
 from one_client import Chosen, adapted, asked, one_client
 
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.client.side import ClientSide
+from fedp2eft.client.side import ClientSide, check_size
+from fedp2eft.errors import UserError
 from fedp2eft.methods.adalora import NAME, ParameterAllocator, Schedule, adalora, wrap
 from fedp2eft.methods.auto.candidates import Candidate, fit
 from fedp2eft.methods.settings import AdaLoraSettings, TuningSettings
@@ -117,6 +118,18 @@ def test_adalora_ranks_by_pefts_own_importance() -> None:
             kept.append(pattern)
     assert kept[0] == kept[1]
     assert sum(map(sum, kept[1].values())) == 29
+
+
+def test_an_adapter_above_the_budget_is_refused(client) -> None:
+    ones, keep = torch.ones(14, 4), torch.zeros(14, 4, dtype=torch.bool)
+    keep[torch.tensor(client.bt.costs).topk(3).indices, :] = True
+    weights = client.bt.weights_of(ones, keep)
+    exact = replace(client, costs=client.bt.costs)
+    check_size(exact, weights, 2)
+    with pytest.raises(UserError, match=r"480 parameters, and r = 1 is at most 467 under"):
+        check_size(exact, weights, 1)
+    check_size(exact, replace(weights, offset=torch.zeros(10**4)), 2)  # the prior is beside it
+    check_size(replace(exact, costs=None), weights, 1)
 
 
 def test_auto_tries_structures_of_the_budget(client) -> None:

@@ -15,7 +15,7 @@ from fedp2eft.adapters.weights import AdapterWeights
 from fedp2eft.client.descent import OnStep, local_order
 from fedp2eft.client.training import Fitted, personalize
 from fedp2eft.data.partition import local_validation_split, rng_for
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, require
 from fedp2eft.generator import PSG
 from fedp2eft.progress import each_of
 from fedp2eft.settings.experiment import LocalSettings
@@ -148,6 +148,18 @@ class ClientSide:
             measure=lambda model: scores.append(self.score(model)),
         )
         return Outcome(scores[0], fitted.weights)
+
+
+def check_size(client: ClientSide, weights: AdapterWeights, rank: int) -> None:
+    """Raise `UserError` if an adapter is larger than a budget in parameters."""
+    if client.costs is None or not rank:
+        return
+    size, most = sum(x.A.numel() + x.B.numel() for x in weights.layers), rank * sum(client.costs)
+    require(
+        size <= most,
+        f"The method made an adapter of {size:,} parameters, and r = {rank} is at most {most:,} "
+        "under evaluation.budget: parameters: set it to ranks, or leave the method out.",
+    )
 
 
 @dataclass(frozen=True)

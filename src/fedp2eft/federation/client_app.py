@@ -20,7 +20,7 @@ from torch import Tensor
 from fedp2eft.adapters.export import PEFT_TASKS, auto_mapping, column_facts, save_adapter
 from fedp2eft.client.descent import steps_taken
 from fedp2eft.client.phase import Phase, Turn
-from fedp2eft.client.side import ClientSide
+from fedp2eft.client.side import ClientSide, check_size
 from fedp2eft.data.nodes import NODES
 from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation.client.mods import end_with_supernode, keep_private, tell_errors
@@ -218,6 +218,8 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     client = client_side(workspace, message, name)
     client = replace(client, answer=answering(workspace, name, method, rank))
     outcome = METHODS[method].fit(client, rank)
+    if outcome.weights:
+        check_size(client, outcome.weights, rank)
     weights = client.carrying(outcome.weights) if outcome.weights else None
     scores = outcome.scores.metrics()
     # Scores and costs leave the client; text, λ and adapter do not.
