@@ -137,8 +137,7 @@ def collect(run: str | Path) -> Results:
     budget = settings.evaluation.budget
     results = Results(run, rows, tuple(gains), choices, budget)
     parts = {part: list(map(asdict, getattr(results, part))) for part in PARTS}
-    parts |= {"budget": budget}
-    write_json(run / "results.json", parts)
+    write_json(run / "results.json", {"budget": budget, **parts})
     return results
 
 
