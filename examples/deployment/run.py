@@ -35,19 +35,21 @@ CLIENTS = {  # name: language, pool
     "ja-00": ("ja", "seen"),
     "ru-00": ("ru", "unseen"),
 }
+MORE = {"pl-00": ("pl", "seen"), "es-00": ("es", "seen")}
+"""With --more: secure sums hide a client among five, and bear that two of them drop out."""
 START_SECONDS = 300
 
 
-def write_files(folder: Path, rows: int) -> dict[str, Path]:
+def write_files(folder: Path, rows: int, clients: dict[str, tuple[str, str]]) -> dict[str, Path]:
     """One file a client, as its owner would have it: text, label, and what is for testing."""
     from fedp2eft.data.debian import load_debian
 
-    languages = tuple(language for language, _ in CLIENTS.values())
+    languages = tuple(language for language, _ in clients.values())
     federation = load_debian(
         languages=languages, clients_per_language=1, max_train=rows, max_test=rows
     )
     files = {}
-    for name, (language, pool) in CLIENTS.items():
+    for name, (language, pool) in clients.items():
         (client,) = (c for c in federation.pool(pool) if c.language == language)
         files[name] = folder / name / "rows.jsonl"
         files[name].parent.mkdir(parents=True, exist_ok=True)
@@ -122,12 +124,14 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/deployment"))
     parser.add_argument("--rows", type=int, default=48, help="train rows a client, as many to test")
     parser.add_argument("--config", default="examples/deployment/experiment.yaml")
+    parser.add_argument("--more", action="store_true", help="two seen clients more: six in all")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 4) // 4))
     options = parser.parse_args()
     work = options.work.resolve()
     secrets, address = work / "secrets", f"127.0.0.1:{free_port()}"
     server(secrets, ["localhost", "127.0.0.1", "::1"])
-    files = write_files(work / "clients", options.rows)
+    clients = CLIENTS | MORE if options.more else CLIENTS
+    files = write_files(work / "clients", options.rows, clients)
 
     home = work / "flwr"  # Flower's own settings of this deployment, not yours
     home.mkdir(parents=True, exist_ok=True)
@@ -156,7 +160,7 @@ def main() -> int:
             "--enable-supernode-auth", "--database", work / "superlink.db", cwd=work,
         )  # fmt: skip
         wait_until_up(address, secrets / "ca.pem", processes)
-        for name, (language, pool) in CLIENTS.items():
+        for name, (language, pool) in clients.items():
             node(secrets, name)
             registered = secrets / "keys" / f"{name}.registered"  # in the SuperLink's database
             if not registered.exists():

@@ -32,16 +32,20 @@ SCALARS = {
 NAMES = {DESCRIBE: {"client", "language", "pool"}}
 
 LAYERS, RATES, TAUS, HELD_OUT = 14, 2, 2, 3
-# What a client answers to each question of a method. The last two lists are of controls that are
-# never to run in a deployment: they let out λ̂ and label counts.
+# What a client answers to each question of a method.
 ANSWERS: dict[str, list[dict[str, tuple[int, ...]]]] = {
     "gradient-shared": [{}],
-    "auto": [{"candidates": (5, 4), "sums": (5,), "rows": (1,), "noise": (1,), "steps": (1,)}],
-    "lora-tuned": [{"good": (RATES,)}],
-    "fedp2eft-tuned": [{"good": (RATES,)}],
+    "auto": [
+        {
+            "candidates": (5, 4), "sums": (5,), "products": (5, 5), "diverged": (5,), "rows": (1,),
+            "noise": (1,), "steps": (1,),
+        }
+    ],
+    "lora-tuned": [{"good": (RATES,), "diverged": (RATES,)}],
+    "fedp2eft-tuned": [{"good": (RATES,), "diverged": (RATES,)}],
     "fedp2eft-global": [{"lambda": (LAYERS, R_MAX)}],
-    "label-prior": [{"all": (3,), "kept": (3,)}, {"good": (TAUS,)}],
-}
+    "label-prior": [{"all": (3,), "kept": (3,)}, {"good": (TAUS,), "diverged": (TAUS,)}],
+}  # fmt: skip
 
 
 def of_type(finished: Any, kind: str) -> list[tuple[Any, Any]]:

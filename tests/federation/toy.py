@@ -96,10 +96,11 @@ class Notes(LogReporter):
 def settings(**changes: Any) -> Settings:
     """Failures do not stop a run; `peers__max_norm=0` changes one setting."""
     made = Settings(peers=PeerSettings(failures="continue"))
+    sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        made = replace(made, **{section: replace(getattr(made, section), **{name: value})})
-    return made
+        sections.setdefault(section, {})[name] = value
+    return replace(made, **{s: replace(getattr(made, s), **new) for s, new in sections.items()})
 
 
 def train(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedp2eft.adapters.btlora import BTLora
+from fedp2eft.federation.server.evaluation import summed
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS, ClientSide
 from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
@@ -58,7 +59,8 @@ def asked(method: str, clients: Sequence[ClientSide], rank: int) -> dict[str, Te
     """What the clients are told after all surveys of a method."""
     told: dict[str, Tensor] = {}
     for survey in METHODS[method].surveys:
-        told |= survey.combine([survey.ask(replace(c, prepared=told), rank) for c in clients])
+        answers = [survey.ask(replace(c, prepared=told), rank) for c in clients]
+        told |= survey.combine(summed(answers), len(answers))
     return told
 
 

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from one_client import LOCAL, adapted, one_client
 
 import fedp2eft
-from fedp2eft.client.descent import steps_taken
+from fedp2eft.client.descent import _STEPS, steps_taken
 from fedp2eft.errors import UserError
+from fedp2eft.federation.server.evaluation import summed
 from fedp2eft.federation.wire.messages import SURVEY
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from fedp2eft.methods.auto import candidates as module
+from fedp2eft.methods.auto import choice
 from fedp2eft.methods.auto.candidate import Candidate
 from fedp2eft.methods.auto.candidates import candidates, fit, folds, held_out, with_prior
 from fedp2eft.methods.auto.choice import ask, choose
 from fedp2eft.methods.auto.guard import auto, decide, preferred
 from fedp2eft.methods.auto.settings import AutoSettings
-from fedp2eft.methods.tuned import DIVERGED
 from fedp2eft.results.cards import psg_card
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
@@ -99,29 +103,45 @@ def test_a_candidate_that_diverges_predicts_nothing() -> None:
 SUMS = [[-10.0, -8.0, -7.9], [-12.0, -9.0, -9.1], [-11.0, -8.5, -8.4]]
 
 
-def answers(sums: list[list[float]], noise: float = 1.0):
-    known = torch.tensor([each.numbers() for each in (BASE, PRIOR, LORA)])
-    return [
-        {
-            "candidates": known,
-            "sums": torch.tensor(row),
-            "rows": torch.tensor([10.0]),
-            "noise": torch.tensor([noise]),
-            "steps": torch.tensor([7.0]),
-        }
-        for row in sums
-    ]
+DIVERGED = -math.inf
+
+
+def answered(sums: list[list[float]], noise: float = 1.0):
+    """The sums over clients of what `ask` answers, one client a row."""
+
+    def held(client, tried, _parts):
+        _STEPS.set(_STEPS.get() + 7)
+        return torch.tensor(sums[client.seed])[:, None].double()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "held_out", held)
+        patch.setattr(choice, "candidates", lambda *_: [BASE, PRIOR, LORA])
+        own = replace(OWN, noise=noise)
+        rows = tiny_rows([5] * 10, seed=1)
+        clients = [client_with(own, seed=i, train=rows) for i in range(len(sums))]
+        return summed([ask(client, 2) for client in clients]), len(clients)
 
 
 def chosen(sums: list[list[float]], noise: float = 1.0) -> Candidate:
-    return Candidate.of(choose(answers(sums, noise))["chosen"].tolist())
+    return Candidate.of(choose(*answered(sums, noise))["chosen"].tolist())
+
+
+@given(st.lists(st.lists(st.floats(-900, 0), min_size=3, max_size=3), min_size=2, max_size=5))
+@settings(max_examples=15, deadline=None)
+def test_the_standard_error_from_sums_is_that_of_the_clients_answers(rows) -> None:
+    table = choose(*answered(rows))["table"]
+    sums = torch.tensor(rows, dtype=torch.float64)
+    best = int(sums.sum(0).argmax())
+    error = (sums[:, best, None] - sums).std(dim=0) * len(rows) ** 0.5
+    # products of numbers up to 900 are known to 1e-10: so are variances, and errors to 1e-5
+    assert (table[:, 6] * 10 * len(rows)).tolist() == pytest.approx(error.tolist(), abs=1e-4)
 
 
 def test_cheapest_within_noise_is_chosen() -> None:
     """The adapter is best by 0.1 in sum; the standard error of that sum over clients is 0.2."""
     assert chosen(SUMS) == PRIOR
     assert chosen(SUMS, noise=0.4) == LORA
-    table = choose(answers(SUMS))["table"]
+    table = choose(*answered(SUMS))["table"]
     assert table[:, 4].tolist() == pytest.approx([-33 / 30, -25.5 / 30, -25.4 / 30])
     assert table[:, 5].tolist() == pytest.approx([7.6 / 30, 0.1 / 30, 0], abs=1e-6)
     assert table[1, 6].item() == pytest.approx(0.2 / 30, rel=1e-4)
@@ -227,8 +247,8 @@ def test_each_kind_is_the_method_of_its_name() -> None:
     prior = fit(client, PRIOR)
     assert prior.scores == METHODS["prior"].fit(client, 2).scores
     assert torch.equal(prior.weights.offset, with_prior(client).task.offset)
-    settings = replace(LOCAL, personalize_lr=1e-2, personalize_epochs=1)
-    adjusted = replace(with_prior(client), settings=settings)
+    local = replace(LOCAL, personalize_lr=1e-2, personalize_epochs=1)
+    adjusted = replace(with_prior(client), settings=local)
     names = {"lora": "lora", "structure": "fedp2eft-structure", "fedp2eft": "fedp2eft"}
     for kind, name in names.items():
         found = fit(client, replace(LORA, kind=kind))
@@ -279,7 +299,7 @@ def test_steps_are_those_of_every_fine_tuning() -> None:
     assert steps_taken() - before in (2 * guard + final, 2 * guard + 2 * final)
     trained = [each for each in candidates(OWN, 2, True) if each.epochs]
     assert ask(client, 2)["steps"].tolist() == [len(trained) * 2 * 2]
-    assert choose(answers(SUMS))["steps"].tolist() == [21]
+    assert choose(*answered(SUMS))["steps"].tolist() == [21]
     before = steps_taken()
     assert auto(told(client, PRIOR), 2).choice in ("prior", "base")
     assert steps_taken() == before
@@ -325,8 +345,7 @@ def test_a_resumed_run_asks_nobody_again(all_methods, tmp_path) -> None:
     cell = run / "cells" / "auto-r2" / "de-unseen-00.json"
     before = json.loads(cell.read_text())
     cell.unlink()
-    settings = fedp2eft.read_settings(run / "settings.yaml")
-    again = watched(settings, run)
+    again = watched(fedp2eft.read_settings(run / "settings.yaml"), run)
     assert not [m for m, _ in again.messages if m.metadata.message_type == SURVEY]
     after = json.loads(cell.read_text())
     assert before | {"seconds": 0} == after | {"seconds": 0}

@@ -75,16 +75,13 @@ def test_directions_span_the_mean_gradient() -> None:
     """Two clients whose gradients are one direction each: both are found, then there are none."""
     one, two = torch.eye(6)[1], torch.eye(6)[4]
     omega = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
-    answers = [
-        {"layer": omega[:, :1] @ one[None] * 5},
-        {"layer": omega[:, 1:] @ two[None]},
-    ]
-    A = mean_directions(answers)["layer"].float()
+    answers = [omega[:, :1] @ one[None] * 5, omega[:, 1:] @ two[None]]
+    A = mean_directions({"layer": sum(answers).double()}, 2)["layer"].float()
     assert A.shape == (4, 6)
     assert not A[2:].any()
     assert A[:2].norm(dim=1).tolist() == pytest.approx([LENGTH] * 2)
     assert pytest.approx(torch.diag(one + two), abs=1e-5) == A.T @ A / LENGTH**2
-    assert not mean_directions([{"layer": torch.zeros(4, 6)}])["layer"].any()
+    assert not mean_directions({"layer": torch.zeros(4, 6)}, 1)["layer"].any()
 
 
 def test_shared_directions_are_used_and_given_back() -> None:

@@ -14,7 +14,7 @@ from one_client import LOCAL, Chosen, adapted, asked, one_client
 from fedp2eft.errors import UserError
 from fedp2eft.methods import METHODS, ClientSide, Outcome
 from fedp2eft.methods.settings import TuningSettings
-from fedp2eft.methods.tuned import DIVERGED, best, goodness, grid
+from fedp2eft.methods.tuned import best, goodness, grid
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.task import Scores
 from tiny import tiny_rows
@@ -37,8 +37,9 @@ def test_only_rate_that_learns_is_chosen(method) -> None:
     client = one_client(bt=bt, train=of_one_class(never), own=tuning, settings=settings)
     [survey] = METHODS[method].surveys
     answer = survey.ask(client, 2)
-    assert answer["good"].tolist() == [0, 0, 6, DIVERGED]
-    told = survey.combine([answer])
+    assert answer["good"].tolist() == [0, 0, 6, 0]
+    assert answer["diverged"].tolist() == [0, 0, 0, 1]
+    told = survey.combine(answer, 1)
     assert told["best"].tolist() == [2]
     unseen = one_client(1, bt=bt, test=of_one_class(never, 7), train=of_one_class(never))
     unseen = replace(unseen, own=tuning, settings=settings, prepared=told)
@@ -48,16 +49,25 @@ def test_only_rate_that_learns_is_chosen(method) -> None:
 def test_smaller_rate_then_smaller_scale_wins_a_tie() -> None:
     tuning = TuningSettings(lrs=[0.3, 0.1], scales=[2.0, 0.5, 2.0])
     assert grid(tuning) == [(0.1, 0.5), (0.1, 2.0), (0.3, 0.5), (0.3, 2.0)]
-    answers = [{"good": torch.tensor([0.0, 2, 1, 0])}, {"good": torch.tensor([1.0, 0, 1, 2])}]
-    assert best(answers)["best"].tolist() == [1]
-    assert best([{"good": torch.zeros(4)}])["best"].tolist() == [0]
+    assert chosen([1.0, 2, 2, 2]) == 1
+    assert chosen([0.0] * 4) == 0
 
 
-@given(st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=6))
-def test_best_is_the_first_of_the_largest_sums(counts) -> None:
-    sums = [sum(column) for column in zip(*counts, strict=True)]
-    found = best([{"good": torch.tensor(row, dtype=torch.float32)} for row in counts])
-    assert found["best"].tolist() == [sums.index(max(sums))]
+def test_a_choice_that_diverged_anywhere_comes_last() -> None:
+    assert chosen([1.0, 9, 3, 9], [0, 1, 0, 2]) == 2
+    assert chosen([-5.0, 0, 0, 0], [0, 1, 1, 1]) == 0
+    assert chosen([1.0, 0, 3], [2, 1, 1]) == 2
+
+
+def chosen(good: list[float], diverged: list[float] | None = None) -> int:
+    sums = {"good": good, "diverged": diverged or [0.0] * len(good)}
+    doubles = {name: torch.tensor(value).double() for name, value in sums.items()}
+    return int(best(doubles, 2)["best"])
+
+
+@given(st.lists(st.integers(0, 9), min_size=5, max_size=5))
+def test_best_is_the_first_of_the_largest_sums(sums) -> None:
+    assert chosen(sums) == sums.index(max(sums))
 
 
 @pytest.mark.parametrize("method", TUNED)

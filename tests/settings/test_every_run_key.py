@@ -194,6 +194,17 @@ SHOWN: dict[str, str] = {
     "privacy.clip_on": "federation/test_dp.py::test_no_larger_change_leaves_where_clients_clip",
     "privacy.noise": "federation/test_dp.py::test_what_leaves_is_mostly_noise_where_clients_add_it",
     "privacy.sampling": "federation/test_dp.py::test_a_secret_sample_is_another_each_time",
+    "privacy.secure_sums": "federation/test_secure_rounds.py::test_a_run_with_secure_sums_is_the_"
+    "plain_one",
+    "privacy.secure_neighbors": "federation/test_secure_sums.py::test_neighbors_are_mutual_and_as_"
+    "many_as_asked",
+    "privacy.secure_threshold": "federation/test_secure_sums.py::test_the_threshold_is_a_share_of_"
+    "the_neighbors",
+    "privacy.secure_clip": "federation/test_secure_rounds.py::test_changes_and_weights_are_cut_and_"
+    "counted",
+    "privacy.secure_bits": "federation/test_secure_rounds.py::test_the_average_is_the_plain_one",
+    "privacy.secure_max_examples": "federation/test_secure_rounds.py::test_changes_and_weights_are_"
+    "cut_and_counted",
     "evaluation.generate": "experiment/test_generated_texts.py::test_settings_that_cannot_be",
     "evaluation.max_new_tokens": "experiment/test_generated_texts.py::test_more_text_than_the_model"
     "_reads_is_said_before_training",

@@ -239,7 +239,7 @@ class _Site:
         timeout = self.settings.federation.timeout
         told = prepare(
             self.engine.grid, self.shared, cell.method, cell.rank, self.members, timeout,
-            label_prior=self._label_prior,
+            label_prior=self._label_prior, privacy=self.settings.privacy,
         )  # fmt: skip
         if told.prepared:
             answers = any_arrays(told.prepared, f"The survey of {cell.method}")

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, MetricRecordValues, RecordDict
@@ -26,9 +27,19 @@ from fedp2eft.errors import TellableError, UserError
 from fedp2eft.federation.client.mods import end_with_supernode, keep_private, tell_errors
 from fedp2eft.federation.client.node import keep_base, kept_base, own_folder
 from fedp2eft.federation.client.state import ClientState, release_state, shared_state
+from fedp2eft.federation.client.sums import give_masked, serve_sums
 from fedp2eft.federation.client.texts import answering
 from fedp2eft.federation.server.labels import noise
 from fedp2eft.federation.wire.compression import DOWN, unpack
+from fedp2eft.federation.wire.layouts import (
+    LABELS,
+    Part,
+    labels_layout,
+    noise_key,
+    phase_layout,
+    phase_part,
+    survey_layout,
+)
 from fedp2eft.federation.wire.messages import (
     ABOUT,
     ARRAYS,
@@ -53,6 +64,7 @@ from fedp2eft.settings.reading import settings_of_run
 from fedp2eft.tasks.label_prior import label_counts, predicted_counts, with_classes
 
 app = ClientApp(mods=[end_with_supernode, tell_errors])
+serve_sums(app)
 logger = logging.getLogger(__name__)
 
 
@@ -100,7 +112,9 @@ def describe(message: Message, context: Context) -> Message:
     about = ConfigRecord({"client": client.name, "language": client.language, "pool": client.pool})
     if workspace.node is not None:
         about["base"] = kept_base(workspace)
-    counts = MetricRecord({EXAMPLES: len(client.train), "num-tests": len(client.test)})
+    # With secure sums N is a weight that only a sum tells.
+    rows = 0 if workspace.settings.privacy.secure else len(client.train)
+    counts = MetricRecord({EXAMPLES: rows, "num-tests": len(client.test)})
     return Message(RecordDict({ABOUT: about, METRICS: counts}), reply_to=message)
 
 
@@ -126,12 +140,20 @@ def serve(phase: Phase) -> None:
         name = client_name(context, state.workspace)
         turn = turn_of(state.workspace, phase, message, name)
         trained = state.ahead.take(message) or phase.train(turn)
+        examples = len(state.workspace.encoded(name, "train"))
+        privacy = state.workspace.settings.privacy
+        if privacy.secure:
+            part = phase_part(
+                phase, turn.parameters, trained.parameters, trained.metrics, examples, privacy,
+                noise_key(privacy, phase.name, turn.round, name),
+            )  # fmt: skip
+            layout_of = partial(phase_layout, phase, turn.parameters, privacy)
+            return give_masked(message, context, privacy, part, layout_of)
         found, wire = trained.parameters, phase.wire_of(state.workspace.settings)
         arrays = to_arrays(found)
         if wire != "fp32":
             change = {key: value - turn.parameters[key] for key, value in found.items()}
             arrays = state.feedback.send(name, turn.round, change, wire)
-        examples = len(state.workspace.encoded(name, "train"))
         content = {
             ARRAYS: arrays,
             METRICS: MetricRecord({EXAMPLES: examples, **trained.metrics}),
@@ -185,8 +207,11 @@ def answer_labels(message: Message, context: Context) -> Message:
         answer = label_counts(data, len(workspace.labels))
     if s.on:
         answer = answer / max(1, len(data))
-        if s.noise == "client":
-            answer = answer + noise(s, len(answer), name)
+    if s.secure:
+        part = Part({LABELS: answer}, noise_key=noise_key(s, "labels", name))
+        return give_masked(message, context, s, part, partial(labels_layout, len(answer), s))
+    if s.on and s.noise == "client":
+        answer = answer + noise(s, len(answer), name)
     about = ConfigRecord({"client": name})
     content = RecordDict({ARRAYS: to_arrays({"labels": answer}), ABOUT: about})
     return Message(content, reply_to=message)
@@ -202,7 +227,13 @@ def answer_survey(message: Message, context: Context) -> Message:
     number = int(the_config(message).get("question", 0))  # type: ignore[arg-type]
     if not 0 <= number < len(surveys):
         raise UserError(f"Method {method!r} does not ask its clients question {number}.")
-    answer = surveys[number].ask(client_side(workspace, message, name), rank)
+    survey, s = surveys[number], workspace.settings.privacy
+    answer = survey.ask(client_side(workspace, message, name), rank)
+    if s.secure:
+        shapes = {key: tuple(value.shape) for key, value in answer.items()}
+        return give_masked(
+            message, context, s, Part(answer), lambda _clients: survey_layout(survey, shapes)
+        )
     return Message(RecordDict({ARRAYS: to_arrays(answer)}), reply_to=message)
 
 

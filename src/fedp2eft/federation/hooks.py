@@ -14,6 +14,9 @@ Of Flower 1.41, and what it is used for:
 * noise drawn from NumPy's global generator: `noise_from`: seeds it
 * option `--parent-pid` of its processes: `end_with_parent`: tells whose end to watch for
 * `m_t`, `v_t`, `momentum_vector` of its strategies: `Averaging.memory`: kept in checkpoints
+* `flwr.common.secure_aggregation.crypto`, `….primitives.asymmetric`: secure sums: key agreement,
+  encryption, Shamir's shares. Not its `quantize` (random, and its weights can overflow) nor its
+  `pseudo_rand_gen` (32 bits of seed: a server can try them all)
 """
 
 from __future__ import annotations
@@ -30,11 +33,42 @@ from functools import cache
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
+from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
+from flwr.common.secure_aggregation.crypto.symmetric_encryption import (
+    decrypt,
+    encrypt,
+    generate_shared_key,
+)
 from flwr.serverapp import strategy as flower
+from flwr.supercore.primitives.asymmetric import (
+    bytes_to_public_key,
+    generate_key_pairs,
+    public_key_to_bytes,
+)
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedp2eft.seeding import derive_seed
+
+__all__ = [
+    "CLIENT_APP_RAISED",
+    "CLIP_NORM",
+    "SERVER_NODE_ID",
+    "UNAVAILABLE",
+    "ClientQuantile",
+    "ServerQuantile",
+    "begin_run",
+    "bytes_to_public_key",
+    "combine_shares",
+    "create_shares",
+    "decrypt",
+    "encrypt",
+    "generate_key_pairs",
+    "generate_shared_key",
+    "give_id",
+    "noise_from",
+    "public_key_to_bytes",
+]
 
 SERVER_NODE_ID = 1
 CLIENT_APP_RAISED = 2  # ErrorCode.CLIENT_APP_RAISED_EXCEPTION

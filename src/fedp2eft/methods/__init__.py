@@ -66,7 +66,13 @@ _built_in = {
     "auto": Method(
         _ours("auto.guard:auto"),
         shared="psg",
-        surveys=(Survey(_ours("auto.choice:ask"), _ours("auto.choice:choose")),),
+        surveys=(
+            Survey(
+                _ours("auto.choice:ask"),
+                _ours("auto.choice:choose"),
+                limits={"candidates": 2.0**13, "noise": 2.0**13, "products": 2.0**34},
+            ),
+        ),
         label_prior=True,
         kept=True,
         settings=AutoSettings,
@@ -81,7 +87,7 @@ _built_in = {
     "gradient": Method(_ours("gradient:gradient")),
     "gradient-shared": Method(
         _ours("gradient:gradient_shared"),
-        surveys=(Survey(_ours("gradient:ask_sketch"), _ours("gradient:mean_directions")),),
+        surveys=(Survey(_ours("gradient:ask_sketch"), _ours("gradient:mean_directions"), 2.0**13),),
     ),
     "lora-tuned": Method(
         _ours("tuned:of_lora.fit"), surveys=(Survey(_ours("tuned:of_lora.ask"), _best),), **_tuning
@@ -97,7 +103,7 @@ _built_in = {
     "fedp2eft-random": Method(_ours("controls:random_structure"), shared="psg"),
     "fedp2eft-global": Method(
         _ours("controls:global_lambda"),
-        surveys=(Survey(_ours("controls:ask_lambda"), _ours("controls:mean_lambda")),),
+        surveys=(Survey(_ours("controls:ask_lambda"), _ours("controls:mean_lambda"), 2.0**20),),
         shared="psg",
     ),
     "fedp2eft-layerwise": Method(

@@ -6,7 +6,7 @@ keeps one of the two and replaces the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -61,11 +61,11 @@ def global_lambda(client: ClientSide, rank: int) -> Outcome:
 
 
 def ask_lambda(client: ClientSide, _rank: int) -> dict[str, Tensor]:
-    """Return λ̂ of a seen client, which leaves it: for experiments, never for a deployment."""
+    """Return λ̂ of a seen client, whose mean is used."""
     with torch.no_grad():
         return {"lambda": client.psg(client.features())}
 
 
-def mean_lambda(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean_lambda(sums: Mapping[str, Tensor], clients: int) -> dict[str, Tensor]:
     """Return the mean of λ̂ over the seen clients."""
-    return {"lambda": torch.stack([answer["lambda"] for answer in answers]).mean(dim=0)}
+    return {"lambda": (sums["lambda"] / clients).float()}

@@ -21,7 +21,7 @@ fewer of them (a head of few classes), rows of the random A remain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def gradient_shared(client: ClientSide, rank: int) -> Outcome:
 
 
 def ask_sketch(client: ClientSide, _rank: int) -> dict[str, Tensor]:
-    """Answer Ω·G of every layer, r_max × d_in: gradients of text, for experiments alone."""
+    """Answer Ω·G of every layer, r_max × d_in: gradients of text, whose mean is used."""
     bt = client.bt
     bt.reset(torch.ones_like(bt.lam))
     with torch.no_grad():
@@ -94,11 +94,11 @@ def ask_sketch(client: ClientSide, _rank: int) -> dict[str, Tensor]:
         bt.reset()
 
 
-def mean_directions(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean_directions(sums: Mapping[str, Tensor], clients: int) -> dict[str, Tensor]:
     """Return the directions of every layer, r_max × d_in; zeros where there are no more."""
     found = {}
-    for name in answers[0]:
-        mean = torch.stack([answer[name] for answer in answers]).double().mean(dim=0)
+    for name, total in sums.items():
+        mean = total / clients
         _, sizes, vectors = torch.linalg.svd(mean, full_matrices=False)
         used = sizes > SMALLEST * sizes.max().clamp(min=torch.finfo(torch.float32).tiny)
         rows = torch.zeros_like(mean)

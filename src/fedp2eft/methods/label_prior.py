@@ -5,12 +5,12 @@
 A base that learned p(text | label) right and the pooled frequencies q is moved by τ = 1 to the
 client's own. Frequencies are smoothed by half a row per class. Two questions choose τ on held-out
 rows of the seen clients: their label counts, which q is made of, then how many held-out rows each
-τ gets right. Label counts leave the clients: for experiments, never for a deployment.
+τ gets right. Their sums are all that is used; with `privacy.secure_sums` all that is seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -61,12 +61,9 @@ def ask_counts(client: ClientSide, _rank: int) -> dict[str, Tensor]:
     return {"all": _counts(client, client.train), "kept": _counts(client, kept)}
 
 
-def pool(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def pool(sums: Mapping[str, Tensor], _clients: int) -> dict[str, Tensor]:
     """Return rows of each class over all clients."""
-    return {
-        name: torch.stack([answer[name] for answer in answers]).double().sum(dim=0)
-        for name in ("all", "kept")
-    }
+    return dict(sums)
 
 
 def ask_correct(client: ClientSide, _rank: int) -> dict[str, Tensor]:
@@ -74,4 +71,5 @@ def ask_correct(client: ClientSide, _rank: int) -> dict[str, Tensor]:
     trial = client.trial(client.own.holdout)
     own = _counts(client, trial.train)
     scores = _scores(client, trial.test, own, client.prepared["kept"], _taus(client.own))
-    return {"good": torch.tensor([goodness(each) for each in scores])}
+    good = torch.tensor([goodness(each) for each in scores])
+    return {"good": good, "diverged": torch.zeros_like(good)}

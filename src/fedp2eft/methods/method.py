@@ -8,7 +8,7 @@ imported here: the command line builds its help from the sections that methods b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -36,15 +36,21 @@ TAKEN = {
 class Survey:
     """A question that the server asks every seen client, before the method is used.
 
-    For controls: what some of them ask for (λ, label counts) no deployment should let out.
+    The method sees the sum of all answers alone; with `privacy.secure_sums` so does the server.
 
     Args:
         ask: What one client answers: tensors by name, of the same names and shapes for all clients.
-        combine: All answers, in the order of the clients' names, to what every client is then told.
+        combine: The sums of the answers by name (float64), and the number of clients, to what every
+            client is then told.
+        limit: Largest magnitude of an entry. A secure sum cuts larger ones, and counts in steps of
+            about limit · clients / 2⁶³.
+        limits: The same by name, for those that have another.
     """
 
     ask: Callable[[ClientSide, int], dict[str, Tensor]]
-    combine: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
+    combine: Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
+    limit: float = 2.0**31
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

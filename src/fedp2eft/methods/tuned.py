@@ -12,7 +12,7 @@ adapter has seen them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +24,6 @@ from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
 from fedp2eft.methods.settings import TuningSettings
 from fedp2eft.tasks.task import Scores
-
-DIVERGED = -(2.0**100)  # a choice at which one client diverges serves none; finite: it travels
 
 
 def grid(tuning: TuningSettings) -> list[tuple[float, float]]:
@@ -50,15 +48,15 @@ class Tuned:
     def ask(self, client: ClientSide, rank: int) -> dict[str, Tensor]:
         """Return how good each choice of the grid is on a seen client's held-out rows."""
         choices, trial = grid(client.own), client.trial(client.own.holdout)
-        good = torch.zeros(len(choices))
+        good, diverged = torch.zeros(len(choices)), torch.zeros(len(choices))
         if len(trial.test):
             for number, choice in enumerate(choices):
                 try:
                     outcome = self._at(trial.part(number, len(choices)), rank, choice)
                     good[number] = goodness(outcome.scores)
                 except DivergedError:
-                    good[number] = DIVERGED
-        return {"good": good}
+                    diverged[number] = 1
+        return {"good": good, "diverged": diverged}
 
     def _at(self, client: ClientSide, rank: int, choice: tuple[float, float]) -> Outcome:
         (lam, keep), (lr, scale) = self.strategy(client, rank), choice
@@ -72,10 +70,14 @@ def goodness(scores: Scores) -> float:
     return -scores.loss * (scores.tokens or 0)
 
 
-def best(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the number of the choice whose goodness has the largest sum; of equals the first."""
-    total = torch.stack([answer["good"] for answer in answers]).double().sum(dim=0)
-    first = (total == total.max()).nonzero()[0]  # argmax may give any of equals
+def best(sums: Mapping[str, Tensor], _clients: int) -> dict[str, Tensor]:
+    """Return the number of the choice whose goodness has the largest sum; of equals the first.
+
+    A choice at which one client diverges serves none: fewest of them come first.
+    """
+    good, diverged = sums["good"], sums["diverged"]
+    good = torch.where(diverged == diverged.min(), good, torch.full_like(good, -torch.inf))
+    first = (good == good.max()).nonzero()[0]  # argmax may give any of equals
     return {"best": first.float()}
 
 

@@ -363,7 +363,7 @@ class Settings:
         federation: Federated training of the PSG.
         peers: Checks of the clients' replies.
         aggregation: How the server averages.
-        privacy: Differential privacy of φ.
+        privacy: Differential privacy of φ, and secure sums.
         evaluation: Personalization and scores after training.
         compare: What `fedp2eft compare` varies; other commands ignore it.
         trackers: Trackers that `train` and `flwr run` send metrics and final tables to, in addition
@@ -392,7 +392,7 @@ class Settings:
             object.__setattr__(self, "evaluation", evaluation)
         for rank in self.evaluation.ranks:
             check_rank(rank, self.adapter.r_max)
-        self.privacy.check(self.aggregation, self.federation.wire)
+        self.privacy.check(self.aggregation, self.peers, self.federation.wire)
         self._check_label_prior()
         require(
             self.model.task == "causal_lm" or not self.evaluation.generate,

@@ -90,9 +90,15 @@ class AggregationSettings:
         check_bounds("aggregation", self, bounds)
 
 
+ROBUST = ("fedmedian", "trimmed-mean", "krum", "multi-krum")
+"""Aggregators that compare the clients' replies."""
+
+
 @dataclass(frozen=True)
 class PrivacySettings:
-    """Client-level differential privacy of φ (docs/privacy.md); off by default.
+    """What the server may see: differential privacy of φ, and secure sums (docs/privacy.md).
+
+    Both are off by default.
 
     Args:
         clipping: "off"; "fixed" clips every client's change of φ to norm clip_norm; "adaptive"
@@ -101,6 +107,8 @@ class PrivacySettings:
         noise: Who adds Gaussian noise. "server": once, to the average; the server sees every
             client's change. "client": every client, to its own change before sending it; the same
             noise on the average then takes many more clients. Needs fixed clipping on the client.
+            With secure_sums, "client" is a share of the noise: together the clients of a round add
+            as much as the server would, and nobody is trusted with it.
         noise_multiplier: Standard deviation of the noise, as a multiple of the clip norm.
         clip_norm: Clip norm; with adaptive clipping, its initial value.
         quantile: Share of clients that adaptive clipping keeps below the norm.
@@ -113,6 +121,20 @@ class PrivacySettings:
             system's randomness; ε relies on nobody knowing the sample.
         test_seed: Draw noise and secret samples from this seed. Anyone who knows it can subtract
             the noise, so there is no privacy: for tests only.
+        secure_sums: "on": secure aggregation (SecAgg+, Bell et al. 2020). The server receives the
+            parameters of every training phase, the metrics of a round and the answers to its
+            surveys as sums over clients, and never one client's. Excludes whatever compares
+            clients.
+        secure_neighbors: Clients that each client shares masks and shares of its secrets with; all
+            of them if there are fewer. An even number.
+        secure_threshold: Share of a client's neighbors, itself included, that must answer until
+            the end of a sum. Fewer can neither finish it nor, colluding, unmask the client.
+        secure_clip: Cut every entry of a client's change of the parameters to at most this
+            magnitude; a round's metrics count the entries cut. Not used with differential privacy,
+            where clip_norm is the limit.
+        secure_bits: Bits of the modulus in which parameters are summed, 32 or 64. The quantization
+            step follows from it, so that no sum overflows; 64 bits take twice the bytes of fp32.
+        secure_max_examples: Cap on a client's number of examples, its weight in a sum.
     """
 
     clipping: Literal["off", "fixed", "adaptive"] = "off"
@@ -126,10 +148,33 @@ class PrivacySettings:
     epsilon: float | None = None
     sampling: Literal["seeded", "secret"] = "seeded"
     test_seed: int | None = None
+    secure_sums: Literal["off", "on"] = "off"
+    secure_neighbors: int = 32
+    secure_threshold: float = 0.6
+    secure_clip: float = 1.0
+    secure_bits: int = 32
+    secure_max_examples: int = 10_000
 
     def __post_init__(self) -> None:
-        bounds = {"above 0": "noise_multiplier clip_norm clip_lr epsilon"}
+        bounds = {
+            "above 0": "noise_multiplier clip_norm clip_lr epsilon secure_clip",
+            "1 or more": "secure_max_examples",
+            "2 or more": "secure_neighbors",
+        }
         check_bounds("privacy", self, bounds | {"between 0 and 1": "quantile delta"})
+        require(
+            self.secure_neighbors % 2 == 0,
+            f"privacy.secure_neighbors is {self.secure_neighbors}; give an even number.",
+        )
+        require(
+            self.secure_bits in (32, 64),
+            f"privacy.secure_bits is {self.secure_bits}; give 32 or 64.",
+        )
+        require(
+            0.5 < self.secure_threshold <= 1,
+            f"privacy.secure_threshold is {self.secure_threshold}; give a share above 0.5, so that "
+            "no two groups of neighbors can unmask one client, and up to 1.",
+        )
         if self.noise == "client":
             require(
                 self.clipping != "adaptive" and self.clip_on == "client",
@@ -145,8 +190,15 @@ class PrivacySettings:
         """Return whether φ is trained with differential privacy."""
         return self.clipping != "off"
 
-    def check(self, aggregation: AggregationSettings, wire: str) -> None:
+    @property
+    def secure(self) -> bool:
+        """Return whether the server receives sums over clients only."""
+        return self.secure_sums == "on"
+
+    def check(self, aggregation: AggregationSettings, peers: PeerSettings, wire: str) -> None:
         """Raise `UserError` if other settings are incompatible with these."""
+        if self.secure:
+            self._check_secure(aggregation, peers, wire)
         if not self.on:
             return
         require(
@@ -157,4 +209,30 @@ class PrivacySettings:
         require(
             self.clip_on == "server" or wire == "fp32",
             f"privacy.clip_on is client, which needs federation.wire: fp32, not {wire}.",
+        )
+
+    def _check_secure(
+        self, aggregation: AggregationSettings, peers: PeerSettings, wire: str
+    ) -> None:
+        """A server that sees sums alone can compare no clients."""
+        require(
+            aggregation.kind not in ROBUST,
+            f"privacy.secure_sums is on: aggregation.kind: {aggregation.kind} compares the "
+            "clients' parameters, which the server does not see; use fedavg or a server optimizer.",
+        )
+        require(
+            peers.max_norm == 0 and peers.max_examples == 0,
+            "privacy.secure_sums is on: no client can be compared with its round's median; set "
+            "peers.max_norm: 0 and peers.max_examples: 0 (secure_clip and secure_max_examples "
+            "limit clients that keep to them).",
+        )
+        require(
+            wire == "fp32",
+            f"privacy.secure_sums is on, which needs federation.wire: fp32, not {wire}: parameters "
+            "are quantized for the sum (privacy.secure_bits).",
+        )
+        require(
+            not self.on or self.noise == "client",
+            "privacy.secure_sums is on: with differential privacy the clients clip and add the "
+            "noise; set privacy.clipping: fixed, clip_on: client and noise: client.",
         )

@@ -82,7 +82,30 @@ class Failures:
     def leave_out(self, client: str, reason: str, kind: Kind = "refused") -> None:
         """Go on without a client, whatever `failures` says: nobody failed."""
         self.reasons[client] = reason
-        self._reporter.note(f"Left out: {reason}")
+        self._count(client, reason, kind, "Left out")
+
+    def blame(self, client: str, reason: str, kind: Kind = "refused") -> None:
+        """Count the fault of a client whose numbers are in already: it is not left out.
+
+        Raises:
+            UserError: The reason, where a failure ends the run.
+        """
+        if self.stop:
+            raise UserError(reason)
+        self._count(client, reason, kind, "Fault")
+
+    def blaming(self) -> Failures:
+        """Return failures of clients whose numbers are in already: `blame` for each."""
+        made = copy(self)
+        made.leave_out = made.blame  # type: ignore[method-assign]
+        return made
+
+    def remark(self, reason: str) -> None:
+        """Keep something that went wrong and that no client can be held to."""
+        self._count("", reason, "refused", "Fault")
+
+    def _count(self, client: str, reason: str, kind: Kind, title: str) -> None:
+        self._reporter.note(f"{title}: {reason}")
         if self._faults and self._faults.happened(kind, client, reason):
             self._reporter.note(
                 f"In quarantine: client {client}, which failed {self.settings.quarantine} times in "

@@ -24,7 +24,7 @@ from torch import Tensor
 from fedp2eft.client.phase import Phase
 from fedp2eft.federation.server.admission import Failures, Offer, weigh, within_limits
 from fedp2eft.federation.server.exchange import Member
-from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, EXAMPLES, to_arrays
+from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, EXAMPLES, METRICS, to_arrays
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import AggregationSettings
@@ -112,10 +112,12 @@ class Averaging:
         members: The clients that may be sampled, by name.
         size: How many are sampled.
         strategy: Averages.
+        entries: How many numbers the parameters have; known before the first round.
         bit: A metric of 0 or 1 that clients report to it beside the phase's.
     """
 
     bit: str | None = None
+    entries: int = 0
 
     def __init__(self, settings: Settings, phase: Phase, members: Iterable[Member]) -> None:
         self.members = sorted(members, key=lambda member: member.client)
@@ -163,6 +165,23 @@ class Averaging:
         facts: dict[str, Any] = {"norm": median(offer.norm for offer in offers)}
         arrays, _ = self.strategy.aggregate_train(round_, [offer.message for offer in offers])
         return arrays, facts | ({"examples-cut": cut} if cut else {})
+
+    def before_unmasking(self, names: Sequence[str]) -> None:
+        """Take note of whose numbers are in a secure sum, before anything is learned of it."""
+
+    def of_sum(
+        self, round_: int, sent: Mapping[str, Tensor], sums: Mapping[str, Any], weight: int
+    ) -> tuple[ArrayRecord | None, dict[str, Any]]:
+        """Average a secure sum of the weighted changes of what was sent, as one reply's."""
+        arrays = ArrayRecord(
+            {
+                name: Array((value.double().numpy() + sums[name] / weight).astype(np.float32))
+                for name, value in sent.items()
+            }
+        )
+        content = RecordDict({ARRAYS: arrays, METRICS: MetricRecord({EXAMPLES: 1})})
+        averaged, _ = self.strategy.aggregate_train(round_, [Message(content, 1, self._kind)])
+        return averaged, {}
 
     def memory(self) -> dict[str, Tensor]:
         """What must be known to resume after this round, by name: moments or momentum."""

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from fedp2eft.errors import UserError, shortened
 from fedp2eft.federation.server.admission import FIRST_ENDS, Failures
 from fedp2eft.federation.server.exchange import Member, exchange, read_replies
 from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.sums import SecureSum
 from fedp2eft.federation.wire import messages as wire
+from fedp2eft.federation.wire.layouts import survey_layout
 from fedp2eft.files import read_json, write_folder, write_json
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter
 from fedp2eft.results.metrics import metric_of
 from fedp2eft.settings.experiment import budget_label
+from fedp2eft.settings.peers import PrivacySettings
 from fedp2eft.tasks.text_scores import TEXT_SCORES
 
 Shared = Mapping[str, Mapping[str, Tensor]]
@@ -71,6 +75,7 @@ def prepare(
     timeout: float,
     failures: Failures = FIRST_ENDS,
     label_prior: Sequence[float] = (),
+    privacy: PrivacySettings | None = None,
 ) -> Instruction:
     """Gather what the clients must be told; asks the seen clients where the method has surveys.
 
@@ -83,6 +88,7 @@ def prepare(
         timeout: Seconds without any reply after which no more are waited for.
         failures: Receives clients that fail. Without it, the first one raises.
         label_prior: q; empty if it is not known.
+        privacy: Whether answers are summed securely; they are not if absent.
     """
     kind = METHODS[method]
     parameters = wire.to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
@@ -94,6 +100,12 @@ def prepare(
         told = Instruction(method, rank, parameters, wire.to_arrays(prepared), number, label_prior)
         messages = [told.message(node, wire.SURVEY) for node in seen]
         what = f"survey of {method}"
+        if privacy and privacy.secure:
+            asked = SecureSum(grid, list(seen.values()), privacy, timeout, what, failures, True)
+            found = asked.run(messages, partial(survey_layout, survey))
+            sums = {name: torch.from_numpy(value) for name, value in found.values.items()}
+            prepared |= survey.combine(sums, len(found.clients))
+            continue
         replies = {
             member.client: wire.the_arrays(reply)
             for member, reply in exchange(
@@ -102,8 +114,13 @@ def prepare(
         }
         answers = alike_answers(replies, what, failures)
         failures.check(len(answers), len(messages), what)
-        prepared |= survey.combine(answers)
+        prepared |= survey.combine(summed(answers), len(answers))
     return Instruction(method, rank, parameters, wire.to_arrays(prepared), label_prior=label_prior)
+
+
+def summed(answers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the sums of answers of the same names and shapes, float64."""
+    return {name: sum(answer[name].double() for answer in answers) for name in answers[0]}  # type: ignore[misc]
 
 
 def alike_answers(
@@ -255,7 +272,10 @@ def _told(
         prepared = wire.to_arrays({name: torch.tensor(value) for name, value in kept.items()})
         return Instruction(method, rank, parameters, prepared, label_prior=run.label_prior)
     timeout = run.settings.federation.timeout
-    told = prepare(grid, shared, method, rank, members, timeout, failures, run.label_prior)
+    told = prepare(
+        grid, shared, method, rank, members, timeout, failures, run.label_prior,
+        run.settings.privacy,
+    )  # fmt: skip
     if kind.kept:
         answers = wire.any_arrays(told.prepared, f"The survey of {method}")
         values = {name: value.tolist() for name, value in answers.items()}

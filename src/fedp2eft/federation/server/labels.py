@@ -5,7 +5,7 @@ The answer is kept in the run folder and told to every client with what it is as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,10 @@ from fedp2eft.errors import UserError
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.exchange import Member, exchange
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, LABELS, from_arrays, the_arrays
+from fedp2eft.federation.server.sums import SecureSum, fixed
+from fedp2eft.federation.wire.layouts import LABELS, labels_layout, labels_noise
+from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, from_arrays, the_arrays
+from fedp2eft.federation.wire.messages import LABELS as ASK_LABELS
 from fedp2eft.files import read_json, write_json
 from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter
@@ -49,7 +52,7 @@ def learn_label_prior(
     """Return q, from the run folder or the seen clients' answers.
 
     With differential privacy every client answers with frequencies, whose norm is at most 1, and
-    the sum gets noise of the standard deviation z: one more Gaussian mechanism in the account.
+    the sum gets noise of the standard deviation z: one more mechanism in the account.
     """
     path, s = run.path / LABEL_PRIOR_FILE, run.settings
     kept: Mapping[str, Any] = read_json(path) or {}
@@ -60,20 +63,31 @@ def learn_label_prior(
         q = torch.full((classes,), 1 / classes)
         write_json(path, {"source": source, "q": q.tolist()})
         return q.tolist()
-    asked = {"asked": int(kept.get("asked", 0)) + 1} if s.privacy.on else {}
-    if asked:  # an answer counts once it may have been given
-        write_json(path, {"source": source, **asked})
-    total = _asked(grid, run, source, classes, members, reporter)
+    spent = dict(kept)
+
+    def spend(**more: float) -> None:  # an answer counts once it may have been given
+        spent.update(source=source, **{n: kept.get(n, 0) + value for n, value in more.items()})
+        write_json(path, spent)
+
+    if s.privacy.on and not s.privacy.secure:
+        spend(asked=1)
+    total = _asked(grid, run, source, classes, members, reporter, spend)
     if s.privacy.on and s.privacy.noise == "server":
         total += noise(s.privacy, classes, "server")
     # Noise can leave less than nothing of a class.
     q = smoothed(total.clamp(min=0.0))
-    write_json(path, {"source": source, **asked, "q": q.tolist()})
+    write_json(path, {**spent, "source": source, "q": q.tolist()})
     return q.tolist()
 
 
 def _asked(
-    grid: Grid, run: RunFolder, source: str, classes: int, members: list[Member], reporter: Reporter
+    grid: Grid,
+    run: RunFolder,
+    source: str,
+    classes: int,
+    members: list[Member],
+    reporter: Reporter,
+    spend: Callable[..., None],
 ) -> Tensor:
     """The sum of the seen clients' answers."""
     s, what = run.settings, "label prior"
@@ -82,7 +96,20 @@ def _asked(
     if not seen:
         raise UserError("No seen client is in the federation to ask for its label counts.")
     content = RecordDict({CONFIG: ConfigRecord({"source": source})})
-    messages = [Message(content, node, LABELS) for node in seen]
+    messages = [Message(content, node, ASK_LABELS) for node in seen]
+    if s.privacy.secure:
+        layout = labels_layout(classes, s.privacy, len(seen))
+        noised = labels_noise(s.privacy, len(seen))
+
+        def before_unmasking(names: list[str]) -> None:
+            if noised:
+                spend(rho=noised.rho(len(names), classes))
+
+        secure = SecureSum(
+            grid, list(seen.values()), s.privacy, s.federation.timeout, what, failures
+        )
+        found = secure.run(messages, fixed(layout), before_unmasking)
+        return torch.from_numpy(found.values[LABELS])
     answers: dict[str, Tensor] = {}
     for member, reply in exchange(grid, messages, seen, s.federation.timeout, what, failures):
         try:
@@ -104,8 +131,8 @@ def counts_in(reply: Message, member: Member, classes: int, privacy: PrivacySett
         UserError: It is no answer, or more than the client's rows can give.
     """
     whose = f"Answer of client {member.client} (label prior)"
-    like = {"labels": torch.empty(classes, device="meta")}
-    answer = from_arrays(the_arrays(reply, ARRAYS), like, whose)["labels"]
+    like = {LABELS: torch.empty(classes, device="meta")}
+    answer = from_arrays(the_arrays(reply, ARRAYS), like, whose)[LABELS]
     noisy = privacy.on and privacy.noise == "client"
     most = 1.0 if privacy.on else float(member.examples)
     if not noisy and (bool((answer < 0).any()) or float(answer.sum()) > most * 1.001):

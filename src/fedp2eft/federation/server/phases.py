@@ -13,6 +13,7 @@ from fedp2eft.data.nodes import NODES
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.delivery import deliver_base
+from fedp2eft.federation.server.distributed import Distributed
 from fedp2eft.federation.server.evaluation import personalize_all
 from fedp2eft.federation.server.exchange import Member, roster
 from fedp2eft.federation.server.labels import learn_label_prior, needs_label_prior
@@ -114,5 +115,6 @@ def train_phase(
 def aggregator_of(run: RunFolder, phase: Phase, members: list[Member]) -> Averaging:
     """How a phase's rounds are averaged: privately where the settings say so and it is covered."""
     if phase.private and run.settings.privacy.on:
-        return Private(run.settings, phase, members, run.path)
+        kind = Distributed if run.settings.privacy.secure else Private
+        return kind(run.settings, phase, members, run.path)
     return Averaging(run.settings, phase, members)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,30 @@ from fedp2eft.federation.server.checkpoints import Checkpoint
 from fedp2eft.federation.server.exchange import exchange
 from fedp2eft.federation.server.presence import wait_for_members
 from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.sums import SecureSum, fixed
 from fedp2eft.federation.wire.compression import DOWN, pack
+from fedp2eft.federation.wire.layouts import CAPPED, METRICS, WEIGHT, phase_layout
 from fedp2eft.federation.wire.messages import (
     ARRAYS,
     CONFIG,
     from_arrays,
     nbytes,
+    the_arrays,
     the_config,
     with_label_prior,
 )
 from fedp2eft.progress import Reporter
+
+
+@dataclass(frozen=True)
+class _Round:
+    """A round that is under way: its number and name, what was sent to whom, and who failed."""
+
+    number: int
+    what: str
+    messages: Sequence[Message]
+    sent: Mapping[str, Tensor]
+    failures: Failures
 
 
 def run_rounds(
@@ -64,6 +79,7 @@ def run_rounds(
     last = run.resume(phase.name, rounds) or Checkpoint(phase.name, 0, dict(first))
     done, parameters = last.round, {name: last.parameters[name] for name in first}
     aggregator.remember(last.state)
+    aggregator.entries = sum(value.numel() for value in first.values())
     watched = [line[VALIDATION_LOSS] for line in run.metrics(phase.name)] if phase.patience else []
     reporter.start(phase.name, rounds, done)
     for round_ in range(done + 1, rounds + 1):
@@ -78,23 +94,13 @@ def run_rounds(
         for message in messages:
             message.content[ARRAYS] = arrays
             message.content[CONFIG] = with_label_prior(the_config(message), run.label_prior)
-        # 2. Each of them trains on its own rows. Check every reply by itself.
+        # 2. Each of them trains on its own rows; average: θ ← Σ_k w_k·θ_k over those in time.
         failures = Failures.on(grid, s.peers, reporter, run.faults)
-        offers = _offers(grid, run, phase, aggregator, messages, parameters, what, failures)
-        bytes_up = sum(offer.nbytes for offer in offers)
-        # 3. Leave out what must not count, looking at the replies together.
-        offers = aggregator.limits(offers, failures, what)
-        for offer in offers:
-            failures.usable(offer.client)
-        failures.check(len(offers), len(messages), what)
-        # 4. Average: θ ← Σ_k w_k·θ_k over the clients k that are left.
-        averaged, facts = aggregator.aggregate(round_, offers)
+        average = _summed if s.privacy.secure else _averaged
+        this = _Round(round_, what, messages, parameters, failures)
+        averaged, metrics = average(grid, run, phase, aggregator, this)
         parameters = _checked(averaged, first, what)
-        # 5. Keep the round: it counts as soon as its checkpoint is written.
-        metrics: dict[str, Any] = mean_metrics(offers) | facts
-        metrics["clients"] = len(offers)
-        metrics["bytes-down"] = nbytes(arrays) * len(messages)
-        metrics["bytes-up"] = bytes_up
+        # 3. Keep the round: it counts as soon as its checkpoint is written.
         if failures.reasons:
             metrics["left-out"] = dict(sorted(failures.reasons.items()))
         seconds = time.perf_counter() - start
@@ -118,24 +124,64 @@ def has_stalled(losses: Sequence[float], patience: int) -> bool:
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
 
+def _averaged(
+    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: _Round
+) -> tuple[ArrayRecord | None, dict[str, Any]]:
+    """The average of the clients' replies, and the round's metrics."""
+    # 1. Check every reply by itself.
+    failures, what, asked = this.failures, this.what, len(this.messages)
+    offers = _offers(grid, run, phase, aggregator, this)
+    bytes_up = sum(offer.nbytes for offer in offers)
+    # 2. Leave out what must not count, looking at the replies together.
+    offers = aggregator.limits(offers, failures, what)
+    for offer in offers:
+        failures.usable(offer.client)
+    failures.check(len(offers), asked, what)
+    # 3. Average over the clients that are left.
+    averaged, facts = aggregator.aggregate(this.number, offers)
+    bytes_down = asked and asked * nbytes(the_arrays(this.messages[0]))
+    counts = {"clients": len(offers), "bytes-down": bytes_down, "bytes-up": bytes_up}
+    return averaged, mean_metrics(offers) | facts | counts
+
+
+def _summed(
+    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: _Round
+) -> tuple[ArrayRecord | None, dict[str, Any]]:
+    """The same from a secure sum: the server sees no reply, and can check none by itself."""
+    privacy, timeout = run.settings.privacy, run.settings.federation.timeout
+    what, sent = this.what, this.sent
+    by_node = {member.node: member for member in aggregator.members}
+    asked = [by_node[message.metadata.dst_node_id] for message in this.messages]
+    layout = phase_layout(phase, sent, privacy, len(asked))
+    secure = SecureSum(grid, asked, privacy, timeout, what, this.failures)
+    found = secure.run(this.messages, fixed(layout), aggregator.before_unmasking)
+    weight = round(float(found.values[WEIGHT][0]))
+    if not len(found.clients) <= weight <= len(found.clients) * layout[WEIGHT].limit:
+        raise UserError(
+            f"The sum of {what} has {weight} examples of {len(found.clients)} clients, which "
+            "cannot be: a client sent what is no part of it. Start again to repeat the round."
+        )
+    averaged, facts = aggregator.of_sum(this.number, sent, found.values, weight)
+    metrics = dict(zip(phase.metrics, (found.values[METRICS] / weight).tolist(), strict=True))
+    capped = round(float(found.values[CAPPED][0]))
+    facts |= {"examples-cut": capped} if capped else {}
+    facts |= {"entries-cut": found.cut} if found.cut else {}
+    counts = {"bytes-down": found.bytes_down, "bytes-up": found.bytes_up}
+    return averaged, metrics | facts | {"clients": len(found.clients)} | counts
+
+
 def _offers(
-    grid: Grid,
-    run: RunFolder,
-    phase: Phase,
-    aggregator: Averaging,
-    messages: Sequence[Message],
-    sent: Mapping[str, Tensor],
-    what: str,
-    failures: Failures,
+    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: _Round
 ) -> list[Offer]:
     """Replies that are what they should be, in the order of the clients' names.
 
     Sums of floats depend on their order: the names fix it.
     """
+    sent, what, failures = this.sent, this.what, this.failures
     members = {member.node: member for member in aggregator.members}
     wire, timeout = phase.wire_of(run.settings), run.settings.federation.timeout
     offers: list[Offer] = []
-    for member, reply in exchange(grid, messages, members, timeout, what, failures):
+    for member, reply in exchange(grid, this.messages, members, timeout, what, failures):
         try:
             offers.append(
                 offer_of(member.client, reply, sent, wire, what, phase.metrics, aggregator.bit)

@@ -15,7 +15,7 @@ from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
@@ -199,6 +199,18 @@ def whole(metrics: Mapping[str, int | float], name: str, least: int = 0) -> int:
 def nbytes(record: ArrayRecord) -> int:
     """Bytes of the arrays of a record on the wire."""
     return sum(len(array.data) for array in record.values())
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Return bytes of all that a message holds: arrays, metrics and configs, without names."""
+    size = sum(nbytes(record) for record in content.array_records.values())
+    others: list[Mapping[str, Any]] = [*content.config_records.values()]
+    others += content.metric_records.values()
+    for other in others:
+        for value in other.values():
+            values = value if isinstance(value, list) else [value]
+            size += sum(len(v) if isinstance(v, bytes | str) else 8 for v in values)
+    return size
 
 
 def base_id(digest: str, model: str) -> str:

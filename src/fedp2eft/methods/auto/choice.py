@@ -1,9 +1,10 @@
 """The federation's choice: the cheapest candidate that is not clearly worse than the best.
 
 Every seen client divides its training rows into folds, personalizes with every candidate on all
-folds but one, and answers the sum of the log-likelihoods of the held-out rows. The server adds
-the sums up. Of K clients with differences d_k from the best candidate, a candidate counts as equal
-to it if
+folds but one, and answers the sums s of the log-likelihoods of the held-out rows, and the products
+of each two of them: sums over clients of both give the differences and their squares, so the choice
+takes no single client's answer. Of K clients with differences d_k from the best candidate, a
+candidate counts as equal to it if
 
     Σ_k d_k ≤ noise · √K · sd(d)
 
@@ -15,7 +16,7 @@ The base was trained on these rows, as `tuned` says; no client's adapter or labe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -24,16 +25,17 @@ from fedp2eft.client.descent import steps_taken
 from fedp2eft.client.side import ClientSide
 from fedp2eft.methods.auto.candidates import candidates, folds, has_classes, held_out
 from fedp2eft.methods.auto.settings import AutoSettings
-from fedp2eft.methods.tuned import DIVERGED
 
 COLUMNS = ("kind", "lr", "epochs", "rank", "log_likelihood", "worse", "standard_error")
 """Of the table: the last three per held-out row, in nats; `worse` is the distance to the best."""
 
 
 def ask(client: ClientSide, rank: int) -> dict[str, Tensor]:
-    """Answer the sum of held-out log-likelihoods of each candidate, the rows, and the steps taken.
+    """Answer the sum of held-out log-likelihoods of each of C candidates, rows, and steps taken.
 
-    A client with fewer than `auto.min_rows` rows answers zeros.
+    A client with fewer than `auto.min_rows` rows answers zeros, and every client zeros for a
+    candidate that diverged. The products, C × C, are of the sums less their mean at this client,
+    which cancels in all differences and would drown them.
     """
     own: AutoSettings = client.own
     tried = candidates(own, rank, has_classes(client))
@@ -42,36 +44,40 @@ def ask(client: ClientSide, rank: int) -> dict[str, Tensor]:
     if len(client.train) >= own.min_rows:
         rows = len(client.train)
         sums = held_out(client, tried, folds(client, own.folds)).sum(dim=1)
+    diverged = ~torch.isfinite(sums)
+    sums = sums.masked_fill(diverged, 0.0)
+    centered = (sums - sums.sum() / max(1, int((~diverged).sum()))).masked_fill(diverged, 0.0)
     return {
         "candidates": torch.tensor([each.numbers() for each in tried], dtype=torch.float64),
-        "sums": sums.clamp(min=DIVERGED),
+        "sums": sums,
+        "products": torch.outer(centered, centered),
+        "diverged": diverged.double(),
         "rows": torch.tensor([rows], dtype=torch.float64),
         "noise": torch.tensor([own.noise], dtype=torch.float64),
         "steps": torch.tensor([steps_taken() - before], dtype=torch.float64),
     }
 
 
-def choose(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def choose(sums: Mapping[str, Tensor], clients: int) -> dict[str, Tensor]:
     """Return the chosen candidate ("chosen", 4 numbers) and the "table" (C × 7, `COLUMNS`).
 
     With them the "steps" of all clients' fine-tunings together, which the choice has cost.
 
     A candidate that diverged at any client is never chosen.
     """
-    known = answers[0]["candidates"]
-    sums = torch.stack([answer["sums"] for answer in answers]).double()
-    rows = torch.stack([answer["rows"] for answer in answers]).double().sum().clamp(min=1)
-    usable = (sums > DIVERGED / 2).all(dim=0)
-    total = sums.sum(dim=0)
+    # All clients answer the same candidates and the same noise, so the mean is anybody's.
+    known, noise = sums["candidates"] / clients, float(sums["noise"]) / clients
+    total, products = sums["sums"], sums["products"]
+    usable = sums["diverged"].round() == 0
     best = int(torch.where(usable, total, torch.full_like(total, -torch.inf)).argmax())
-    differences = sums[:, best, None] - sums
-    worse = differences.sum(dim=0)
-    clients = len(sums)
-    spread = differences.std(dim=0) if clients > 1 else torch.zeros_like(worse)
-    error = spread * clients**0.5
-    equal = usable & (worse <= float(answers[0]["noise"]) * error)
+    worse = total[best] - total
+    # Σ (s_best − s)² from the products, and with it the variance over clients of the differences.
+    squares = products[best, best] - 2 * products[best] + products.diagonal()
+    variance = (squares - worse**2 / clients) / max(1, clients - 1)
+    error = (variance.clamp(min=0.0) * clients).sqrt()
+    equal = usable & (worse <= noise * error)
     equal[best] = True
     chosen = int(equal.nonzero()[0])
+    rows = sums["rows"].clamp(min=1)
     table = torch.cat([known, torch.stack([total, worse, error], dim=1) / rows], dim=1)
-    steps = torch.stack([answer["steps"] for answer in answers]).double().sum(dim=0)
-    return {"chosen": known[chosen].clone(), "table": table, "steps": steps}
+    return {"chosen": known[chosen].clone(), "table": table, "steps": sums["steps"]}
