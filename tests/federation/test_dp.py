@@ -27,7 +27,7 @@ from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.messages import ARRAYS
 from fedp2eft.runtime.phases import PSG_PHASE
 from fedp2eft.settings.experiment import FederationSettings, Settings
-from fedp2eft.settings.peers import AggregationSettings, PrivacySettings
+from fedp2eft.settings.peers import AggregationSettings, PeerSettings, PrivacySettings
 
 QUIET = 1e-9  # a noise multiplier that leaves what is under the noise to be seen
 FIXED: dict[str, Any] = {
@@ -388,12 +388,14 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], says: str) -
 
 def test_settings_that_do_not_go_together_are_refused() -> None:
     on = PrivacySettings("fixed")
-    on.check(AggregationSettings(), "int8")
+    on.check(AggregationSettings(), PeerSettings(), "int8")
     with pytest.raises(UserError, match=r"needs aggregation.kind: fedavg, not krum"):
-        on.check(AggregationSettings("krum"), "fp32")
+        on.check(AggregationSettings("krum"), PeerSettings(), "fp32")
     with pytest.raises(UserError, match=r"needs federation.wire: fp32, not int8"):
-        PrivacySettings("fixed", clip_on="client").check(AggregationSettings(), "int8")
-    PrivacySettings().check(AggregationSettings("krum"), "int8")
+        PrivacySettings("fixed", clip_on="client").check(
+            AggregationSettings(), PeerSettings(), "int8"
+        )
+    PrivacySettings().check(AggregationSettings("krum"), PeerSettings(), "int8")
 
 
 def test_dp_accounting_is_asked_for_by_name(tmp_path: Path, monkeypatch) -> None:

@@ -51,7 +51,7 @@ class Distributed(Private):
         return Noise(s.clip_norm, s.noise_multiplier, asked, s.secure_bits)
 
     def spent(self, round_: int) -> str | None:
-        """Return why there cannot be this round: with the fewest clients it could pass the budget."""
+        """Return why there cannot be this round: with few clients it could pass the budget."""
         s = self.settings
         if s.epsilon is None:
             return None
