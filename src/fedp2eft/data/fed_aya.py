@@ -75,12 +75,12 @@ def load_fed_aya(settings: DataSettings) -> ClientData:
         spoken = Counter(row["language"] for row in mine)
         language = min(spoken, key=lambda name: (-spoken[name], name))
         pool = UNSEEN if place in UNSEEN_CLIENTS else SEEN
-        numbers = np.arange(first, first + len(mine), dtype=np.int64)
+        indices = np.arange(first, first + len(mine), dtype=np.int64)
         train, test = local_validation_split(
             [row["language"] for row in mine], TEST_SHARE, rng_for(settings.seed, NAME, str(place))
         )
         clients.append(
-            Client(f"{language}-{pool}-{place:02d}", language, pool, numbers[train], numbers[test])
+            Client(f"{language}-{pool}-{place:02d}", language, pool, indices[train], indices[test])
         )
     table = Dataset(pa.table({key: pa.array(values, pa.string()) for key, values in data.items()}))
     return ClientData(NAME, table, ("instruction",), None, (), tuple(clients), "response")

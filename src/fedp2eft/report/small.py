@@ -29,7 +29,7 @@ class Chart:
         size: Width and height.
         x: First and last value across.
         y: Lowest and highest value.
-        names: What stands under it: texts at 0, 1, 2, …, or None for numbers.
+        names: What stands under it: texts at 0, 1, 2, …, or None for values.
         titles: Of the axes, across and up.
     """
 

@@ -220,7 +220,7 @@ def _missing(report: ReportData) -> Iterator[str]:
     if not results.exists():
         yield "There is no results.json yet: what is shown is what is finished so far."
     elif not isinstance(read_json(results), dict | list):  # a list: a run of fedp2eft 0.1.0
-        yield "results.json is damaged: the numbers here come from the cells, whose sum it is."
+        yield "results.json is damaged: the scores here come from the cells, whose sum it is."
     if report.single:
         rounds = report.trainings[0].rounds
         begun = [phase for phase in PLANNED if rounds.get(phase)]

@@ -45,10 +45,10 @@ def grid_of(names: Sequence[str]) -> Grid:
     """Return the grid of adapted layers, in model order."""
     parts = [re.match(r"(?:.*?\.)?(\d+)\.(.+)", name) for name in names]
     kinds = [part[2] if part else name for part, name in zip(parts, names, strict=True)]
-    numbers = [part[1] if part else "–" for part in parts]
+    indices = [part[1] if part else "–" for part in parts]
     modules = list(dict.fromkeys(kinds))
-    layers = sorted({n for n in numbers if n != "–"}, key=int) + ["–"] * ("–" in numbers)
-    places = [(modules.index(k), layers.index(n)) for k, n in zip(kinds, numbers, strict=True)]
+    layers = sorted({n for n in indices if n != "–"}, key=int) + ["–"] * ("–" in indices)
+    places = [(modules.index(k), layers.index(n)) for k, n in zip(kinds, indices, strict=True)]
     return Grid(modules, layers, places)
 
 

@@ -140,8 +140,8 @@ def as_csv(comparison: Comparison) -> str:
     writer.writerow(head)
     for place in places:
         for rank, method, line in budgets(comparison, *place):
-            numbers = _numbers(line, rank, languages, further) if line else []
-            row = [*place, rank, method, *numbers]
+            values = _values(line, rank, languages, further) if line else []
+            row = [*place, rank, method, *values]
             writer.writerow(row + [None] * (len(head) - len(row)))
     return out.getvalue()
 
@@ -150,17 +150,17 @@ def _column(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def _numbers(
+def _values(
     line: Line, rank: int, languages: Sequence[str], further: Sequence[str]
 ) -> list[float | None]:
-    numbers: list[float | None] = [len(line.mean.seeds), line.clients]
+    values: list[float | None] = [len(line.mean.seeds), line.clients]
     for name in _SHARES:
         made: Estimate | None = getattr(line, name)
-        numbers += [made.mean, made.half_width] if made else [None, None]
+        values += [made.mean, made.half_width] if made else [None, None]
     for to in REFERENCES:
         difference = line.difference(to, rank)
-        numbers += [difference.value, difference.low, difference.high] if difference else [None] * 3
-    numbers += [getattr(line.cost, name) for name in _COSTS]
+        values += [difference.value, difference.low, difference.high] if difference else [None] * 3
+    values += [getattr(line.cost, name) for name in _COSTS]
     scores = [line.languages.get(name) for name in languages]
     scores += [line.further_means.get(name) for name in further]
-    return numbers + [score.mean if score else None for score in scores]
+    return values + [score.mean if score else None for score in scores]

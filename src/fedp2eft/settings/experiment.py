@@ -247,7 +247,7 @@ class FederationSettings:
         rounds: Federated rounds.
         clients_per_round: Seen clients sampled per round.
         profile: "paper" follows the paper; "reference" copies where its public implementation
-            differs, so that numbers can be compared.
+            differs, so that results can be compared.
         keep_checkpoints: Finished rounds to keep on disk. Runs resume from the newest.
         timeout: Seconds to wait for the replies of a round; later replies are ignored. Surveys and
             personalization end after this many seconds without a reply.
