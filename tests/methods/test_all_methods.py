@@ -19,7 +19,7 @@ from fedp2eft.results.cells import read_cells
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 
-ONE_RUN = {n for n, m in METHODS.items() if not m.variant and m.shared != "fedl2p"}
+ONE_RUN = {n for n, m in METHODS.items() if not m.variant and not m.texts and m.shared != "fedl2p"}
 
 
 def cells(folder: Path, method: str) -> dict[str, dict]:

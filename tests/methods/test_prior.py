@@ -106,7 +106,7 @@ def test_causal_lms_are_refused_in_one_line(method) -> None:
     with pytest.raises(UserError, match=rf"Method {method} .* no classes: leave it out\.") as error:
         check_task(method, settings)
     assert "\n" not in str(error.value)
-    assert settings.evaluation.methods == ["base", "lora", "fedp2eft"]
+    assert settings.evaluation.methods == ["base", "unigram", "lora", "fedp2eft"]
     assert Settings().evaluation.methods == ["majority", "base", "prior", "lora", "fedp2eft"]
 
 

@@ -69,6 +69,16 @@ def test_what_is_said_is_one_of_three_kinds():
     assert size.startswith("the size of its λ loses −13.3 [−")
 
 
+def test_a_causal_lms_prior_is_its_unigram():
+    found = gains_of("none", "unseen", cells(unigram=RIGHT["prior"]))
+    assert found.steps[0].after == "prior"  # of a classification, if both were there
+    causal = {key: made for key, made in cells(unigram=RIGHT["prior"]).items() if key[0] != "prior"}
+    found = gains_of("none", "unseen", causal)
+    assert [step.after for step in found.steps[:2]] == ["unigram", "lora"]
+    assert found.steps[0].name == "the client's unigram"
+    assert "the client's unigram gains +19.4" in found.text
+
+
 def test_an_adapter_with_the_prior_stands_on_top_of_it():
     found = gains_of("standard-fl", "unseen", cells(), adjusted=True)
     assert "LoRA at uniform ranks on top of it" in found.text

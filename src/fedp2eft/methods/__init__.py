@@ -60,6 +60,7 @@ _built_in = {
     "base": Method(_ours("base:base"), ranked=False),
     "majority": Method(_ours("prior:majority"), ranked=False, classes=True),
     "prior": Method(_ours("prior:prior"), ranked=False, classes=True, label_prior=True),
+    "unigram": Method(_ours("unigram:unigram"), ranked=False, texts=True),
     "lora": Method(_ours("lora:lora")),
     "fedl2p": Method(_ours("fedl2p.method:fedl2p"), phase=FEDL2P, settings=FedL2PSettings),
     "fedp2eft": Method(_ours("fedp2eft:fedp2eft"), shared="psg"),
@@ -157,10 +158,14 @@ def phases(methods: Iterable[str] | None = None) -> dict[str, Phase]:
 
 
 def check_task(name: str, settings: Settings) -> None:
-    """Raise `UserError` if the method is for classification alone, and the task is another."""
+    """Raise `UserError` if the method is for another kind of task."""
     if method_named(name).classes and settings.model.task != "classification":
         raise UserError(
             f"Method {name} corrects class scores, and this task has no classes: leave it out."
+        )
+    if METHODS[name].texts and settings.model.task != "causal_lm":
+        raise UserError(
+            f"Method {name} is for causal LMs, and this task has classes: leave it out."
         )
 
 

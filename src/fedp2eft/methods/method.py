@@ -65,6 +65,7 @@ class Method:
         surveys: What the server must ask the seen clients first, one after the other: a client
             that is asked the second knows what all answers to the first gave.
         classes: Whether it is for classification alone.
+        texts: Whether it is for causal LMs alone.
         label_prior: Whether it needs q, the seen clients' label distribution, in a classification.
         kept: Whether what the surveys gave is kept with the PSG, so that one client alone can use
             the method (`fedp2eft.personalize`).
@@ -79,6 +80,7 @@ class Method:
     ranked: bool = True
     surveys: tuple[Survey, ...] = ()
     classes: bool = False
+    texts: bool = False
     label_prior: bool = False
     kept: bool = False
     variant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -4,7 +4,7 @@ The steps are differences between neighbours in this chain, of which each place 
 
     base → prior → adapter at uniform ranks → structure → size of λ
 
-    prior        `prior`, or else `label-prior`
+    prior        `prior`, or else `label-prior`; of a causal LM `unigram`
     adapter      `lora+prior`, or else `lora`
     structure    `fedp2eft-structure`: FedP²EFT's ranks, every λ alike
     size of λ    `fedp2eft+prior` beside `lora+prior`, or else `fedp2eft`
@@ -25,7 +25,7 @@ from fedp2eft.settings.experiment import Settings
 
 PLACES = (
     ("base",),
-    ("prior", "label-prior"),
+    ("prior", "label-prior", "unigram"),
     ("lora+prior", "lora"),
     ("fedp2eft-structure",),
     ("fedp2eft+prior", "fedp2eft"),
@@ -160,7 +160,7 @@ def _gains(base: str, pool: str, paired: Paired, adjusted: bool) -> Gains:
 def _name(before: str, after: str, adjusted: bool) -> str:
     """Return what a step adds."""
     if after in PLACES[1]:
-        return "the client's label prior"
+        return f"the client's {'unigram' if after == 'unigram' else 'label prior'}"
     if after in PLACES[2]:
         beyond = before in PLACES[1]
         on_top = adjusted or after == "lora+prior"

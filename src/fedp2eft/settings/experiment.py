@@ -298,7 +298,7 @@ class EvaluationSettings:
 
     Args:
         methods: Methods to compare; by default base, lora and fedp2eft, and for a classification
-            also majority and prior, which train nothing.
+            also majority and prior, for a causal LM unigram, which train nothing.
         ranks: Budgets r, each at most adapter.r_max.
         budget: What a budget of r allows an adapter: as many "ranks" as r on every layer are, as in
             the paper, or as many "parameters" as those have (a rank of a layer has d_in + d_out).
@@ -342,7 +342,7 @@ class CompareSettings:
 
 DEFAULT_METHODS: dict[TaskName, list[str]] = {
     "classification": ["majority", "base", "prior", "lora", "fedp2eft"],
-    "causal_lm": ["base", "lora", "fedp2eft"],
+    "causal_lm": ["base", "unigram", "lora", "fedp2eft"],
 }
 
 
