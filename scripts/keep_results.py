@@ -31,7 +31,7 @@ from fedp2eft.settings.reading import settings_of_folder, settings_text
 from fedp2eft.tasks.text_scores import TEXT_SCORES
 
 CELL = (
-    *("method", "base", "rank", "seed", "pool", "seconds", "bytes_up", "bytes_down"),
+    *("method", "base", "rank", "budget", "seed", "pool", "seconds", "bytes_up", "bytes_down"),
     *("peak_memory", "versions", "machine", "ablations", "prepared"),
 )
 CLIENT = (

@@ -11,6 +11,7 @@ from keep_results import main
 
 from fedp2eft.files import write_json
 from fedp2eft.report.source import read_report
+from fedp2eft.results.cells import name_of, read_cells
 from fedp2eft.results.tables import markdown, write_tables
 
 SECRET = "what a client wrote"
@@ -47,6 +48,8 @@ def run(tmp_path: Path) -> Path:
         for pool in ("seen", "unseen"):
             name = f"standard-fl/s7/{pool}/{method}-r{rank}"
             write_json(folder / "cells" / f"{name}.json", cell(method, rank, pool))
+    other = cell("lora", 2, "seen") | {"budget": "parameters"}
+    write_json(folder / "cells" / f"{name_of(other)}.json", other)
     spread = {"round": 1, "level": 0.5, "spread": 0.1, "personal": 0.2, "overlap": {"2": 0.5}}
     write_json(folder / "runs" / "standard-fl-s7" / "structure.json", [spread])
     write_json(folder / "runs" / "standard-fl-s7" / "generations" / "x.json", [SECRET])
@@ -80,6 +83,8 @@ def test_tables_are_those_of_the_run_and_nothing_else_is_kept(
         "client": "hau-seen-00", "language": "hau", "examples": 8, "loss": 0.333333, "correct": 4,
         "parameters": 20, "seconds": 0.25, "steps": 4,
     }  # fmt: skip
+    budgets = [each.get("budget") for each in read_cells(out)]
+    assert (len(budgets), budgets.count("parameters")) == (5, 1)
     report = read_report(out)
     assert (report.settings.data.path, report.settings.model.name) == (None, "the-base")
     assert [training.name for training in report.trainings] == ["standard-fl-s7"]
