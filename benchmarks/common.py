@@ -97,7 +97,7 @@ def quickstart(languages: int) -> dict[str, Any]:
     names = list(dict.fromkeys([*preset["data"]["languages"], *LANGUAGES]))[:languages]
     preset["data"]["languages"] = names
     for section in ("base", "federation"):
-        clients = len(names) * preset["data"]["clients_per_language"]
+        clients = len(names) * int(preset["data"]["clients_per_language"])
         preset[section]["clients_per_round"] = clients
     return preset
 

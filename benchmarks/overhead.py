@@ -19,8 +19,8 @@ from typing import Any
 
 from common import clock, machine, quickstart
 
+from fedp2eft.client import features
 from fedp2eft.client import training as client
-from fedp2eft.client.training import features
 from fedp2eft.data import registry
 from fedp2eft.experiment.train import train
 from fedp2eft.federation import client_app

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from fedp2eft.adapters.budget import keep_largest
 from fedp2eft.experiment.train import train
-from fedp2eft.federation import client_app
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.generator import PSG
+from fedp2eft.runtime import phases
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import read_yaml, settings_from
@@ -118,7 +118,7 @@ class Moved:
 def compute_once() -> None:
     """A client's round that starts from the same φ and seed is not computed a second time."""
     known: dict[tuple[str, int], Any] = {}
-    compute = client_app.train_round
+    compute = phases.train_round
 
     def train_round(*parts: Any, seed: int, **others: Any) -> Any:
         psg = next(part for part in parts if isinstance(part, PSG))
@@ -128,7 +128,7 @@ def compute_once() -> None:
             known[key] = compute(*parts, seed=seed, **others)
         return known[key]
 
-    client_app.train_round = train_round
+    phases.train_round = train_round
 
 
 def main() -> None:

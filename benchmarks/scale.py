@@ -82,9 +82,11 @@ def measure(folder: Path, clients: int, rounds: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000, 10000])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="2 or more")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be 2 or more: the time from one round to the next is measured")
     if len(options.clients) > 1:
         for clients in options.clients:
             words = ["--clients", str(clients), "--rounds", str(options.rounds)]
