@@ -1,7 +1,7 @@
 """The ceiling of structure on text generation: adapters of equal size, placed in many ways.
 
-    python benchmarks/placement.py --out runs/placement --short   # about 25 minutes of one core
-    python benchmarks/placement.py --out runs/placement           # a day of one core
+    python benchmarks/placement.py --out runs/placement --short   # about 30 minutes of one core
+    python benchmarks/placement.py --out runs/placement           # all of it
     python benchmarks/placement.py --out runs/placement --table   # what is on disk so far
 
 One client per language and seed: its rows of the LibreOffice help sample (pool seen) in an order
@@ -421,7 +421,7 @@ def compute(bench: Bench) -> list[tuple[str, Cells, list[str]]]:
 
 
 def table(bench: Bench, rows: Sequence[tuple[str, Cells, list[str]]]) -> str:
-    """Return the rows as a Markdown table: the reported rows' loss, and its gain over uniform."""
+    """Return a Markdown table of the loss on the reported rows, and its difference to uniform."""
     languages = bench.options.languages
     scored = {
         (title, 0): {
@@ -434,7 +434,7 @@ def table(bench: Bench, rows: Sequence[tuple[str, Cells, list[str]]]) -> str:
         for title, cells, _ in rows
     }
     lines = [
-        ["placement", "parameters", "ranks", *languages, "mean", "less than uniform", "chosen"],
+        ["placement", "parameters", "ranks", *languages, "mean", "minus uniform", "chosen"],
         ["---", "--:", "--:", *["--:"] * (len(languages) + 2), "---", "---"],
     ]
     for title, cells, chosen in rows:
