@@ -118,11 +118,13 @@ BLOCKS = [Block.of(np.array([4, 3]), 0), Block.of(np.array([2, 2]), 7), Block.of
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("first_only", [False, True])
-def test_the_gradient_of_attention(first_only: bool, dropout: float) -> None:
-    def attention(*qkv: Tensor) -> Tensor:
+@pytest.mark.parametrize(("first_only", "causal"), [(False, False), (True, False), (False, True)])
+def test_the_gradient_of_attention(first_only: bool, causal: bool, dropout: float) -> None:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         torch.manual_seed(1)  # the same places are dropped at every call
-        return _Attention.apply(*qkv, BLOCKS, 0.7, dropout, first_only)
+        if causal:  # both heads of queries share one of keys and values
+            key, value = key[:, :1], value[:, :1]
+        return _Attention.apply(query, key, value, BLOCKS, 0.7, dropout, first_only, causal)
 
     assert torch.autograd.gradcheck(attention, (states(0), states(1), states(2)))
 
@@ -132,7 +134,7 @@ def test_dropout_drops_that_share_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     block = Block.of(np.full(40, 50), 0)
     q = torch.zeros(2000, 2, 3)
-    out = _Attention.apply(q, q, torch.ones_like(q), [block], 1.0, 0.25, False)
+    out = _Attention.apply(q, q, torch.ones_like(q), [block], 1.0, 0.25, False, False)
     assert float(out.mean()) == pytest.approx(1, abs=0.01)
     assert float(out[:, :, 0].std()) == pytest.approx((0.25 / 0.75 / 50) ** 0.5, rel=0.1)
 

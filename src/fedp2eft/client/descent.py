@@ -27,8 +27,6 @@ OnStep = Callable[[float], None]
 Clip = Callable[[Sequence[nn.Parameter], float], Any]
 # What one more pass through the model costs on a CPU, in positions (benchmarks/split.py).
 PASS_TOKENS = 128
-# Tokens of one pass of packed rows: what it keeps for its backward pass grows with them.
-MOST_TOKENS = 4096
 
 
 _STEPS = ContextVar("optimizer steps", default=0)
@@ -60,7 +58,7 @@ def rows_loss(task: Task, model: nn.Module, data: Encoded) -> tuple[RowsLoss, Pa
     """
     packed = task.packed_loss(model, data)
     if packed is not None:
-        return packed, lambda rows: data.passes(rows, MOST_TOKENS)
+        return packed, lambda rows: data.passes(rows, task.most_tokens)
     return padded_loss(task, model, data), length_parts(task, data)
 
 

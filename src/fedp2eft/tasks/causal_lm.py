@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,8 +24,9 @@ from fedp2eft.modes import in_mode
 from fedp2eft.tasks.encoded import Encoded, check_tokens
 from fedp2eft.tasks.frozen_blocks import run
 from fedp2eft.tasks.generation import Question
+from fedp2eft.tasks.packed import can_pack_causal, response_logits
 from fedp2eft.tasks.prompts import Prompts
-from fedp2eft.tasks.task import Indices, Scores, Task
+from fedp2eft.tasks.task import Indices, RowsLoss, Scores, Task
 
 IGNORED = -100
 
@@ -35,6 +38,9 @@ class CausalLM(Task):
     `max_length` is of a prompt with its response. A longer response is cut; a row whose prompt
     leaves no room for a response is dropped. Both are counted.
     """
+
+    # Logits over the whole vocabulary are kept, too.
+    most_tokens: ClassVar[int] = 1024
 
     def encode(
         self, tokenizer: Any, texts: Sequence[Sequence[Any]], answers: Sequence[Any]
@@ -92,6 +98,21 @@ class CausalLM(Task):
         """Return the mean cross-entropy over the response tokens of a batch, float32."""
         return F.cross_entropy(*self._predictions(model, batch))
 
+    def packed_loss(self, model: nn.Module, data: Encoded) -> RowsLoss | None:
+        """Return `loss` of rows by index, without padding: on a CPU, for Llama's kind."""
+        if not self._packs(model, data):
+            return None
+        rows = cache(lambda: self.with_states(model, data))  # of the mode it is in by then
+
+        def loss_of(indices: NDArray[np.int64]) -> Tensor:
+            logits, targets, _order = response_logits(model, rows(), indices)
+            return F.cross_entropy(logits.float(), targets)
+
+        return loss_of
+
+    def _packs(self, model: nn.Module, data: Encoded) -> bool:
+        return torch.device(self.device).type == "cpu" and can_pack_causal(model, data)
+
     def _predictions(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits (tokens × vocabulary, float32) and targets (tokens) of all response tokens.
 
@@ -123,11 +144,15 @@ class CausalLM(Task):
             raise UserError("There are no rows to score: give the client's test split some text.")
         sums, tokens = torch.zeros(len(data), dtype=torch.float64), torch.zeros(len(data)).long()
         with in_mode(model, training=False):
-            data = self.with_states(model, data)
+            packs, data = self._packs(model, data), self.with_states(model, data)
             for chosen in data.by_length(batch_size):
-                batch = self.batch(data, chosen)
-                each = F.cross_entropy(*self._predictions(model, batch), reduction="none").cpu()
-                counts = (batch["labels"] != IGNORED).sum(dim=1).cpu()
+                if packs:
+                    logits, targets, chosen = response_logits(model, data, chosen)
+                    logits = logits.float()
+                else:
+                    logits, targets = self._predictions(model, self.batch(data, chosen))
+                each = F.cross_entropy(logits, targets, reduction="none").cpu()
+                counts = torch.from_numpy(data.weights(chosen))
                 tokens[torch.from_numpy(chosen)] = counts
                 parts = torch.split(each.double(), counts.tolist())
                 sums[torch.from_numpy(chosen)] = torch.stack([part.sum() for part in parts])

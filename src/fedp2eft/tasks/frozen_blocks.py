@@ -37,7 +37,8 @@ BATCH_SIZE = 32
 _ENCODER = ("embeddings", "encoder", "layer")
 _DECODER = ("embed_tokens", "", "layers")
 _PLACES = dict.fromkeys(("bert", "camembert", "roberta", "xlm-roberta"), _ENCODER)
-_PLACES |= dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _DECODER)
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+_PLACES |= dict.fromkeys(DECODERS, _DECODER)
 # Rotary embeddings that depend on the longest row met so far.
 _GROWING = ("dynamic", "longrope")
 
@@ -61,13 +62,12 @@ class _Body:
     @classmethod
     def of(cls, model: nn.Module) -> _Body | None:
         """None for an architecture that is not listed."""
-        whole = _plain(model)
+        whole = plain(model)
         places = _PLACES.get(str(getattr(getattr(whole, "config", None), "model_type", "")))
         if places is None:
             return None
         trunk, (embeddings, holder, blocks) = whole.base_model, places
-        rotary = getattr(trunk, "rotary_emb", None)
-        if getattr(rotary, "rope_type", None) in _GROWING:
+        if grows(trunk):
             return None
         return cls(trunk, embeddings, getattr(trunk, holder) if holder else trunk, blocks)
 
@@ -134,6 +134,11 @@ class _Given(nn.Module):
         return self._states
 
 
+def grows(trunk: nn.Module) -> bool:
+    """Return whether rotary embeddings depend on what else is in a batch."""
+    return getattr(getattr(trunk, "rotary_emb", None), "rope_type", None) in _GROWING
+
+
 def first_trained(model: nn.Module) -> int:
     """Return the number of the lowest block with anything that is trained or adapted, from 0.
 
@@ -161,7 +166,7 @@ def may_keep(model: nn.Module) -> bool:
     """Whether states are constants in the model's present mode."""
     if getattr(model, "is_activation_checkpointing", False):
         return False
-    return not (model.training and has_dropout(_plain(model)))
+    return not (model.training and has_dropout(plain(model)))
 
 
 def run(model: nn.Module, inputs: Batch, **options: Any) -> Any:
@@ -201,18 +206,18 @@ def with_states(
         limit: Most bytes that are kept for all texts of this base model. Above it, the texts that
             were not used for longest are computed anew when they come again.
     """
-    plain: Any = _plain(model)
+    whole = plain(model)
     first = first_trained(model) if limit and len(data) and may_keep(model) else 0
     if not first:
         return data
-    width, embedding = plain.config.hidden_size, plain.get_input_embeddings().weight
+    width, embedding = whole.config.hidden_size, whole.get_input_embeddings().weight
     if len(data.tokens) * width * embedding.element_size() > limit:
         return data
     body = _Body.of(model)
     assert body is not None
     weights = _digest_of_weights(body.below(first), embedding, data)
     key = (_digest_of(data), first, weights, *_autocast(embedding))
-    kept = _KEPT.setdefault(plain, _Kept())
+    kept = _KEPT.setdefault(whole, _Kept())
     states = kept.get(key)
     if states is None:
         states = _compute(body, first, data, batch_of)
@@ -307,6 +312,6 @@ def _row_sums(values: Tensor) -> Tensor:
     return rows.view(torch.int32 if whole else torch.uint8).sum(dim=1)
 
 
-def _plain(model: Any) -> Any:
-    """The model inside an adapter's wrapper."""
+def plain(model: Any) -> Any:
+    """Return the model inside an adapter's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

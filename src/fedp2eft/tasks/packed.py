@@ -1,4 +1,4 @@
-"""Rows end to end in one pass, with no padding ("packing"), through encoders of BERT's shape.
+"""Rows end to end in one pass, with no padding ("packing"), through BERT's and Llama's kind.
 
 Every layer but attention works position by position and so sees real positions alone. Attention
 stays inside a row: rows of similar length attend together, padded to the longest of them. In the
@@ -10,6 +10,7 @@ transformers hands attention over to a function of the user's through `Attention
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from fedp2eft.modes import with_values
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.first_position import only_first_position, reads_first
-from fedp2eft.tasks.frozen_blocks import run
+from fedp2eft.tasks.frozen_blocks import DECODERS, grows, plain, run
 
 ATTENTION = "packed_rows"
 # What one more block costs on a CPU, in positions of padding inside attention.
@@ -93,10 +94,12 @@ class Packing:
     Args:
         blocks: Rows that attend together, in order.
         starts: The first position of each row.
+        causal: Whether a position sees those before it alone.
     """
 
     blocks: Sequence[Block]
     starts: Tensor
+    causal: bool = False
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -105,8 +108,19 @@ def can_pack(model: nn.Module) -> bool:
     return encoder is not None and encoder.config._attn_implementation == "eager"
 
 
+def can_pack_causal(model: nn.Module, data: Encoded) -> bool:
+    """Return whether `response_logits` takes this model and rows; its attention must be plain."""
+    whole = plain(model)
+    config: Any = getattr(whole, "config", None)
+    if getattr(config, "model_type", None) not in DECODERS or not len(data):
+        return False
+    window = getattr(config, "sliding_window", None) or math.inf
+    eager = config._attn_implementation == "eager" and not whole.is_activation_checkpointing
+    return eager and not grows(whole.base_model) and int(data.lengths.max()) <= window
+
+
 def pack(
-    data: Encoded, indices: Sequence[int] | NDArray[np.int64]
+    data: Encoded, indices: Sequence[int] | NDArray[np.int64], *, causal: bool = False
 ) -> tuple[dict[str, Tensor], Packing, NDArray[np.int64]]:
     """Return the given rows end to end, longest first.
 
@@ -131,7 +145,7 @@ def pack(
     if data.states is not None:
         rows["states"] = data.states[torch.from_numpy(where)][None]
         rows["first_block"] = torch.tensor([data.first_block])
-    return rows, Packing(blocks, torch.from_numpy(starts)), order
+    return rows, Packing(blocks, torch.from_numpy(starts), causal), order
 
 
 def packed_logits(model: nn.Module, inputs: dict[str, Tensor], packing: Packing) -> Tensor:
@@ -152,6 +166,33 @@ def packed_logits(model: nn.Module, inputs: dict[str, Tensor], packing: Packing)
     with attending, only_first_position(model, packing.starts):
         logits: Tensor = run(model, inputs, packing=packing).logits
     return logits
+
+
+def response_logits(
+    model: nn.Module, data: Encoded, indices: Sequence[int] | NDArray[np.int64]
+) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+    """Return what a causal LM predicts at the response tokens of rows, and nowhere else.
+
+    Args:
+        model: One that `can_pack_causal`, on the CPU.
+        data: The rows.
+        indices: Which of them.
+
+    Returns:
+        Logits (tokens × vocabulary), the tokens themselves, and row indices in their order; each
+        has `Encoded.weights` tokens.
+    """
+    inputs, packing, order = pack(data, indices, causal=True)
+    assert data.starts is not None
+    lengths = data.lengths[order]
+    # The first token of a row has nothing before it to be predicted from.
+    first = np.repeat(np.maximum(data.starts[order], 1), lengths)
+    told = torch.from_numpy(inputs["position_ids"][0].numpy() >= first).nonzero().squeeze(1)
+    _register()
+    whole = plain(model)
+    with with_values(whole.config, _attn_implementation=ATTENTION):
+        out = run(model, inputs, packing=packing, use_cache=False, logits_to_keep=told - 1)
+    return out.logits[0], inputs["input_ids"][0][told], order
 
 
 @cache
@@ -175,18 +216,21 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers calls it: q, k and v are 1 × heads × positions × d."""
-    encoder: Any = module
-    last = encoder.layer_idx == encoder.config.num_hidden_layers - 1
+    layer: Any = module
+    first_only = not packing.causal and layer.layer_idx == layer.config.num_hidden_layers - 1
     # a view, whose gradient is one too
     packed = [states.squeeze(0).transpose(0, 1) for states in (query, key, value)]
-    own: Tensor = _Attention.apply(*packed, packing.blocks, scaling, dropout, last)  # type: ignore[no-untyped-call]
+    how = (scaling, dropout, first_only, packing.causal)
+    own: Tensor = _Attention.apply(*packed, packing.blocks, *how)  # type: ignore[no-untyped-call]
     return own.unsqueeze(0), None
 
 
 class _Attention(torch.autograd.Function):
     """softmax(Q·Kᵀ·scaling)·V inside each row; positions × heads × d.
 
-    With `first_only` zero everywhere but at the first position of each row.
+    With `first_only` zero everywhere but at the first position of each row. With `causal` no
+    position sees a later one; so none sees padding, which stands behind. Several heads of queries
+    may share one of keys and values: their positions are taken as more of the same head's.
     """
 
     @staticmethod
@@ -199,6 +243,7 @@ class _Attention(torch.autograd.Function):
         scaling: float,
         dropout: float,
         first_only: bool,
+        causal: bool,
     ) -> Tensor:
         out = torch.zeros_like(query) if first_only else torch.empty_like(query)
         query = query * scaling
@@ -208,14 +253,18 @@ class _Attention(torch.autograd.Function):
                 q, k, v = (block.spread(states) for states in (query, key, value))
                 if first_only:
                     q = q[:, :, :1]
+                q = _by_head(q, k.shape[1])
                 scores = q @ k.mT
-                if block.real is not None:
-                    least = torch.finfo(scores.dtype).min
+                least = torch.finfo(scores.dtype).min
+                if causal:
+                    later = torch.ones(block.width, block.width, dtype=torch.bool).triu_(1)
+                    scores.masked_fill_(later.repeat(scores.shape[2] // block.width, 1), least)
+                elif block.real is not None:
                     scores.masked_fill_(~block.real[:, None, None], least)
                 p, drop = scores.softmax(dim=-1), None
                 if dropout:
                     drop = F.dropout(torch.ones_like(p), dropout)
-                own = (p if drop is None else p * drop) @ v
+                own = _by_head((p if drop is None else p * drop) @ v, query.shape[1])
                 if first_only:
                     out[block.firsts] = own.squeeze(2)
                 else:
@@ -229,7 +278,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries = torch.zeros_like(grad) if ctx.first_only else torch.empty_like(grad)
-        keys, values = torch.empty_like(grad), torch.empty_like(grad)
+        keys = grad.new_empty(len(grad), ctx.saved_tensors[1].shape[1], grad.shape[2])
+        values = torch.empty_like(keys)
         for number, block in enumerate(ctx.blocks):
             q, k, v, p, drop = ctx.saved_tensors[5 * number : 5 * number + 5]
             if ctx.first_only:
@@ -238,19 +288,25 @@ class _Attention(torch.autograd.Function):
                 own = block.spread(grad)
                 if block.real is not None:
                     own = own.masked_fill(~block.real[:, None, :, None], 0.0)
+            own = _by_head(own, k.shape[1])
             to_p = own @ v.mT
             if drop is not None:
                 to_p = to_p * drop
             to_scores = torch.ops.aten._softmax_backward_data(to_p, p, -1, p.dtype)
             at = slice(block.start, block.stop)
-            to_query = to_scores @ k * ctx.scaling
+            to_query = _by_head(to_scores @ k * ctx.scaling, grad.shape[1])
             if ctx.first_only:
                 queries[block.firsts] = to_query.squeeze(2)
             else:
                 queries[at] = block.packed(to_query)
             keys[at] = block.packed(to_scores.mT @ q)
             values[at] = block.packed((p if drop is None else p * drop).mT @ own)
-        return queries, keys, values, None, None, None, None
+        return queries, keys, values, None, None, None, None, None
+
+
+def _by_head(values: Tensor, heads: int) -> Tensor:
+    """Rows × any heads × positions × d as that many heads, whose positions follow each other."""
+    return values.reshape(len(values), heads, -1, values.shape[-1])
 
 
 def _no_mask(*_args: Any, **_options: Any) -> None:

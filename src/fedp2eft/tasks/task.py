@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -101,6 +101,9 @@ class Task(ABC):
     vocabulary: int | None = None
     offset: Tensor | None = field(default=None, compare=False, kw_only=True)
     states_mib: int = 0
+
+    # Tokens of one pass of packed rows: what it keeps for its backward pass grows with them.
+    most_tokens: ClassVar[int] = 4096
 
     @abstractmethod
     def encode(
