@@ -91,7 +91,7 @@ def an_array(data: bytes) -> None:
         content = RecordDict({ARRAYS: record, METRICS: MetricRecord(trained())})
         for read in (
             lambda: unpack(record, LIKE, wire, "φ"),  # type: ignore[arg-type]  # noqa: B023
-            lambda: offer_of("c", reply(content), LIKE, wire, "round 1", PSG_PHASE.metrics),  # type: ignore[arg-type]  # noqa: B023
+            lambda: offer_of("c", reply(content), LIKE, wire, PSG_PHASE.metrics),  # type: ignore[arg-type]  # noqa: B023
             lambda: alike_answers({"c": record}, "survey"),  # noqa: B023
         ):
             try:
@@ -121,10 +121,8 @@ def metrics(data: bytes) -> None:
     content = RecordDict({METRICS: record, ARRAYS: pack(LIKE, "fp32")})
     for read in (
         lambda: scores_of(reply(content)),
-        lambda: offer_of(
-            "c", reply(content), LIKE, "fp32", "round 1", PSG_PHASE.metrics, "norm_bit"
-        ),
-        lambda: offer_of("c", reply(content), LIKE, "fp32", "round 1", PSG_PHASE.metrics),
+        lambda: offer_of("c", reply(content), LIKE, "fp32", PSG_PHASE.metrics, "norm_bit"),
+        lambda: offer_of("c", reply(content), LIKE, "fp32", PSG_PHASE.metrics),
     ):
         try:
             read()

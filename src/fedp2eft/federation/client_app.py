@@ -69,12 +69,12 @@ logger = logging.getLogger(__name__)
 
 
 def open_workspace(context: Context) -> Workspace:
-    """The workspace of the process for the run that `context` belongs to."""
+    """Return the process's workspace for the run that `context` belongs to."""
     return open_state(context).workspace
 
 
 def open_state(context: Context) -> ClientState:
-    """What the process keeps for the run that `context` belongs to."""
+    """Return what the process keeps for the run that `context` belongs to."""
     config = context.run_config
     settings, run = settings_of_run(config), str(config.get("run") or "")
     if settings.data.dataset == NODES:
@@ -84,7 +84,7 @@ def open_state(context: Context) -> ClientState:
 
 
 def client_name(context: Context, workspace: Workspace) -> str:
-    """Which client this node is."""
+    """Return the name of this node's client."""
     node = context.node_config
     if "client" in node:
         return workspace.client(str(node["client"])).name
@@ -102,7 +102,7 @@ def client_name(context: Context, workspace: Workspace) -> str:
 
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
-    """Name, language, pool and number of rows of this client."""
+    """Answer name, language, pool and number of rows of this client."""
     workspace = open_workspace(context)
     client = workspace.client(client_name(context, workspace))
     if not len(client.test):
@@ -316,7 +316,7 @@ def turn_of(workspace: Workspace, phase: Phase, message: Message, name: str) -> 
 
 
 def what_is_asked(message: Message, workspace: Workspace) -> tuple[str, int]:
-    """Method and rank budget that a message names, checked."""
+    """Return the method and rank budget that a message names, checked."""
     config = the_config(message)
     method, rank = str(config["method"]), int(config["rank"])  # type: ignore[arg-type]
     if method_named(method).ranked or rank:
@@ -325,7 +325,7 @@ def what_is_asked(message: Message, workspace: Workspace) -> tuple[str, int]:
 
 
 def client_side(workspace: Workspace, message: Message, name: str) -> ClientSide:
-    """What the method that a message names may look at, for one client."""
+    """Return what the method that a message names may look at, for one client."""
     learn(workspace, message)
     method = METHODS[str(the_config(message)["method"])]
     shared: dict[str, Tensor] = {}

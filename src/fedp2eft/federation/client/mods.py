@@ -22,13 +22,13 @@ Handler = Callable[[Message, Context], Message]
 
 
 def end_with_supernode(message: Message, context: Context, handle: Handler) -> Message:
-    """A process that works for a SuperNode does not outlive it."""
+    """End this process together with the SuperNode that it works for."""
     end_with_parent()
     return handle(message, context)
 
 
 def tell_errors(message: Message, context: Context, handle: Handler) -> Message:
-    """An error reaches the server as one line that holds nothing of the client's data.
+    """Send an error to the server as one line that holds nothing of the client's data.
 
     The text of an error may quote a row or a label. Outside the server's own process only a
     `TellableError` goes out as it is. Of any other, the server receives only its kind, and the

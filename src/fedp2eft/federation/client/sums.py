@@ -241,7 +241,7 @@ def _record(message: Message) -> Record:
 
 
 def _state(message: Message, context: Context, stage: str) -> dict[str, Any]:
-    """The state of the sum that a message belongs to, if that message is the next one."""
+    """Return the state of the sum that a message belongs to, if that message is the next one."""
     kept = context.state.config_records.get(SECURE, ConfigRecord())
     if kept.get("stage") != stage or kept["session"] != _record(message).get("session"):
         raise TellableError("This message is not the next one of a secure sum of this client.")

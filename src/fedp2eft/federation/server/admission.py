@@ -64,13 +64,13 @@ class Failures:
     def on(
         cls, grid: Grid, settings: PeerSettings, reporter: Reporter, faults: Faults | None = None
     ) -> Failures:
-        """As `settings.failures` says for this engine."""
+        """Return failures that end the run or not, as `settings.failures` says for this engine."""
         auto = "stop" if isinstance(grid, LocalGrid) else "continue"
         chosen = auto if settings.failures == "auto" else settings.failures
         return cls(settings, chosen == "stop", reporter, faults)
 
     def add(self, client: str, reason: str, kind: Kind = "failed") -> None:
-        """A client failed.
+        """Count a client's failure.
 
         Raises:
             UserError: The reason, where a failure ends the run.
@@ -80,7 +80,7 @@ class Failures:
         self.leave_out(client, reason, kind)
 
     def leave_out(self, client: str, reason: str, kind: Kind = "refused") -> None:
-        """Go on without a client, whatever `failures` says: nobody failed."""
+        """Continue without a client, whatever `failures` says: nobody failed."""
         self.reasons[client] = reason
         self._count(client, reason, kind, "Left out")
 
@@ -113,12 +113,12 @@ class Failures:
             )
 
     def ignored(self, client: str, what: str) -> None:
-        """A reply came that nobody waits for."""
+        """Count a reply that nobody waits for."""
         if self._faults:
             self._faults.happened("ignored", client, f"A reply too many, {what}.")
 
     def usable(self, client: str) -> None:
-        """A client's reply was of use."""
+        """Reset the failures in a row of a client whose reply was usable."""
         if self._faults:
             self._faults.answered(client)
 
@@ -138,7 +138,7 @@ FIRST_ENDS = Failures(PeerSettings(), stop=True, reporter=LogReporter())
 
 
 def plain(text: str | None) -> str:
-    """A peer's text as one line of printable characters: a terminal shows nothing else of it."""
+    """Return a peer's text as one line of printable characters, safe for a terminal."""
     text = text or "no reason given."
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * MOST_TEXT]).split())
     return line if len(line) <= MOST_TEXT else line[:MOST_TEXT] + "…"
@@ -150,11 +150,11 @@ class Offer:
 
     Args:
         client: Who sent it.
-        message: A copy of the reply; its arrays are fp32 numbers by the expected names.
-        examples: N as the client tells it, 1 or more.
+        message: A copy of the reply; its arrays are fp32, by the expected names.
+        examples: N as the client reports it, 1 or more.
         metrics: Its other metrics; finite.
-        norm: L2 norm of the change that the client made to the numbers.
-        size: How many numbers there are.
+        norm: L2 norm of the change that the client made to the parameters.
+        size: How many parameters there are.
         nbytes: Bytes of the arrays as they came.
         weight: In the average; see `weigh`.
     """
@@ -174,7 +174,6 @@ def offer_of(
     reply: Message,
     sent: Mapping[str, Tensor],
     wire: Wire,
-    what: str,
     expected: Sequence[str],
     bit: str | None = None,
 ) -> Offer:
@@ -183,31 +182,24 @@ def offer_of(
     Args:
         client: Who sent it.
         reply: The reply.
-        sent: The numbers that the client started from.
+        sent: The parameters that the client started from.
         wire: What the reply travelled in; not "fp32": it holds changes.
-        what: The round, for the error.
         expected: Metrics that it reports beside N; no more, no less.
         bit: Name of a metric that is 0 or 1 and that the strategy reads in the message.
 
     Raises:
-        UserError: Its numbers, its N or its metrics are not what they should be.
+        UserError: Its parameters, its N or its metrics are not what they should be.
     """
     record = the_arrays(reply)
-    values = unpack(record, sent, wire, f"Reply of client {client} in {what}")
-    try:
-        metrics = scalars(reply)
-        examples = whole(metrics, EXAMPLES, least=1)
-        if bit and whole(metrics, bit) > 1:
-            raise UserError(f"its {bit} is {metrics[bit]}, not 0 or 1")
-    except UserError as error:
-        raise UserError(f"Reply of client {client} in {what}: {error}.") from error
+    values = unpack(record, sent, wire, "its reply")
+    metrics = scalars(reply)
+    examples = whole(metrics, EXAMPLES, least=1)
+    if bit and whole(metrics, bit) > 1:
+        raise UserError(f"its {bit} is {metrics[bit]}, not 0 or 1")
     known = {EXAMPLES, *expected, *([bit] if bit else [])}
     if set(metrics) != known:
         odd = min(set(metrics) ^ known)
-        raise UserError(
-            f"Reply of client {client} in {what} has other metrics than expected (first: "
-            f"{shortened(odd)})."
-        )
+        raise UserError(f"its reply has other metrics than expected (first: {shortened(odd)}).")
     if wire == "fp32":
         changes = (values[name] - sent[name] for name in sent)
         arrays = read_in_place(record, sent)
@@ -225,7 +217,7 @@ def offer_of(
 
 
 def _square(change: Tensor) -> float:
-    """Σ change²; in float64, which takes three times as long, where float32 cannot hold it."""
+    """Return Σ change²; in float64, three times as slow, only where float32 cannot hold it."""
     flat = change.flatten()
     found = float(flat @ flat)
     return found if found and math.isfinite(found) else float((flat.double() ** 2).sum())
@@ -234,7 +226,7 @@ def _square(change: Tensor) -> float:
 def within_limits(
     offers: Sequence[Offer], most: float, failures: Failures, what: str
 ) -> list[Offer]:
-    """The offers whose change is no larger than `most` times the round's median.
+    """Return the offers whose change is at most `most` times the round's median.
 
     The others are left out and noted. With two offers or fewer there is nothing to compare.
     """
@@ -249,7 +241,7 @@ def within_limits(
             continue
         failures.leave_out(
             offer.client,
-            f"client {offer.client} in {what} moved the numbers {times:.3g} times as far as the "
+            f"client {offer.client} in {what} moved the parameters {times:.3g} times as far as the "
             f"median client; peers.max_norm is {most:g}.",
         )
     return kept
@@ -278,7 +270,7 @@ def weigh(offers: Sequence[Offer], most: float, alike: bool = False) -> list[str
 
 
 def mean_metrics(offers: Sequence[Offer]) -> dict[str, float]:
-    """Means of the metrics, weighted like the numbers."""
+    """Return the mean of each metric, weighted like the parameters."""
     total = sum(offer.weight for offer in offers)
     return {
         name: sum(offer.metrics[name] * (offer.weight / total) for offer in offers)

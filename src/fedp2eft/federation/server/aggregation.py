@@ -51,7 +51,7 @@ class Krum(flower.MultiKrum):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The mean of the clients that are nearest to their neighbours."""
+        """Return the mean of the clients that are nearest to their neighbours."""
         replies = list(replies)
         self.num_malicious_nodes = math.ceil(self._hostile * len(replies))
         many = max(1, len(replies) - self.num_malicious_nodes)
@@ -133,7 +133,7 @@ class Averaging:
         return [self.members[i] for i in sorted(draw.sample(range(len(self.members)), self.size))]
 
     def spent(self, round_: int) -> str | None:
-        """Why there cannot be this round, if there cannot: the rest of a sentence."""
+        """Return why there cannot be this round, as the rest of a sentence; None if there can."""
         return None
 
     def configure(
@@ -154,7 +154,7 @@ class Averaging:
         return [Message(content, member.node, self._kind) for member in sample]
 
     def limits(self, offers: Sequence[Offer], failures: Failures, what: str) -> list[Offer]:
-        """The offers that are not too far from the round's median."""
+        """Return the offers that are not too far from the round's median."""
         return within_limits(offers, self._peers.max_norm, failures, what)
 
     def aggregate(
@@ -184,7 +184,7 @@ class Averaging:
         return averaged, {}
 
     def memory(self) -> dict[str, Tensor]:
-        """What must be known to resume after this round, by name: moments or momentum."""
+        """Return what is needed to resume after this round, by name: moments or momentum."""
         kept: dict[str, Any] = {}
         if isinstance(self.strategy, ADAPTIVE):
             for moment in ("m_t", "v_t"):

@@ -38,12 +38,12 @@ Shared = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a client is told before it personalizes with one method and budget.
+    """What a client receives before it personalizes with one method and budget.
 
     Args:
         method: The method's name.
         rank: The budget; 0 for a method without one.
-        shared: Numbers of the method's federation; empty where it has none.
+        shared: Parameters of the method's federation; empty if it has none.
         prepared: What the surveys gave so far; empty if there were none.
         question: In a survey, which of the method's it is, counted from 0.
         label_prior: q; empty if it is not known.
@@ -57,7 +57,7 @@ class Instruction:
     label_prior: Sequence[float] = ()
 
     def message(self, node: int, kind: str) -> Message:
-        """A message of that kind to one node."""
+        """Return a message of that kind to one node."""
         config = ConfigRecord({"method": self.method, "rank": self.rank})
         if kind == wire.SURVEY:
             config["question"] = self.question
@@ -77,7 +77,7 @@ def prepare(
     label_prior: Sequence[float] = (),
     privacy: PrivacySettings | None = None,
 ) -> Instruction:
-    """Gather what the clients must be told; asks the seen clients where the method has surveys.
+    """Gather what the clients must receive; ask the seen clients if the method has surveys.
 
     Args:
         grid: The engine.
@@ -126,7 +126,7 @@ def summed(answers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def alike_answers(
     replies: Mapping[str, ArrayRecord], what: str, failures: Failures = FIRST_ENDS
 ) -> list[dict[str, Tensor]]:
-    """Answers to one question, in the order of the clients' names.
+    """Return the answers to one question, in the order of the clients' names.
 
     All must have the names and shapes that most have: one client that answers something else is
     left out, and does not decide for the rest.
@@ -178,7 +178,7 @@ def personalize(
 
 
 def scores_of(reply: Message) -> dict[str, Any]:
-    """The scores that a client sends, and nothing else of its reply.
+    """Return the scores that a client sends, and nothing else of its reply.
 
     Raises:
         UserError: One is missing, or cannot be.
@@ -216,7 +216,7 @@ def _number(metrics: Mapping[str, int | float], name: str) -> float:
 def personalize_all(
     grid: Grid, run: RunFolder, shared: Shared, members: list[Member], reporter: Reporter
 ) -> None:
-    """Every client of the chosen pools, with every method and budget; missing cells only."""
+    """Personalize every client of the chosen pools, for every missing method and budget."""
     failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
     evaluation, timeout = run.settings.evaluation, run.settings.federation.timeout
     digests = {
@@ -263,7 +263,7 @@ def _told(
     members: list[Member],
     failures: Failures,
 ) -> Instruction:
-    """What clients are told; the answers of a method that keeps them are asked for once."""
+    """Return a method's instruction; answers that are kept are asked for once."""
     method, rank = wanted
     kind = METHODS[method]
     kept = _kept(run, digests, method, rank)
@@ -287,7 +287,7 @@ def _told(
 def _kept(
     run: RunFolder, digests: Mapping[str, str], method: str, rank: int
 ) -> dict[str, Any] | None:
-    """What the surveys gave for the present parameters, if it was kept."""
+    """Return what the surveys gave for the present parameters, if it was kept."""
     kind = METHODS[method]
     found = read_json(_choice_path(run, method, rank)) if kind.kept else None
     if not isinstance(found, dict) or found.get("phi") != digests.get(kind.shared or ""):

@@ -10,7 +10,7 @@ from fedp2eft.files import append_line, read_lines
 
 Kind = Literal["failed", "refused", "late", "lost", "ignored"]
 MEANING: dict[str, str] = {
-    "failed": "the client said that it could not do what it was asked",
+    "failed": "the client reported that it could not do what it was asked",
     "refused": "its reply was not what it should be, or too far from the others'",
     "late": "no reply before the deadline; one that came later was ignored",
     "lost": "its SuperNode was cut off before it replied",

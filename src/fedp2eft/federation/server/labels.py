@@ -1,6 +1,6 @@
 """q, the label distribution that the base was trained on: asked of the seen clients once, as a sum.
 
-The answer is kept in the run folder and told to every client with what it is asked to do.
+The answer is kept in the run folder and sent to every client with each request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fedp2eft.data.clients import SEEN
 from fedp2eft.errors import UserError
 from fedp2eft.federation.server.admission import Failures
-from fedp2eft.federation.server.exchange import Member, exchange
+from fedp2eft.federation.server.exchange import Member, read_replies
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.server.sums import SecureSum, fixed
 from fedp2eft.federation.wire.layouts import LABELS, labels_layout, labels_noise
@@ -34,7 +34,7 @@ from fedp2eft.tasks.label_prior import smoothed
 
 
 def needs_label_prior(settings: Settings) -> bool:
-    """Whether anything in the run uses q."""
+    """Return whether anything in the run uses q."""
     return (
         settings.local.logit_adjustment != "none"
         or settings.base.logit_adjustment != "none"
@@ -89,7 +89,7 @@ def _asked(
     reporter: Reporter,
     spend: Callable[..., None],
 ) -> Tensor:
-    """The sum of the seen clients' answers."""
+    """Return the sum of the seen clients' answers."""
     s, what = run.settings, "label prior"
     failures = Failures.on(grid, s.peers, reporter, run.faults)
     seen = {member.node: member for member in members if member.pool == SEEN}
@@ -111,14 +111,14 @@ def _asked(
         found = secure.run(messages, fixed(layout), before_unmasking)
         return torch.from_numpy(found.values[LABELS])
     answers: dict[str, Tensor] = {}
-    for member, reply in exchange(grid, messages, seen, s.federation.timeout, what, failures):
-        try:
-            answer = counts_in(reply, member, classes, s.privacy)
-        except UserError as error:
-            failures.add(member.client, str(error), "refused")
-        else:
-            failures.usable(member.client)
-            answers[member.client] = answer
+
+    def check(member: Member, reply: Message) -> Tensor:
+        return counts_in(reply, member, classes, s.privacy)
+
+    timeout = s.federation.timeout
+    for member, answer in read_replies(grid, messages, seen, timeout, what, check, failures):
+        failures.usable(member.client)
+        answers[member.client] = answer
     failures.check(len(answers), len(messages), what)
     # Sums of floats depend on their order: the names fix it.
     return torch.stack([answers[name] for name in sorted(answers)]).double().sum(dim=0)
@@ -130,18 +130,17 @@ def counts_in(reply: Message, member: Member, classes: int, privacy: PrivacySett
     Raises:
         UserError: It is no answer, or more than the client's rows can give.
     """
-    whose = f"Answer of client {member.client} (label prior)"
     like = {LABELS: torch.empty(classes, device="meta")}
-    answer = from_arrays(the_arrays(reply, ARRAYS), like, whose)[LABELS]
+    answer = from_arrays(the_arrays(reply, ARRAYS), like, "its answer")[LABELS]
     noisy = privacy.on and privacy.noise == "client"
     most = 1.0 if privacy.on else float(member.examples)
     if not noisy and (bool((answer < 0).any()) or float(answer.sum()) > most * 1.001):
-        raise UserError(f"{whose} holds more than its rows, or less than none.")
+        raise UserError("its answer holds more than its rows, or less than none.")
     return answer
 
 
 def noise(settings: PrivacySettings, classes: int, whose: str) -> Tensor:
-    """Gaussian noise for one answer or for the sum, of the standard deviation z."""
+    """Return Gaussian noise for one answer or for the sum, of standard deviation z."""
     test = settings.test_seed
     draw = np.random.default_rng(None if test is None else derive_seed(test, "labels", whose))
     return torch.from_numpy(draw.normal(0.0, settings.noise_multiplier, classes))

@@ -30,7 +30,7 @@ logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO repeats what our
 
 
 def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) -> None:
-    """The whole experiment, from wherever the run folder stands.
+    """Run the whole experiment, from wherever the run folder stands.
 
     Args:
         grid: The engine.
@@ -113,7 +113,7 @@ def train_phase(
 
 
 def aggregator_of(run: RunFolder, phase: Phase, members: list[Member]) -> Averaging:
-    """How a phase's rounds are averaged: privately where the settings say so and it is covered."""
+    """Return a phase's aggregation: private if the settings say so and it is covered."""
     if phase.private and run.settings.privacy.on:
         kind = Distributed if run.settings.privacy.secure else Private
         return kind(run.settings, phase, members, run.path)

@@ -69,14 +69,14 @@ class SampledMean(flower.FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As ever; the parameters are kept for those that fail."""
+        """Configure as Flower does; keep the parameters for clients that fail."""
         self._sent = arrays
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The mean, moved towards what was sent by the share of those that failed."""
+        """Return the mean, moved towards what was sent by the share of those that failed."""
         replies = list(replies)
         mean, metrics = super().aggregate_train(server_round, replies)
         share = len(replies) / self._size
@@ -151,7 +151,7 @@ class Private(Averaging):
         return self._drawn(seeded or random.SystemRandom())
 
     def spent(self, round_: int) -> str | None:
-        """Why there cannot be this round: it would pass the budget."""
+        """Return why there cannot be this round, if it would exceed the budget."""
         s = self.settings
         if s.epsilon is None:
             return None
@@ -189,7 +189,7 @@ class Private(Averaging):
         return self.settings.noise == "client" and self.settings.test_seed is None
 
     def limits(self, offers: Sequence[Offer], failures: Failures, what: str) -> list[Offer]:
-        """The offers that may be averaged; a client's own change alone decides.
+        """Return the offers that may be averaged; a client's own change alone decides.
 
         A limit that hangs on the other clients' changes would tell of them.
         """
@@ -218,7 +218,7 @@ class Private(Averaging):
     def aggregate(
         self, round_: int, offers: Sequence[Offer]
     ) -> tuple[ArrayRecord | None, dict[str, Any]]:
-        """The noised mean of this round, all weights the same; it is accounted for."""
+        """Return the noised mean of this round, all weights the same; it is accounted for."""
         weigh(offers, 0.0, alike=True)
         replies = [offer.message for offer in offers]
         with noise_from(self.settings.test_seed, "server", round_), _flower_quiet():
@@ -231,7 +231,7 @@ class Private(Averaging):
     # ── account ─────────────────────────────────────────────────────────────────────────────────
 
     def epsilon(self, taken: Mapping[str, int], rounds: int) -> float:
-        """ε of so many rounds, in which the clients took part so many times."""
+        """Return ε of so many rounds, in which the clients took part so many times."""
         s, population = self.settings, len(self.members)
         secret = s.sampling == "secret"
         relation, sampling = (
@@ -262,7 +262,7 @@ class Private(Averaging):
         return float(getattr(self.strategy, "clipping_norm", self.settings.clip_norm))
 
     def memory(self) -> dict[str, Tensor]:
-        """What must be known to resume after this round, by name."""
+        """Return what is needed to resume after this round, by name."""
         kept = {TAKEN + name: torch.tensor(times) for name, times in sorted(self._taken.items())}
         norm = torch.tensor(self._clip_norm, dtype=torch.float64)
         return {**kept, NORM: norm, ROUNDS: torch.tensor(self._rounds)}
@@ -282,7 +282,7 @@ class Private(Averaging):
 
 @contextmanager
 def _flower_quiet() -> Iterator[None]:
-    """Without its warning that clients failed: they are reckoned with here."""
+    """Silence Flower's warning that clients failed: they are handled here."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.ERROR)

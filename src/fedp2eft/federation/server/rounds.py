@@ -21,7 +21,7 @@ from fedp2eft.errors import UserError
 from fedp2eft.federation.server.admission import Failures, Offer, mean_metrics, offer_of
 from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.checkpoints import Checkpoint
-from fedp2eft.federation.server.exchange import exchange
+from fedp2eft.federation.server.exchange import Member, read_replies
 from fedp2eft.federation.server.presence import wait_for_members
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.server.sums import SecureSum, fixed
@@ -112,7 +112,7 @@ def run_rounds(
 
 
 def _stalled(watched: Sequence[float], phase: Phase, run: RunFolder) -> str | None:
-    """Why the phase ends here, if it does: the rest of a sentence."""
+    """Return why the phase ends here, as the rest of a sentence; None if it does not."""
     if not phase.patience or not has_stalled(watched, run.settings.value(phase.patience)):
         return None
     patience = run.settings.value(phase.patience)
@@ -120,14 +120,14 @@ def _stalled(watched: Sequence[float], phase: Phase, run: RunFolder) -> str | No
 
 
 def has_stalled(losses: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` losses are all no lower than the lowest before them."""
+    """Return whether the last `patience` losses are all no lower than the lowest before."""
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
 
 def _averaged(
     grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: _Round
 ) -> tuple[ArrayRecord | None, dict[str, Any]]:
-    """The average of the clients' replies, and the round's metrics."""
+    """Return the average of the clients' replies, and the round's metrics."""
     # 1. Check every reply by itself.
     failures, what, asked = this.failures, this.what, len(this.messages)
     offers = _offers(grid, run, phase, aggregator, this)
@@ -147,7 +147,7 @@ def _averaged(
 def _summed(
     grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: _Round
 ) -> tuple[ArrayRecord | None, dict[str, Any]]:
-    """The same from a secure sum: the server sees no reply, and can check none by itself."""
+    """Do the same by a secure sum: the server sees no reply, and can check none by itself."""
     privacy, timeout = run.settings.privacy, run.settings.federation.timeout
     what, sent = this.what, this.sent
     by_node = {member.node: member for member in aggregator.members}
@@ -173,22 +173,19 @@ def _summed(
 def _offers(
     grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: _Round
 ) -> list[Offer]:
-    """Replies that are what they should be, in the order of the clients' names.
+    """Return the usable replies, in the order of the clients' names.
 
     Sums of floats depend on their order: the names fix it.
     """
     sent, what, failures = this.sent, this.what, this.failures
     members = {member.node: member for member in aggregator.members}
     wire, timeout = phase.wire_of(run.settings), run.settings.federation.timeout
-    offers: list[Offer] = []
-    for member, reply in exchange(grid, this.messages, members, timeout, what, failures):
-        try:
-            offers.append(
-                offer_of(member.client, reply, sent, wire, what, phase.metrics, aggregator.bit)
-            )
-        except UserError as error:
-            failures.add(member.client, str(error), "refused")
-    return sorted(offers, key=lambda offer: offer.client)
+
+    def check(member: Member, reply: Message) -> Offer:
+        return offer_of(member.client, reply, sent, wire, phase.metrics, aggregator.bit)
+
+    replies = read_replies(grid, this.messages, members, timeout, what, check, failures)
+    return sorted((offer for _, offer in replies), key=lambda offer: offer.client)
 
 
 def _checked(
@@ -204,7 +201,7 @@ def _checked(
 
 
 def _shown(phase: Phase, metrics: Mapping[str, Any]) -> str:
-    """The most telling numbers of a round."""
+    """Return the most telling metrics of a round."""
     named = {"loss": "".join(phase.metrics[:1]), "ε": "epsilon"}
     digits = {"loss": 4, "ε": 3}
     found = {name: metrics[key] for name, key in named.items() if key in metrics}

@@ -168,7 +168,7 @@ class SecureSum:
     # ── stages ──────────────────────────────────────────────────────────────────────────────────
 
     def _agree(self) -> None:
-        """Stages 1 and 2: keys, and shares of secrets."""
+        """Run stages 1 and 2: keys, and shares of secrets."""
         about = {"session": self._session, "clients": self.clients}
         asked = {i: {**about, "index": i} for i in range(self.clients)}
         for i, record in self._ask(KEYS, asked, "keys"):
@@ -209,7 +209,7 @@ class SecureSum:
     def _collect(
         self, messages: Sequence[Message], layout_of: LayoutOf
     ) -> tuple[dict[str, NDArray[Any]], Layout, list[int]]:
-        """Stage 3: the masked numbers, added up as they come.
+        """Run stage 3: add up the masked values as they come.
 
         Replies of the shapes that most have count: a client that answers others does not decide
         for the rest.
@@ -279,7 +279,7 @@ class SecureSum:
                 )
 
     def _unmask(self, total: dict[str, NDArray[Any]], alive: list[int]) -> None:
-        """Stage 4: take the masks off the sum."""
+        """Run stage 4: take the masks off the sum."""
         dropped = [i for i in self._dealt if i not in alive]
         near = {i: {i, *self._near[i]} for i in self._dealt}
         asked = {
@@ -353,7 +353,7 @@ class SecureSum:
     # ── who is left ─────────────────────────────────────────────────────────────────────────────
 
     def _left(self, done: Collection[int], what: str) -> list[int]:
-        """Those that have enough neighbors left to go on with."""
+        """Return those that have enough neighbors left to continue with."""
         alive = set(done)
         while True:
             few = {i for i in alive if len(alive & {i, *self._near[i]}) < self._least}
@@ -366,7 +366,7 @@ class SecureSum:
         return sorted(alive)
 
     def _check_holders(self, alive: Collection[int], what: str) -> None:
-        """Every secret that is needed must have enough holders."""
+        """Check that every secret that is needed has enough holders."""
         there = set(alive)
         enough = all(len(there & {i, *self._near[i]}) >= self._least for i in self._dealt)
         self._check(len(there) if enough else 0, len(there), what)

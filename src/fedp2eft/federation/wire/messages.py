@@ -1,6 +1,6 @@
 """What travels: φ (or base weights), the number of examples and scalar metrics.
 
-Everything that arrives is checked before use: names, shapes, dtypes and that numbers are finite.
+Everything that arrives is checked before use: names, shapes, dtypes and that values are finite.
 Arrays are NumPy's own format, read without pickle.
 """
 
@@ -27,7 +27,7 @@ CHOICE = "choice"
 PREPARED = "prepared"
 EXAMPLES = "num-examples"
 LABEL_PRIOR = "label-prior"
-"""Where the config of a message tells q (`fedp2eft.tasks.label_prior`)."""
+"""Where the config of a message has q (`fedp2eft.tasks.label_prior`)."""
 MOST_HEADER = 4096  # of a NumPy file, which is 64 to 128 bytes for our arrays
 
 # Flower's message types: category, dot, action. Those of training are `Phase.kind`.
@@ -39,14 +39,14 @@ PERSONALIZE = "evaluate.personalize"
 
 
 def to_arrays(parameters: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors by name as a Flower record (float32, on the CPU)."""
+    """Return tensors by name as a Flower record (float32, on the CPU)."""
     return ArrayRecord(
         {name: Array(value.detach().cpu().float().numpy()) for name, value in parameters.items()}
     )
 
 
 def from_arrays(record: ArrayRecord, like: Mapping[str, Tensor], whose: str) -> dict[str, Tensor]:
-    """Tensors by name from a record that came over the wire.
+    """Return tensors by name from a record that came over the wire.
 
     They are the record's own bytes: read them, never write into them.
 
@@ -83,7 +83,7 @@ def check_names(record: ArrayRecord, expected: Iterable[str], whose: str) -> Non
 def read_array(
     array: Array, dtype: type[np.generic], shape: tuple[int, ...], whose: str
 ) -> NDArray[Any]:
-    """A foreign array as NumPy's, read-only, or `UserError` unless it has this dtype and shape."""
+    """Return a foreign array, read-only; a `UserError` if its dtype or shape is another."""
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if len(array.data) > size + MOST_HEADER:
         raise TellableError(f"{whose} has more bytes than {np.dtype(dtype)} {shape} takes.")
@@ -100,7 +100,7 @@ def read_array(
 
 
 def _in_place(array: Array) -> NDArray[Any]:
-    """The parameters of an array where they are in its bytes.
+    """Return the values of an array where they are in its bytes.
 
     `Array.numpy` copies them, which for a base of 87 MB takes longer than all checks of it.
     """
@@ -121,7 +121,7 @@ class _ReadInPlace(Array):
 
 
 def read_in_place(record: ArrayRecord, names: Iterable[str]) -> ArrayRecord:
-    """Arrays of a record that has been checked, whose `numpy()` copies nothing."""
+    """Return arrays of a checked record whose `numpy()` copies nothing."""
     shared = ArrayRecord()
     for name in names:  # one by one: a record makes arrays of its own out of a dictionary
         array = record[name]
@@ -130,7 +130,7 @@ def read_in_place(record: ArrayRecord, names: Iterable[str]) -> ArrayRecord:
 
 
 def any_arrays(record: ArrayRecord, whose: str) -> dict[str, Tensor]:
-    """Tensors of a record of any names and shapes.
+    """Return tensors of a record of any names and shapes.
 
     Raises:
         UserError: As `from_arrays`.
@@ -143,7 +143,7 @@ def any_arrays(record: ArrayRecord, whose: str) -> dict[str, Tensor]:
 
 
 def the_arrays(message: Message, name: str = ARRAYS) -> ArrayRecord:
-    """The array record of that name, empty if absent.
+    """Return the array record of that name, empty if absent.
 
     Aggregation strategies of Flower choose the name themselves, so a message with a single array
     record gives that one.
@@ -155,7 +155,7 @@ def the_arrays(message: Message, name: str = ARRAYS) -> ArrayRecord:
 
 
 def the_config(message: Message) -> ConfigRecord:
-    """The config record of a message, empty where it has none."""
+    """Return the config record of a message, empty if absent."""
     return message.content.config_records.get(CONFIG, ConfigRecord())
 
 
@@ -166,7 +166,7 @@ def with_label_prior(config: ConfigRecord, label_prior: Sequence[float]) -> Conf
 
 
 def scalars(message: Message) -> dict[str, int | float]:
-    """The metrics of a reply.
+    """Return the metrics of a reply.
 
     Raises:
         UserError: There are none, or one is a list (only single numbers may leave a client) or not
@@ -185,7 +185,7 @@ def scalars(message: Message) -> dict[str, int | float]:
 
 
 def whole(metrics: Mapping[str, int | float], name: str, least: int = 0) -> int:
-    """A metric that counts something.
+    """Return a metric that counts something.
 
     Raises:
         UserError: It is missing, no whole number, or below `least`.
@@ -197,7 +197,7 @@ def whole(metrics: Mapping[str, int | float], name: str, least: int = 0) -> int:
 
 
 def nbytes(record: ArrayRecord) -> int:
-    """Bytes of the arrays of a record on the wire."""
+    """Return the bytes of the arrays of a record on the wire."""
     return sum(len(array.data) for array in record.values())
 
 
@@ -214,7 +214,7 @@ def content_bytes(content: RecordDict) -> int:
 
 
 def base_id(digest: str, model: str) -> str:
-    """Tells a finished base from any other: digests of what was trained, and of what it started as.
+    """Return a name that tells a finished base from any other.
 
     Args:
         digest: `array_digest` of what travelled.
@@ -224,7 +224,7 @@ def base_id(digest: str, model: str) -> str:
 
 
 def array_digest(record: ArrayRecord) -> str:
-    """16 hex digits that tell these arrays from any others."""
+    """Return 16 hex digits that tell these arrays from any others."""
     digest = sha256()
     for name in sorted(record):
         digest.update(name.encode() + record[name].data)
