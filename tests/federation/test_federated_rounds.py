@@ -171,7 +171,7 @@ def test_nan_in_a_reply_stops_the_run_and_names_client_and_round(tmp_path: Path)
     with pytest.raises(UserError) as caught:
         run(tmp_path / "run", adding_app(spoil), rounds=3)
     message = str(caught.value)
-    assert f"client {spoil} in round 2 of psg: v holds NaN" in message
+    assert f"Client {spoil}, round 2 of psg: its reply: v holds NaN" in message
     assert "\n" not in message
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["psg-000001.safetensors"]
