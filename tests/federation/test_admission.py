@@ -114,7 +114,9 @@ def test_a_failure_on_the_local_engine_stops_the_run(tmp_path: Path) -> None:
         return spoilt("nan", good) if client == BAD else None
 
     for chosen in ("auto", "stop"):
-        with pytest.raises(UserError, match=f"Client {BAD}, round 1 of psg: its reply: v holds NaN"):
+        with pytest.raises(
+            UserError, match=f"Client {BAD}, round 1 of psg: its reply: v holds NaN"
+        ):
             train(tmp_path / chosen, spoil, 1, 20, peers__failures=chosen)
     # nobody failed where a client merely moved far
     far = lambda client, _r, _s, good: spoilt("far", good) if client == BAD else None  # noqa: E731
