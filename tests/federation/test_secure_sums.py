@@ -393,6 +393,29 @@ def test_malformed_answers_cost_their_client_alone(tmp_path: Path, stage, change
     assert federation.faults.summarise()["clients"] == {"c02": {"refused": 1}}
 
 
+LISTS = [st.lists(kind, max_size=7) for kind in (st.binary(max_size=80), st.integers(-9, 9))]
+VALUES = st.one_of(st.binary(max_size=80), st.integers(), st.text(max_size=9), *LISTS)
+NAMES = ("mask-key", "box-key", "to", "boxes", "proofs", "seed", "seeds", "keys", "unreadable")
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(stage=st.sampled_from(STAGES), odd=st.dictionaries(st.sampled_from(NAMES), VALUES))
+def test_whatever_a_client_answers_costs_itself_alone(tmp_path: Path, stage, odd) -> None:
+    federation = few(tmp_path, 6)
+
+    def fate(client: str, message: Message, reply: Message) -> Message:
+        mine = client == "c02" and message.metadata.message_type == stage
+        return altered(reply, message, **odd) if mine else reply
+
+    federation.grid.fate = fate
+    found = federation.sum()
+    assert set(found.clients) >= set(federation.names) - {"c02"}
+    close(federation, found)
+    assert set(federation.faults.summarise()["clients"]) <= {"c02"}
+
+
 def test_another_clients_key_is_refused(tmp_path: Path) -> None:
     federation, kept = few(tmp_path, 6), []
 
