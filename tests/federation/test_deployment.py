@@ -26,6 +26,7 @@ from fedp2eft.data.debian import load_debian
 from fedp2eft.data.registry import load_clients
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.server.faults import Faults
+from fedp2eft.federation.wire.keys import threshold
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import read_settings, settings_from
 from tiny_run import LABELS, World, all_rows, write_jsonl
@@ -136,6 +137,19 @@ def test_the_examples_experiment_is_one_of_its_data(monkeypatch: pytest.MonkeyPa
     assert len(clients) == s.federation.min_clients
     seen = [pool for _, pool in clients.values()].count("seen")
     assert seen == s.federation.clients_per_round == s.base.clients_per_round
+
+
+def test_the_example_with_secure_sums_bears_two_dropouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    s = read_settings(EXAMPLE / "secure.yaml")
+    names = runpy.run_path(str(EXAMPLE / "run.py"))
+    clients = names["CLIENTS"] | names["MORE"]
+    seen = [pool for _, pool in clients.values()].count("seen")
+    assert s.privacy.secure
+    assert seen == s.federation.clients_per_round == s.base.clients_per_round
+    assert seen - threshold(s.privacy, seen) == 2
+    assert (seen - 2) / seen >= s.peers.min_share
+    assert load_clients(s.data).labels == load_debian().labels
 
 
 def test_the_examples_certificate_is_the_servers_and_nobody_elses(tmp_path: Path) -> None:

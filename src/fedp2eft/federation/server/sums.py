@@ -333,9 +333,9 @@ class SecureSum:
         """Put a client's seed or mask key together, and prove it."""
         if len(shares) < self._least:
             raise UserError(
-                f"Only {len(shares)} clients sent a good share of client "
-                f"{self._members[owner].client}'s {kind} in {self._what}, and {self._least} are "
-                "needed (privacy.secure_threshold): start again to repeat it."
+                f"{len(shares)} of {self._least} shares that are needed of client "
+                f"{self._members[owner].client}'s {kind} arrived in {self._what} "
+                "(privacy.secure_threshold): start again to repeat it."
             )
         secret = join(shares[: self._least])
         if kind == "seed":
