@@ -306,6 +306,8 @@ class _Attention(torch.autograd.Function):
 
 def _by_head(values: Tensor, heads: int) -> Tensor:
     """Rows × any heads × positions × d as that many heads, whose positions follow each other."""
+    if values.shape[1] == heads:
+        return values
     return values.reshape(len(values), heads, -1, values.shape[-1])
 
 
