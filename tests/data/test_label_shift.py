@@ -70,6 +70,8 @@ def test_a_shifted_partition_is_warned_of(tmp_path: Path, caplog: pytest.LogCapt
     assert "data.proportions: both" in line
     assert {r.levelno for r in caplog.records} == {logging.WARNING}
     caplog.clear()
+    load_clients(settings, labels_used=False)
+    assert not caplog.records
     settings.proportions = "both"
     fitted = load_clients(settings)
     assert max(label_shift(fitted).values()) <= 0.1

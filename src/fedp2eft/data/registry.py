@@ -168,8 +168,13 @@ def find(settings: DataSettings) -> DatasetEntry:
     return entry
 
 
-def load_clients(settings: DataSettings) -> ClientData:
+def load_clients(settings: DataSettings, *, labels_used: bool = True) -> ClientData:
     """Load the clients and rows that the settings describe.
+
+    Args:
+        settings: the data set and its partition.
+        labels_used: whether labels are predicted; if so, a label shift made by the partition is
+            warned of.
 
     Raises:
         UserError: an unknown data set, a setting that it has no use for, or as its loader does.
@@ -177,7 +182,8 @@ def load_clients(settings: DataSettings) -> ClientData:
     entry = find(settings)
     data = entry.loader(settings)
     data = hold_out(data, settings) if settings.holdout else data
-    if "alpha" not in entry.unused:  # the rows were dealt out here, not by whoever owns them
+    # Clients with files of their own (alpha unused) were not dealt their rows here.
+    if labels_used and "alpha" not in entry.unused:
         warn_of_label_shift(data)
     if settings.merge_clients:
         data = merge_clients(data)

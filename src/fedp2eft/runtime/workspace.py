@@ -113,7 +113,8 @@ class Workspace:
         """The clients and their rows."""
         if self.node is not None:
             return clients_of_node(self.node, self.settings.data)
-        return load_clients(self.settings.data)
+        classes = self.settings.model.task == "classification"
+        return load_clients(self.settings.data, labels_used=classes)
 
     @cached_property
     def device(self) -> torch.device:
