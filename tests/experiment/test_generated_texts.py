@@ -23,6 +23,7 @@ from tiny_chat import WORDS, make_chat_world
 from tiny_run import CLIENTS, World, plain_python
 from watching import FinishedRun, watched
 
+METHODS = ("base-r0", "unigram-r0", "lora-r2", "fedp2eft-r2")
 SCORES = {"rouge1", "rouge2", "rougeL", "chrf"}
 NEW = 5
 
@@ -47,8 +48,8 @@ def texts_of(run: Path, method: str, client: str) -> dict[str, Any]:
 
 def test_every_client_has_its_texts_with_every_method(done: FinishedRun) -> None:
     files = sorted(done.folder.glob("generations/*/*.json"))
-    methods = ("base-r0", "lora-r2", "fedp2eft-r2")
-    assert len(files) == len(methods) * len(CLIENTS)
+    assert {path.parent.name for path in files} == set(METHODS)
+    assert len(files) == len(METHODS) * len(CLIENTS)
     kept = texts_of(done.folder, "fedp2eft-r2", "fr-unseen-00")
     about = {key: kept[key] for key in ("client", "language", "pool", "method", "rank")}
     assert about == {
@@ -62,10 +63,12 @@ def test_every_client_has_its_texts_with_every_method(done: FinishedRun) -> None
     base = texts_of(done.folder, "base-r0", "fr-unseen-00")
     assert (base["method"], base["rank"]) == ("base", 0)
     assert [r["generated"] for r in base["rows"]] != [r["generated"] for r in kept["rows"]]
+    shifted = texts_of(done.folder, "unigram-r0", "fr-unseen-00")
+    assert [r["generated"] for r in base["rows"]] != [r["generated"] for r in shifted["rows"]]
 
 
 def test_the_cells_are_the_sums_of_the_texts_scores(done: FinishedRun) -> None:
-    for method in ("base-r0", "lora-r2"):
+    for method in ("base-r0", "unigram-r0", "lora-r2"):
         for cell in cells(done.folder, method):
             rows = texts_of(done.folder, method, cell["client"])["rows"]
             sums = text_scores([r["generated"] for r in rows], [r["reference"] for r in rows])
@@ -106,7 +109,7 @@ def test_the_terminal_shows_them(done: FinishedRun, capsys: pytest.CaptureFixtur
 def test_only_sums_leave_a_client(done: FinishedRun) -> None:
     """No word of a prompt, a reference or a generated text; numbers between 0 and the rows."""
     sent = [(m, r) for m, r in done.messages if m.metadata.message_type == PERSONALIZE]
-    assert len(sent) == 3 * len(CLIENTS)
+    assert len(sent) == len(METHODS) * len(CLIENTS)
     words = {w for text in WORDS.values() for w in text.split() if len(w) >= 4}
     for _, reply in sent:
         [metrics] = reply.content.metric_records.values()
@@ -166,7 +169,7 @@ def test_other_numbers_take_the_texts_away_with_their_cells(done: FinishedRun) -
     folder.drop_cells_of_other_phi({"fedp2eft": digest})
     assert not path.exists()
     assert not cell.exists()
-    assert len(list(done.folder.glob("generations/*/*.json"))) == 3 * len(CLIENTS) - 1
+    assert len(list(done.folder.glob("generations/*/*.json"))) == len(METHODS) * len(CLIENTS) - 1
     for file, content in kept.items():
         file.write_bytes(content)
 

@@ -166,7 +166,7 @@ def test_training_with_the_offset_is_training_with_shifted_logits() -> None:
 TRAINING = [
     name
     for name, method in METHODS.items()
-    if not (method.surveys or method.phase or "+" in name or name in ("base", "majority", "prior"))
+    if method.ranked and not (method.surveys or method.phase or "+" in name)
 ]
 
 
