@@ -107,7 +107,7 @@ def test_every_method_has_its_line_in_the_docs() -> None:
 def test_every_method_that_trains_has_a_variant_with_the_label_prior() -> None:
     without = {name for name in METHODS if name + WITH_PRIOR not in METHODS}
     without = {name for name in without if not name.endswith(WITH_PRIOR)}
-    assert without == {"base", "majority", "prior", "label-prior", "auto"}
+    assert without == {"base", "majority", "prior", "unigram", "label-prior", "auto"}
     own = {"logit_adjustment": "own"}
     for name in ("lora-tuned", "bt-lora", "gradient-shared", "fedp2eft-global", "fedl2p"):
         plain, variant = METHODS[name], METHODS[name + WITH_PRIOR]
@@ -126,6 +126,9 @@ def test_a_new_method_brings_its_variant_and_takes_it_away() -> None:
     assert METHODS["mine+prior"].variant == {"local": {"logit_adjustment": "own"}}
     del METHODS["mine"]
     assert not {"mine", "mine+prior"} & set(METHODS)
+    METHODS["mine"] = replace(METHODS["lora"], texts=True)
+    assert "mine+prior" not in METHODS
+    del METHODS["mine"]
     with pytest.raises(UserError, match=r"'lroa' is unknown.*and NAME\+prior of those that train"):
         method_named("lroa")
 

@@ -111,7 +111,7 @@ class Methods(MutableMapping[str, Method]):
     """Methods by name; those of installed packages are loaded when it is first looked at.
 
     Every method NAME with a rank budget is there as NAME+prior, too, unless it has its own way with
-    the label prior.
+    the label prior or is for causal LMs alone.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,8 @@ class Methods(MutableMapping[str, Method]):
         if method.settings:
             add_section(method.section or name.replace("-", "_"), method.settings)
         self._known[name] = method
-        if method.ranked and not method.label_prior and not name.endswith(WITH_PRIOR):
+        own = method.label_prior or method.texts  # its own way with the prior, or no classes
+        if method.ranked and not own and not name.endswith(WITH_PRIOR):
             self._known[name + WITH_PRIOR] = method.with_prior(name)
 
     def _check(self, name: str, phase: Phase) -> None:
