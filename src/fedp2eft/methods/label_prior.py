@@ -57,8 +57,8 @@ def _counts(client: ClientSide, data: Encoded) -> Tensor:
 
 def ask_counts(client: ClientSide, _rank: int) -> dict[str, Tensor]:
     """Return rows of each class: all training rows, and those that are not held out."""
-    kept = client.trial(client.own.holdout).train
-    return {"all": _counts(client, client.train), "kept": _counts(client, kept)}
+    every = _counts(client, client.train)  # first: it refuses a task without classes
+    return {"all": every, "kept": _counts(client, client.trial(client.own.holdout).train)}
 
 
 def pool(sums: Mapping[str, Tensor], _clients: int) -> dict[str, Tensor]:
