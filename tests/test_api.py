@@ -98,7 +98,11 @@ def test_a_budget_in_parameters_is_the_runs(finished, world: World, tmp_path: Pa
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("fedl2p", "use fedp2eft train, or one of base, majority, prior, lora, fedp2eft, adalora"),
+        (
+            "fedl2p",
+            "use fedp2eft train, or one of prior, lora, fedp2eft, adalora, bt-lora, gradient, "
+            r"fedp2eft-structure, fedp2eft-scale, fedp2eft-random\.$",
+        ),
         ("lora-tuned", "Method lora-tuned starts from"),
         ("fedp2eft-layerwise", "needs a PSG trained with adapter.layerwise: true"),
         ("base", "Method base makes no adapter"),

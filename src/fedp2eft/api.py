@@ -151,10 +151,9 @@ def personalize(
             "name another method."
         )
     if made.shared not in (None, "psg") or (made.surveys and not prepared):
-        alone = [name for name, m in METHODS.items() if m.shared in (None, "psg") and not m.surveys]
         raise UserError(
             f"Method {method} starts from what a federation of its own trained or its clients "
-            f"answered: use fedp2eft train, or one of {', '.join(alone)}."
+            f"answered: use fedp2eft train, or one of {', '.join(_alone(c.task))}."
         )
     given: dict[str, Any] = {
         "personalize_lr": lr,
@@ -214,6 +213,18 @@ def personalize(
         },
         auto_mapping(workspace.bt.model.get_base_model()),
     )
+
+
+def _alone(task: TaskName) -> list[str]:
+    """Return the methods that make an adapter for one client from any PSG of a task."""
+    other = "texts" if task == "classification" else "classes"  # what is for the other task alone
+    return [
+        name
+        for name, m in METHODS.items()
+        if m.shared in (None, "psg")
+        and not (m.surveys or m.variant or getattr(m, other))
+        and (m.ranked or m.label_prior)  # the rest only score the base
+    ]
 
 
 def evaluate(
