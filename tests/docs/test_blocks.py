@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import pytest
 import torch
-import yaml
 from blocks import Block, blocks_of, commands_of
 from shell import check
 
@@ -18,6 +17,7 @@ import fedp2eft.settings.experiment
 from fedp2eft.bases import BASES
 from fedp2eft.methods import METHODS
 from fedp2eft.settings.reading import settings_from
+from fedp2eft.settings.words import load_words
 from tiny import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
         for command in commands_of(text):
             check(command)
     elif language == "yaml":
-        settings_from(yaml.safe_load(text))
+        settings_from(load_words(text))
     elif language == "toml":
         tomllib.loads(text)
     elif language == "json":
