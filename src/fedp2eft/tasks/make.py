@@ -35,4 +35,4 @@ def make_task(
         return CausalLM(Prompts(tokenizer, size).pad, max_length, device, size)
     # CANINE's convolutions read across the end of a row: every row is padded alike.
     whole = hasattr(text, "downsampling_rate")
-    return Classification(int(tokenizer.pad_token_id), max_length, device, size, whole)
+    return Classification(int(tokenizer.pad_token_id), max_length, device, size, whole=whole)

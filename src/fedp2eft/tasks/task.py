@@ -100,7 +100,7 @@ class Task(ABC):
     device: torch.device | str = "cpu"
     vocabulary: int | None = None
     offset: Tensor | None = field(default=None, compare=False, kw_only=True)
-    states_mib: int = 0
+    states_mib: int = field(default=0, kw_only=True)
 
     # Tokens of one pass of packed rows: what it keeps for its backward pass grows with them.
     most_tokens: ClassVar[int] = 4096
