@@ -93,8 +93,10 @@ def test_loss_gradients_and_scores_are_those_of_a_whole_pass(kind: str, attentio
         ran.append(set(seen))
     assert ran == [{0, 1, 2, 3}, {2, 3}]
     for whole, kept in zip(*found, strict=True):
-        # losses are float32
-        torch.testing.assert_close(kept, whole, rtol=1e-6, atol=1e-9)
+        # Losses are float32, and so are a decoder's norms and softmax, which are packed in the one
+        # pass and padded in the other.
+        rtol, atol = (1e-5, 1e-7) if kind in DECODERS else (1e-6, 1e-9)
+        torch.testing.assert_close(kept, whole, rtol=rtol, atol=atol)
     assert max(float(gradient.abs().max()) for gradient in found[1][1:-1]) > 1e-2
 
 
