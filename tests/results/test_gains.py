@@ -56,6 +56,21 @@ def test_steps_are_paired_differences_and_sum_up_to_the_total():
     assert found.clients == 6
 
 
+def test_each_seed_may_have_languages_of_its_own():
+    """Languages drawn by the seed: no client is dropped because another seed does not have it."""
+    made = cells()
+    for (method, _rank), seeds in made.items():
+        other = [c for c in clients(RIGHT[method]) if c["language"] == "ja"]
+        new = [c | {"client": c["client"] + "x", "language": "ko"} for c in other]
+        seeds[52] = [*other, *new]
+    found = gains_of("standard-fl", "unseen", made)
+    assert found is not None
+    assert found.clients == 6
+    german, rest = sum(RIGHT["base"][:3]) / 90, sum(RIGHT["base"][3:]) / 90
+    assert found.start == pytest.approx(((german + rest) / 2 + rest) / 2)
+    assert found.total.gain == pytest.approx(found.end - found.start)
+
+
 def test_what_is_said_is_one_of_three_kinds():
     found = gains_of("standard-fl", "unseen", cells())
     first, steps = found.text.split(" Step by step: ")

@@ -83,6 +83,18 @@ def test_a_name_under_two_seeds_is_two_clients():
     assert (alone.low, alone.high) == (None, None)
 
 
+def test_each_seed_may_have_languages_of_its_own():
+    """Seed 1 has a and b, seed 2 has b and c: a seed is the mean of its own two languages."""
+    mine = np.array([[6, 8, 5, 7, 0, 0], [0, 0, 9, 9, 2, 4]])
+    theirs = np.array([[4, 6, 5, 7, 0, 0], [0, 0, 5, 5, 3, 5]])
+    rows = np.array([[10, 10, 10, 10, 0, 0], [0, 0, 10, 10, 10, 10]])
+    found = paired_difference(mine, theirs, rows, ["a", "a", "b", "b", "c", "c"], seed=0)
+    # By seed and language: 0.2 and 0; 0.4 and -0.1.
+    assert found.value == pytest.approx(((0.2 + 0) / 2 + (0.4 - 0.1) / 2) / 2)
+    # Only b differs between its clients: two per seed, 0, 0 and 0.4, 0.4.
+    assert (found.low, found.high) == pytest.approx(((0.2 + 0 - 0.1) / 4, (0.2 + 0.8 - 0.1) / 4))
+
+
 def test_the_comparison_is_paired():
     """Accuracies that differ wildly between clients, by the same gain: no doubt about the gain."""
     theirs = np.array([[1, 20, 40, 60]])

@@ -152,7 +152,7 @@ def _gains(base: str, pool: str, paired: Paired, adjusted: bool) -> Gains:
     steps = tuple(step(_name(a, b, adjusted), a, b) for a, b in pairwise(chain))
     total = step("all steps", chain[0], chain[-1])
     start, end = paired.mean(chain[0]), paired.mean(chain[-1])
-    clients = len(paired.languages)
+    clients = paired.clients
     text = _text(pool, clients, metric, ranks, (start, end), total, steps)
     return Gains(base, pool, metric.name, ranks, clients, start, end, total, steps, text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,8 @@ class Paired:
         metric: What they are judged by.
         ranks: The budgets that all those have that have any; [0] where none has.
         languages: Of each client.
-        units: What each client's metric is a mean of: test rows or tokens, (seeds, clients).
+        units: What each client's metric is a mean of: test rows or tokens, (seeds, clients); 0
+            where a seed lacks the client, as when each seed draws its own languages.
         sums: By method and rank: the metric's sum over a client's units, (seeds, clients).
     """
 
@@ -47,39 +49,51 @@ class Paired:
         seeds = sorted(set.intersection(*({*cells[key]} for key in keys)))
         if not ranks or not seeds:
             return None
-        # The clients that every cell has, scored on as many rows in all.
         scores = {
             key: [{client["client"]: client for client in cells[key][seed]} for seed in seeds]
             for key in keys
         }
-        every = [clients for by_seed in scores.values() for clients in by_seed]
         first = scores[keys[0]]
-        if not all(every):
+        if not all(clients for by_seed in scores.values() for clients in by_seed):
             return None
         metric = metric_of(next(iter(first[0].values())))
-        unit = metric.unit
-        names = sorted(
-            name
-            for name in set.intersection(*({*clients} for clients in every))
-            if all(
-                mine[name][unit] == theirs[name][unit]
-                for by_seed in scores.values()
-                for mine, theirs in zip(by_seed, first, strict=True)
-            )
-        )
-        if not names:
+        # Of each seed the clients that all its cells have, scored on as many units in all.
+        kept = [
+            {
+                name: float(client[metric.unit])
+                for name, client in first[n].items()
+                if all(
+                    name in by_seed[n] and by_seed[n][name][metric.unit] == client[metric.unit]
+                    for by_seed in scores.values()
+                )
+            }
+            for n in range(len(seeds))
+        ]
+        rows = [n for n, mine in enumerate(kept) if mine]
+        if not rows:
             return None
+        language = {name: first[n][name]["language"] for n in rows for name in kept[n]}
+        names = sorted(language)
+
+        def totals(clients: Mapping[str, Any], mine: Mapping[str, float]) -> list[float]:
+            return [metric.total(clients[name]) if name in mine else 0.0 for name in names]
+
         return cls(
             list(methods),
             metric,
             ranks,
-            [first[0][name]["language"] for name in names],
-            np.array([[float(c[name][unit]) for name in names] for c in first]),
+            [language[name] for name in names],
+            np.array([[kept[n].get(name, 0.0) for name in names] for n in rows]),
             {
-                key: np.array([[metric.total(c[name]) for name in names] for c in by_seed])
+                key: np.array([totals(by_seed[n], kept[n]) for n in rows])
                 for key, by_seed in scores.items()
             },
         )
+
+    @property
+    def clients(self) -> int:
+        """Number of clients per seed, in the mean."""
+        return round(float((self.units > 0).sum(axis=1).mean()))
 
     def sum_of(self, method: str, ranks: Sequence[int]) -> NDArray[np.float64]:
         """Return a method's sums over units, mean over budgets."""
@@ -89,13 +103,13 @@ class Paired:
         return found
 
     def mean(self, method: str) -> float:
-        """Return a method's metric: mean over budgets, seeds and languages."""
+        """Return a method's metric: mean over budgets, seeds and the seed's languages."""
         sums, names = self.sum_of(method, self.ranks), np.asarray(self.languages)
-        parts = [
-            sums[:, names == name].sum(1) / self.units[:, names == name].sum(1)
-            for name in sorted(set(self.languages))
-        ]
-        return float(np.mean(parts))
+        groups = [names == name for name in sorted(set(self.languages))]
+        pooled = np.stack([self.units[:, group].sum(axis=1) for group in groups])
+        scored = np.stack([sums[:, group].sum(axis=1) for group in groups])
+        by_seed = np.where(pooled > 0, scored / np.maximum(pooled, 1), 0).sum(axis=0)
+        return float(np.mean(by_seed / (pooled > 0).sum(axis=0)))
 
     def difference(self, mine: str, theirs: str, ranks: Sequence[int], seed: int) -> Interval:
         """Return one method's metric less another's, mean over budgets."""

@@ -80,8 +80,8 @@ def paired_difference(
 ) -> Interval:
     """Return one method's metric less another's on the same clients and test rows.
 
-    The value is the mean over seeds of the plain mean over languages of the difference between the
-    two, each pooled over the language's test rows.
+    The value is the mean over seeds of the plain mean over the seed's languages of the difference
+    between the two, each pooled over the language's test rows.
 
     The interval is the 2.5 % to 97.5 % range of that value over 10,000 resamples. What is resampled
     are clients, within each language. A client is one of one seed: every seed draws the partition
@@ -96,16 +96,21 @@ def paired_difference(
     Args:
         mine: What the method sums up: rows classified right, or nats; shape (seeds, clients).
         theirs: The same for the other method.
-        units: Of what it is a mean: test rows, or response tokens; same shape, each above 0.
+        units: Of what it is a mean: test rows, or response tokens; same shape. 0: the client is not
+            among the seed's; each seed has at least one.
         languages: Language of every client, length clients.
         seed: Seed of the resampling.
     """
     names = np.asarray(languages)
     groups = [np.flatnonzero(names == name) for name in sorted(set(languages))]
-    # each client's part of its language's difference; they sum up to the value of one seed
-    parts = [
-        ((mine - theirs)[:, g] / units[:, g].sum(axis=1, keepdims=True)).ravel() for g in groups
-    ]
+    # Each client's part of its language's difference; they sum up to the value of one seed. A seed
+    # with fewer languages than there are in all gives each of them more weight.
+    pooled = np.stack([units[:, g].sum(axis=1) for g in groups], axis=1)
+    weights = len(groups) / (pooled > 0).sum(axis=1)
+    parts = []
+    for group, rows in zip(groups, pooled.T, strict=True):
+        share = weights[:, None] * (mine - theirs)[:, group] / np.maximum(rows, 1)[:, None]
+        parts.append(share[units[:, group] > 0])
     value = float(np.mean([part.sum() for part in parts])) / len(mine)
     sizes = tuple(len(part) for part in parts)
     if min(sizes) < 2:
