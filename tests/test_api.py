@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,6 +253,23 @@ def test_an_adapter_remembers_its_columns(finished, world: World, tmp_path: Path
     of_the_run = finished.folder / "adapters" / "fr-unseen-00" / "fedp2eft-r2" / "fedp2eft.json"
     facts = json.loads(of_the_run.read_text())
     assert (facts["text_columns"], facts["label_column"]) == (["text"], "label")
+
+
+def test_a_merged_model_remembers_length_and_columns(finished, world: World, tmp_path: Path):
+    """So that it scores as its adapter does: rows longer than the adapter's are cut likewise."""
+    adapter = finished.folder / "adapters" / "fr-unseen-00" / "fedp2eft-r2"
+    facts = json.loads((adapter / "fedp2eft.json").read_text()) | {"text_columns": ["satz"]}
+    own = shutil.copytree(adapter, tmp_path / "own")
+    (own / "fedp2eft.json").write_text(json.dumps(facts))
+    rows = world.client_rows("fr-unseen-00", "test")
+    rows = [{"satz": row["text"] + " le petit chat" * 5, "label": row["label"]} for row in rows]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    scores = fedp2eft.evaluate(finished.folder / "base", data, own, precision="fp32")
+    fedp2eft.export(own, tmp_path / "merged", "merged")
+    merged = fedp2eft.evaluate(tmp_path / "merged", data, precision="fp32")
+    assert merged.loss == pytest.approx(scores.loss, rel=1e-5)
+    whole = fedp2eft.evaluate(tmp_path / "merged", data, max_length=24, precision="fp32")
+    assert whole.loss != pytest.approx(scores.loss, rel=1e-5)
 
 
 def test_texts_that_are_cut_are_said_once(finished, world: World, tmp_path: Path, caplog):

@@ -246,17 +246,17 @@ def evaluate(
 
     If the file has a column `split`, score its rows "test", else all rows. Class names are those of
     the model's config. With a `target_column`, the model is a causal LM, scored on the responses in
-    that column. Columns and `max_length` are the adapter's by default, or else `text`, `label` and
-    128 tokens (a causal LM: 1024) or what the model reads; longer inputs are cut. With `generate`,
-    the causal LM answers every prompt greedily with at most `max_new_tokens` tokens, and the texts
-    are scored too.
+    that column. Columns and `max_length` are those of the adapter, or of the one that was merged
+    into the model, by default, or else `text`, `label` and 128 tokens (a causal LM: 1024) or what
+    the model reads; longer inputs are cut. With `generate`, the causal LM answers every prompt
+    greedily with at most `max_new_tokens` tokens, and the texts are scored too.
 
     Raises:
         UserError: Bad rows, a label that the model does not know, or an adapter that does not fit.
     """
     source = resolve_model(str(model))
     config = load_config(source)
-    facts = {} if adapter is None else adapter_facts(adapter)
+    facts = adapter_facts(source.path if adapter is None else adapter)  # a merged model has them
     if target_column and label_column:
         raise UserError("Rows have a class or a response: name label_column or target_column.")
     text_columns, target_column = _columns(facts, text_columns, label_column, target_column)

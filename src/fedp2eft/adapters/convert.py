@@ -99,7 +99,10 @@ def merge(
         new = load_base(ModelSource(str(target), str(made), ""), task)
         probe.check(new, dtype, f"{target} (merged)")
 
-    save_model(target, whole, load_tokenizer(source), check=check)
+    # What `evaluate` goes by: columns and max_length. Not the tokenizer's model_max_length, which
+    # inference servers take for the longest prompt and answer together.
+    facts = {FACTS_FILE: {**adapter_facts(adapter), "layout": "merged"}}
+    save_model(target, whole, load_tokenizer(source), facts, check)
 
 
 def _config(adapter: str | Path) -> Any:

@@ -95,8 +95,8 @@ def evaluate_model(
         label_column: Column with the class. Default: the adapter's, or else "label".
         target_column: Column with the response: the model is then a causal LM. Default: the
             adapter's.
-        max_length: Maximum input length in tokens. Default: the adapter's, or else 128 (a causal
-            LM: 1024).
+        max_length: Maximum input length in tokens. Default: the adapter's, also of one that was
+            merged into the model, or else 128 (a causal LM: 1024).
         batch_size: Rows per batch.
         precision: Dtype of the base model.
         device: "auto", "cpu" or "cuda".

@@ -36,6 +36,7 @@ VOCABULARY_FILES = [
 HUB_FILES = [
     *VOCABULARY_FILES,
     "config.json",
+    "fedp2eft.json",
     "generation_config.json",
     "model.safetensors",
     "model-*.safetensors",
