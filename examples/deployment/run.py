@@ -4,7 +4,7 @@
 
 Makes certificates and keys, starts a SuperLink and four SuperNodes, registers their keys, runs
 examples/deployment/experiment.yaml, shows its log and ends all it started. Exits with 0 where the
-run was completed; a run that was stopped goes on when this is started again. About five minutes on
+run was completed; a run that was stopped resumes when this is started again. About five minutes on
 a quiet machine with four cores.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -152,6 +153,8 @@ def main() -> int:
             "OMP_NUM_THREADS": str(options.threads),
         },
     )
+    # A plain `kill` ends what was started too: SystemExit comes by `finally`.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         processes.start(
             "superlink", "flower-superlink", "--host", "127.0.0.1",

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import runpy
 import shutil
+import signal
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -150,6 +155,40 @@ def test_the_example_with_secure_sums_bears_two_dropouts(monkeypatch: pytest.Mon
     assert seen - threshold(s.privacy, seen) == 2
     assert (seen - 2) / seen >= s.peers.min_share
     assert load_clients(s.data).labels == load_debian().labels
+
+
+STAND_IN = """
+import sys, time
+import run
+
+class Sleeper(run.Processes):
+    def start(self, name, *words, cwd=None):
+        super().start(name, sys.executable, "-c", "import time; time.sleep(60)")
+
+def wait(address, authority, processes):
+    print(processes.started[0].pid, flush=True)
+    time.sleep(60)
+
+run.Processes, run.wait_until_up = Sleeper, wait
+run.server = run.write_files = lambda *_, **__: {}
+run.main()
+"""
+
+
+def test_the_example_ends_what_it_started_when_it_is_terminated(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STAND_IN, "--work", str(tmp_path)], stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLE)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process:
+        started = psutil.Process(int(process.stdout.readline()))
+        process.terminate()
+        status = process.wait()
+    left = started.is_running()
+    if left:
+        started.kill()
+    assert (status, left) == (128 + signal.SIGTERM, False)
 
 
 def test_the_examples_certificate_is_the_servers_and_nobody_elses(tmp_path: Path) -> None:
