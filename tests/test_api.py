@@ -280,8 +280,11 @@ def test_texts_that_are_cut_are_said_once(finished, world: World, tmp_path: Path
     fedp2eft.personalize(psg, base, data, 2, test_data=data)
     assert [m for m in caplog.messages if "cut" in m] == [
         f"Client rows, train: 2 of {len(rows) + 2} texts are longer than local.max_length (12 "
-        "tokens) and are cut there. Other clients' are not listed."
+        "tokens) and are cut there."
     ]
+    caplog.clear()
+    Workspace(world.settings(local__max_length=3), finished.folder).encoded("fr-unseen-00", "train")
+    assert caplog.messages[0].endswith("are cut there. Other clients' are not listed.")
     caplog.clear()
     fedp2eft.evaluate(base, data, max_length=24)
     assert not caplog.messages

@@ -222,8 +222,9 @@ class Workspace:
             self._said_cut = True
             logger.warning(
                 "Client %s, %s: %d of %d texts are longer than local.max_length (%d tokens) and "
-                "are cut there. Other clients' are not listed.",
+                "are cut there.%s",
                 name, split, data.cut, len(data), self.settings.local.max_length,
+                " Other clients' are not listed." if len(self.clients) > 1 else "",
             )  # fmt: skip
 
     def seed_of(self, purpose: str, name: str) -> int:
