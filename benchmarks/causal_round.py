@@ -48,6 +48,7 @@ def main() -> None:
     source = resolve_model(o.model)
     tokenizer, config = load_tokenizer(source), load_config(source)
     task = make_task("causal_lm", tokenizer, o.max_length, "cpu", config)
+    assert isinstance(task, CausalLM)
     clients = load_clients(
         DataSettings(
             "libreoffice-help", languages=[o.language], clients_per_language=1,

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from common import MINILM, alternate, client_rows, machine, median, model_source, spread
+from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -48,7 +51,7 @@ class PlainGate(nn.Module):
         return self.linear.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) * self.lam.clamp(1e-4, 1000.0)
+        return cast(torch.Tensor, self.linear(x)) * self.lam.clamp(1e-4, 1000.0)
 
 
 def usual_round(
@@ -56,7 +59,7 @@ def usual_round(
     task: Classification,
     data: Encoded,
     psg: PSG,
-    order: list,
+    order: list[NDArray[Any]],
     s: LocalSettings,
     g: GeneratorSettings,
 ) -> torch.Tensor:
@@ -65,8 +68,8 @@ def usual_round(
     linears = [m for m in base.modules() if isinstance(m, nn.Linear)]
     moments = [[0, 0.0, 0.0] for _ in linears]
 
-    def hook_for(row: int):
-        def hook(_m, inputs):
+    def hook_for(row: int) -> Callable[..., None]:
+        def hook(_m: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0]
             moments[row][0] += x.numel()
             moments[row][1] += float(x.sum())
@@ -123,7 +126,7 @@ def usual_round(
             loss = loss + s.alpha_s / n * (change.abs().sum(0) / lam).sum()
             loss = loss + s.alpha_p / n * (100 * lam + lam.log()).sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, s.max_grad_norm)
         optimizer.step()
     target = torch.stack([m.lam.detach() for m in gates]).clamp(1e-4, 1000.0)
@@ -177,7 +180,7 @@ def main() -> None:
     phi = psg.phi()
     lam: dict[str, torch.Tensor] = {}
 
-    def ours(name: str, bt: BTLora, xi: torch.Tensor):
+    def ours(name: str, bt: BTLora, xi: torch.Tensor) -> Callable[[], None]:
         def run() -> None:
             psg.set_phi(phi)
             lam[name] = train_round(bt, task, data, xi, psg, list(order), s, g, PAPER).lam

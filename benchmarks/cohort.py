@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def main() -> None:
         )
     lam: dict[str, torch.Tensor] = {}
 
-    def keep(name: str, found: list) -> None:
+    def keep(name: str, found: Sequence[Any]) -> None:
         assert all(isinstance(one, Round) for one in found)
         lam[name] = torch.stack([one.lam for one in found])
 

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 from common import machine
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 
 from fedp2eft.federation.local import LocalGrid
@@ -33,7 +34,7 @@ def train(message: Message, context: Context) -> Message:
 def resident() -> int:
     """Bytes of this process in memory."""
     gc.collect()
-    return psutil.Process().memory_info().rss
+    return int(psutil.Process().memory_info().rss)
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     phi = ArrayRecord({"phi": Array(np.zeros(745_000, np.float32))})
     record = RecordDict({"arrays": phi})
     before = resident()
-    nodes = [{"client": f"c{i}"} for i in range(options.clients)]
+    nodes: list[UserConfig] = [{"client": f"c{i}"} for i in range(options.clients)]
     grid = LocalGrid(app, nodes, {})
     made = resident()
     print(machine())

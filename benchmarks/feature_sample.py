@@ -14,6 +14,7 @@ import argparse
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import machine, median
@@ -42,7 +43,7 @@ def same(psg: PSG, xi: Tensor, other: Tensor, rank: int) -> float:
     return float((kept & others).sum() / kept.sum())
 
 
-def clients(languages: list[str], rows: int, task: Classification, tokenizer) -> list[Encoded]:
+def clients(languages: list[str], rows: int, task: Classification, tokenizer: Any) -> list[Encoded]:
     """Two unseen clients per language, as tokens."""
     data = load_debian(
         languages=tuple(languages), clients_per_language=2, max_train=rows, max_test=8

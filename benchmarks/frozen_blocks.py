@@ -10,6 +10,7 @@ computes the states of both texts too. "again" finds them, as every further meth
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,7 @@ from fedp2eft.models.loading import load_base
 from fedp2eft.models.precision import resolve_precision
 from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
 from fedp2eft.tasks.frozen_blocks import _KEPT
+from fedp2eft.tasks.task import Scores
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
     order = list(local_order(len(train), s.personalize_epochs, s.batch_size, 0))
     losses: dict[str, list[float]] = {}
 
-    def fit(mib: int, name: str, forget: bool = False):
+    def fit(mib: int, name: str, forget: bool = False) -> Callable[[], None]:
         own = replace(task, states_mib=mib)
 
         def run() -> None:
@@ -62,7 +64,7 @@ def main() -> None:
 
         return run
 
-    def score(mib: int):
+    def score(mib: int) -> Callable[[], Scores]:
         own = replace(task, states_mib=mib)
         return lambda: own.score(bt.model, test, s.eval_batch_size)
 

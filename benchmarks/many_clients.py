@@ -78,7 +78,7 @@ def experiment(folder: Path, clients: int, rounds: int, a_round: int, **more: An
 def resident() -> float:
     """MB of this process in memory."""
     gc.collect()
-    return psutil.Process().memory_info().rss / 1e6
+    return float(psutil.Process().memory_info().rss / 1e6)
 
 
 class Silent(LogReporter):

@@ -33,7 +33,7 @@ LABELS = ("a", "b", "c")
 def resident() -> int:
     """Bytes of this process in memory."""
     gc.collect()
-    return psutil.Process().memory_info().rss
+    return int(psutil.Process().memory_info().rss)
 
 
 def save_encoder(folder: Path) -> None:

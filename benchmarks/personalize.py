@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common import client_rows, clock, machine, median, spread
 from numpy.typing import NDArray
@@ -73,7 +74,7 @@ def main() -> None:
             """Seconds of the steps alone, and of all that is beside them."""
             marks: list[float] = []
             start = clock()
-            client = client_from_file(file, DataSettings(labels=LABELS, test_fraction=0.0))
+            client = client_from_file(file, DataSettings(labels=list(LABELS), test_fraction=0.0))
             chosen = client.clients[0].train
             data = task.encode(tokenizer, [client.rows(chosen)["text"]], client.label_ids(chosen))
             read = clock()
@@ -81,7 +82,7 @@ def main() -> None:
             heard = clock()
             lam, keep = structure(psg, xi, options.rank)
 
-            def timed() -> Iterator[NDArray]:
+            def timed() -> Iterator[NDArray[Any]]:
                 # Mini-batches are asked for between steps: first to last is the steps alone.
                 for rows in local_order(len(data), s.personalize_epochs, s.batch_size, 0):
                     marks.append(clock())

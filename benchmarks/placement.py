@@ -32,7 +32,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ from fedp2eft.settings.experiment import (
     Settings,
 )
 from fedp2eft.settings.reading import settings_of_folder
+from fedp2eft.tasks.task import Scores
 
 FULL = {
     "languages": ["de", "el", "en_US", "ja", "ru", "tr"],
@@ -219,7 +220,8 @@ class Bed:
     def cell(self, client: Client, keep: Tensor | None, rate: float) -> dict[str, Any]:
         """Return what a client scores after fine-tuning the kept ranks; on the base if None."""
         (side, held), start = self.side(client), time.process_time()
-        size, scores = side.settings.eval_batch_size, []
+        size = side.settings.eval_batch_size
+        scores: list[Scores] = []
 
         def measure(model: Any) -> None:
             scores.extend(side.task.score(model, rows, size) for rows in held)
@@ -400,8 +402,12 @@ def compute(bench: Bench) -> list[tuple[str, Cells, list[str]]]:
     draws = [f"random {number}" for number in range(o.randoms)]
     rng = np.random.default_rng(7)
     shares = {name: torch.from_numpy(rng.exponential(size=len(layers.costs))) for name in draws}
+
+    def divided(each: Tensor, _client: Client) -> Tensor | None:
+        return layers.divided(each, o.rank)
+
     for name, each in shares.items():
-        bench.collect(name, [rate], lambda _client, each=each: layers.divided(each, o.rank))
+        bench.collect(name, [rate], partial(divided, each))
     clients = bench.clients
     best = min(draws, key=lambda name: bench.loss((name, rate), clients, "choose"))
     bench.collect(best, rates, lambda _client: layers.divided(shares[best], o.rank))

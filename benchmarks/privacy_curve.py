@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fedp2eft.adapters.budget import keep_largest
+from fedp2eft.client.training import train_round
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.generator import PSG
@@ -118,9 +119,9 @@ class Moved:
 def compute_once() -> None:
     """A client's round that starts from the same φ and seed is not computed a second time."""
     known: dict[tuple[str, int], Any] = {}
-    compute = phases.train_round
+    compute = train_round
 
-    def train_round(*parts: Any, seed: int, **others: Any) -> Any:
+    def once(*parts: Any, seed: int, **others: Any) -> Any:
         psg = next(part for part in parts if isinstance(part, PSG))
         phi = b"".join(value.numpy().tobytes() for _, value in sorted(psg.phi().items()))
         key = (sha256(phi).hexdigest(), seed)
@@ -128,7 +129,7 @@ def compute_once() -> None:
             known[key] = compute(*parts, seed=seed, **others)
         return known[key]
 
-    phases.train_round = train_round
+    phases.train_round = once  # type: ignore[assignment, attr-defined]
 
 
 def main() -> None:

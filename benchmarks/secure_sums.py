@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 
 from fedp2eft.federation.client.sums import give_masked, serve_sums
@@ -71,7 +72,7 @@ def measure(clients: int, entries: int) -> dict[str, Any]:
     layout = {"w": Block((entries,), 1.0, 32)}
     value = np.random.default_rng(0).uniform(-1, 1, entries).astype(np.float32)
     settings = Settings(privacy=privacy, peers=PEERS)
-    nodes = [{"client": f"c{i}"} for i in range(clients)]
+    nodes: list[UserConfig] = [{"client": f"c{i}"} for i in range(clients)]
     grid = Timed(app(value, layout, privacy), nodes, {"settings": settings_text(settings)})
     members = [Member(2 + i, f"c{i}", "", "seen", 0) for i in range(clients)]
     found: dict[str, Any] = {"clients": clients, "entries": entries}

@@ -9,6 +9,7 @@ parts as there are lengths, the largest none at all), and the positions that eac
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from common import alternate, client_rows, machine, median, spread
@@ -45,7 +46,7 @@ def main() -> None:
     order = list(descent.local_order(len(data), 1, s.batch_size, 0))
     lam: dict[str, torch.Tensor] = {}
 
-    def mode(tokens: int):
+    def mode(tokens: int) -> Callable[[], None]:
         def run() -> None:
             descent.PASS_TOKENS = tokens
             bt.reset(0.5)
