@@ -12,11 +12,14 @@ import pytest
 
 from fedp2eft.cli import main
 from fedp2eft.files import write_json
-from fedp2eft.report.page import page
+from fedp2eft.report.page import _shaded, page
 from fedp2eft.report.source import read_report
 from fedp2eft.results.choices import Choice, Tried, choice_from, choices_of, chosen_by
+from fedp2eft.results.layout import choice_table, difference
+from fedp2eft.results.metrics import ACCURACY, RESPONSE_LOSS
 from fedp2eft.results.rows import read_results
-from fedp2eft.results.tables import as_csv, markdown, write_tables
+from fedp2eft.results.summary import Difference
+from fedp2eft.results.tables import as_csv, escape, markdown, write_tables
 
 CHOSEN = [2, 1e-3, 4, 2]
 TABLE = [[0, 0, 0, 0, -1.25, 0.5, 0.125], [1, 0, 0, 0, -1.0, 0.25, 0.125], [*CHOSEN, -0.75, 0, 0]]
@@ -77,6 +80,16 @@ def test_a_choice_in_numbers_and_words() -> None:
     assert chosen_by(cell("auto", 2, [1], [])["clients"]) == {}
 
 
+def test_one_minus_sign_everywhere_but_in_latex() -> None:
+    [choice] = choices_of([AUTO])
+    assert choice_table(choice).rows[0] == ["base", "−1.2500", "0.5000", "0.1250"]
+    assert difference(Difference("lora", 2, -0.01, -0.02, 0.003), ACCURACY) == "−1.0 [−2.0, +0.3]"
+    assert difference(Difference("lora", 2, 0.25, None, None), RESPONSE_LOSS) == "+0.250"
+    assert difference(Difference("lora", 2, -1e-5, None, None), ACCURACY) == "0.0"
+    assert escape("−1.0") == "-1.0"
+    assert _shaded(-0.5)["text"] == "−0.50"
+
+
 def test_tables_say_it(folder: Path) -> None:
     made = write_tables(folder)
     auto, lora = (made.line("standard-fl", "seen", name, 2) for name in ("auto", "lora"))
@@ -110,7 +123,7 @@ def test_terminal_and_page_say_it(
     made = page(read_report(folder, ask=False))
     assert f"<li>{TEXT}</li>" in made
     assert f"<li>{GUARD}</li>" in made
-    assert '<td class="name">prior</td><td>-1.0000</td><td>0.2500</td><td>0.1250</td>' in made
+    assert '<td class="name">prior</td><td>−1.0000</td><td>0.2500</td><td>0.1250</td>' in made
 
 
 def test_a_run_keeps_choice_and_steps(all_methods) -> None:

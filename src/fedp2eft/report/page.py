@@ -24,6 +24,7 @@ from fedp2eft.report.svg import inline
 from fedp2eft.results.figures import MARKS, STYLE, gain_span, look_of, shade
 from fedp2eft.results.gains import judged, signed
 from fedp2eft.results.layout import (
+    MINUS,
     Table,
     choice_table,
     choice_texts,
@@ -246,7 +247,7 @@ def _shaded(value: float) -> dict[str, str]:
     """Return a correlation with its colour: orange below 0, purple above, stronger with size."""
     hue = "var(--more)" if value >= 0 else "var(--less)"
     colour = f"color-mix(in srgb, {hue} {abs(value):.0%}, var(--back))"
-    return {"text": f"{value:+.2f}", "colour": colour}
+    return {"text": f"{value:+.2f}".replace("-", MINUS), "colour": colour}
 
 
 def generations(report: ReportData) -> Iterator[dict[str, Any]]:

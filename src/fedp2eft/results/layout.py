@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from fedp2eft.results.choices import Choice
-from fedp2eft.results.gains import Gains
+from fedp2eft.results.gains import Gains, signed
 from fedp2eft.results.metrics import ACCURACY, METRICS, Metric
 from fedp2eft.results.statistics import Estimate
 from fedp2eft.results.summary import REFERENCES, Comparison, Difference, Line
 from fedp2eft.settings.experiment import Budget
 
 MISSING = "–"
+MINUS = "−"
 WORSE = "worse than base"
 PARAMETERS = "parameters"
 COLUMNS = (
@@ -92,10 +93,8 @@ def choice_texts(comparison: Comparison) -> list[str]:
 def choice_table(choice: Choice) -> Table:
     """Return the candidates of the seen clients' choice × their held-out scores, nats per row."""
     head = ["candidate", "log-likelihood", "below the best", "standard error"]
-    rows = [
-        [t.candidate, *(f"{x:.4f}" for x in (t.log_likelihood, t.worse, t.standard_error))]
-        for t in choice.tried
-    ]
+    found = ((t.candidate, (t.log_likelihood, t.worse, t.standard_error)) for t in choice.tried)
+    rows = [[name, *(f"{x:.4f}".replace("-", MINUS) for x in values)] for name, values in found]
     return Table(choice.text, head, rows)
 
 
@@ -239,11 +238,10 @@ def difference(made: Difference | None, metric: Metric) -> str:
     """Return a difference with its sign, and with its interval where it has one."""
     if made is None:
         return MISSING
-    value, low, high = (
-        None if x is None else ("+" if x >= 0 else "") + metric.shown(x)
-        for x in (made.value, made.low, made.high)
-    )
-    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+    if made.low is None or made.high is None:
+        return signed(made.value, metric)
+    low, high = signed(made.low, metric), signed(made.high, metric)
+    return f"{signed(made.value, metric)} [{low}, {high}]"
 
 
 def tables(comparison: Comparison) -> list[Table]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedp2eft.files import write_json, write_text
 from fedp2eft.results.cells import read_cells
-from fedp2eft.results.layout import budgets, choice_texts, gain_text, notes, tables
+from fedp2eft.results.layout import MINUS, budgets, choice_texts, gain_text, notes, tables
 from fedp2eft.results.metrics import METRICS
 from fedp2eft.results.statistics import Estimate
 from fedp2eft.results.summary import REFERENCES, Comparison, Line, summarize
@@ -107,6 +107,7 @@ def escape(text: str) -> str:
         "^": "\\textasciicircum{}",
         "±": "$\\pm$",
         "–": "--",
+        MINUS: "-",
         # other glyphs stand at these places of TeX's first font encoding
         "<": "\\textless{}",
         ">": "\\textgreater{}",
