@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +19,7 @@ from test_summary import all_cells, comparison_settings
 from fedp2eft.errors import UserError
 from fedp2eft.results.cells import read_cells
 from fedp2eft.results.figures import write_figures
-from fedp2eft.results.layout import MISSING, tables
+from fedp2eft.results.layout import MISSING, notes, tables
 from fedp2eft.results.summary import Comparison, summarize
 from fedp2eft.results.tables import as_csv, escape, latex, markdown, write_tables
 from fedp2eft.settings.reading import settings_text
@@ -68,6 +69,15 @@ def test_tables_need_no_matplotlib(folder: Path, caplog: pytest.LogCaptureFixtur
     assert results["lines"][0]["mean"]["mean"] == made.lines[0].mean.mean
     assert results["lines"][0]["differences"][0]["to"] == "lora"
     assert (folder / "table.md").read_text() == markdown(made)
+
+
+def test_seeds_that_are_left_out_are_named():
+    settings = comparison_settings(pools=["unseen"], bases=["none"])
+    whole = summarize(settings, all_cells())
+    assert not [line for line in notes(whole) if "Left out" in line]
+    made = summarize(replace(settings, compare=replace(settings.compare, seeds=[52])), all_cells())
+    assert (made.seeds, made.other_seeds) == ([52], [42, 62])
+    assert [line for line in notes(made) if "cells of other seeds (42, 62)" in line]
 
 
 @pytest.mark.usefixtures("without_matplotlib")

@@ -263,6 +263,12 @@ def notes(comparison: Comparison) -> list[str]:
     """Return what the reader of the tables must know."""
     seeds = ", ".join(map(str, comparison.seeds))
     lines = [*NOTES, BUDGET[comparison.budget], f"Seeds: {seeds}. * fewer seeds than these."]
+    if comparison.other_seeds:
+        others = ", ".join(map(str, comparison.other_seeds))
+        lines.append(
+            f"Left out: the folder also has cells of other seeds ({others}). To include them, "
+            "run fedp2eft compare with all seeds in compare.seeds."
+        )
     if comparison.ablations:
         lines.append(f"A diagnostic: {', '.join(comparison.ablations)}.")
     if comparison.missing:

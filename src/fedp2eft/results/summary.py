@@ -132,6 +132,7 @@ class Comparison:
         ablations: What was done to the clients' rows for a diagnostic (see `DataSettings`).
         choices: What the seen clients chose where `auto` was run.
         budget: What the ranks are a budget of.
+        other_seeds: Seeds that have cells in the folder and that the settings do not ask for.
     """
 
     bases: list[str]
@@ -147,6 +148,7 @@ class Comparison:
     ablations: list[str] = field(default_factory=list)
     choices: tuple[Choice, ...] = ()
     budget: Budget = "ranks"
+    other_seeds: list[int] = field(default_factory=list)
 
     @property
     def metric(self) -> Metric:
@@ -249,6 +251,7 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
         ablations=settings.data.ablations,
         choices=choices_of(found.values()),
         budget=evaluation.budget,
+        other_seeds=sorted({record["seed"] for record in cells} - {*settings.compare.seeds}),
     )
 
 
