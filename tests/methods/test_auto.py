@@ -22,7 +22,7 @@ from fedp2eft.federation.wire.messages import SURVEY
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from fedp2eft.methods.auto import candidates as module
-from fedp2eft.methods.auto import choice
+from fedp2eft.methods.auto import choice, guard
 from fedp2eft.methods.auto.candidate import Candidate
 from fedp2eft.methods.auto.candidates import candidates, fit, folds, held_out, with_prior
 from fedp2eft.methods.auto.choice import ask, choose
@@ -147,6 +147,7 @@ def test_cheapest_within_noise_is_chosen() -> None:
     assert table[1, 6].item() == pytest.approx(0.2 / 30, rel=1e-4)
     assert chosen(SUMS[:1]) == LORA  # of one client nothing is known about noise
     assert chosen([[0.0, 0.0, 0.0]] * 2) == BASE
+    assert Candidate.of(choose(*answered(SUMS))["adapter"].tolist()) == LORA
 
 
 def test_a_candidate_that_diverged_anywhere_is_never_chosen() -> None:
@@ -154,6 +155,7 @@ def test_a_candidate_that_diverged_anywhere_is_never_chosen() -> None:
     assert chosen(better) == PRIOR
     worse = [[-10.0, DIVERGED, -8.0], [-12.0, -9.0, -9.0]]
     assert chosen(worse) == LORA
+    assert Candidate.of(choose(*answered(better))["adapter"].tolist()) == PRIOR  # no other is left
 
 
 def test_clients_answer_sums_alone() -> None:
@@ -193,20 +195,48 @@ def test_the_choice_is_left_only_beyond_noise() -> None:
     assert preferred(rows, PRIOR, 9.0) == PRIOR
 
 
-def told(client, choice: Candidate):
-    return replace(client, prepared={"chosen": torch.tensor(choice.numbers())})
+def told(client, choice: Candidate, adapter: Candidate | None = None):
+    prepared = {"chosen": torch.tensor(choice.numbers())}
+    if adapter:
+        prepared["adapter"] = torch.tensor(adapter.numbers())
+    return replace(client, prepared=prepared)
+
+
+def test_a_client_tries_the_best_adapter_itself(monkeypatch) -> None:
+    """The adapter gains 1 ± 0.1 per row here: it is kept, although the seen clients do without."""
+    rows = {BASE: -2.0, PRIOR: -1.5, LORA: -0.5}
+    asked = []
+
+    def held(client, tried, _parts):
+        asked.append(tried)
+        noise = 0.1 * torch.arange(24).remainder(2)
+        return torch.stack([rows[each] + noise * (each == LORA) for each in tried])
+
+    monkeypatch.setattr(guard, "held_out", held)
+    client = told(client_with(), PRIOR, LORA)
+    assert auto(client, 2).choice == "lora"
+    assert asked.pop() == [BASE, LORA, PRIOR]
+    assert auto(replace(client, own=replace(OWN, try_adapter=False)), 2).choice == "prior"
+    assert asked.pop() == [BASE, PRIOR]
+    assert auto(told(client, PRIOR), 2).choice == "prior"  # a PSG that keeps no adapter
+    assert decide(client, LORA, LORA) == LORA
+    assert asked.pop() == [BASE, PRIOR, LORA]
+    rows[LORA] = -1.54  # gains 0.24 in sum, with a standard error of 0.25
+    assert auto(client, 2).choice == "prior"
+    rows[LORA] = -math.inf
+    assert auto(client, 2).choice == "prior"
 
 
 def test_guard_turns_a_harmful_adapter_down() -> None:
     """A rate at which held-out rows get hopeless: the client keeps its prior or the base."""
     wild = Candidate("lora", 3.0, 4, 2)
     client = told(client_with(), wild)
-    assert decide(client, wild) in (BASE, PRIOR)
+    assert decide(client, wild, wild) in (BASE, PRIOR)
     kept = auto(client, 2)
     assert sum(kept.weights.ranks.values()) == 0
     off = replace(client, own=replace(OWN, guard=False))
-    assert decide(off, wild) == wild
-    assert decide(replace(client, own=replace(OWN, noise=1e9)), wild) == wild
+    assert decide(off, wild, wild) == wild
+    assert decide(replace(client, own=replace(OWN, noise=1e9)), wild, wild) == wild
 
 
 def test_a_choice_without_training_costs_one_forward_pass(monkeypatch) -> None:
@@ -220,13 +250,13 @@ def test_a_choice_without_training_costs_one_forward_pass(monkeypatch) -> None:
     monkeypatch.setattr(type(TASK), "logits", counted)
     monkeypatch.setattr(module, "personalize", None)  # nothing is trained
     client = told(client_with(), PRIOR)
-    decide(client, PRIOR)
+    decide(client, PRIOR, PRIOR)
     assert calls == [len(client.train)]
 
 
 def test_clients_with_few_rows_follow_the_federation() -> None:
     few = told(client_with(train=tiny_rows([5] * 7, seed=3)), LORA)
-    assert decide(few, LORA) == LORA
+    assert decide(few, LORA, LORA) == LORA
     assert auto(few, 2).scores == fit(few, LORA).scores
     none = told(client_with(train=Encoded.from_rows([], [])), LORA)
     found = auto(none, 2)
@@ -293,10 +323,10 @@ def test_steps_are_those_of_every_fine_tuning() -> None:
     client = told(client_with(), LORA)
     before = steps_taken()
     auto(client, 2)
-    guard, final = 2 * 2, 4
-    assert steps_taken() - before in (guard, guard + final)  # it may turn the adapter down
+    check, final = 2 * 2, 4
+    assert steps_taken() - before in (check, check + final)  # it may turn the adapter down
     assert auto(replace(client, own=replace(OWN, noise=1e9)), 2).choice == "lora"
-    assert steps_taken() - before in (2 * guard + final, 2 * guard + 2 * final)
+    assert steps_taken() - before in (2 * check + final, 2 * check + 2 * final)
     trained = [each for each in candidates(OWN, 2, True) if each.epochs]
     assert ask(client, 2)["steps"].tolist() == [len(trained) * 2 * 2]
     assert choose(*answered(SUMS))["steps"].tolist() == [21]

@@ -156,6 +156,7 @@ SHOWN: dict[str, str] = {
     "auto.ranks": "methods/test_auto.py::test_candidates_come_cheapest_first",
     "auto.folds": "methods/test_auto.py::test_more_folds_leave_more_rows_to_train_on",
     "auto.guard": "methods/test_auto.py::test_guard_turns_a_harmful_adapter_down",
+    "auto.try_adapter": "methods/test_auto.py::test_a_client_tries_the_best_adapter_itself",
     "auto.min_rows": "methods/test_auto.py::test_clients_answer_sums_alone",
     "auto.noise": "methods/test_auto.py::test_guard_turns_a_harmful_adapter_down",
     "model.name": "runtime/test_inputs.py::test_a_change_of_the_model_is_named",

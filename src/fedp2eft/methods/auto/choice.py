@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedp2eft.client.descent import steps_taken
 from fedp2eft.client.side import ClientSide
+from fedp2eft.methods.auto.candidate import FREE, Candidate
 from fedp2eft.methods.auto.candidates import candidates, folds, has_classes, held_out
 from fedp2eft.methods.auto.settings import AutoSettings
 
@@ -61,15 +62,16 @@ def ask(client: ClientSide, rank: int) -> dict[str, Tensor]:
 def choose(sums: Mapping[str, Tensor], clients: int) -> dict[str, Tensor]:
     """Return the chosen candidate ("chosen", 4 numbers) and the "table" (C × 7, `COLUMNS`).
 
-    With them the "steps" of all clients' fine-tunings together, which the choice has cost.
+    With them the best candidate that trains ("adapter", 4 numbers; else the chosen), and
+    the "steps" of all clients' fine-tunings together, which the choice has cost.
 
-    A candidate that diverged at any client is never chosen.
+    A candidate that diverged at any client is neither.
     """
     # All clients answer the same candidates and the same noise, so the mean is anybody's.
     known, noise = sums["candidates"] / clients, float(sums["noise"]) / clients
     total, products = sums["sums"], sums["products"]
     usable = sums["diverged"].round() == 0
-    best = int(torch.where(usable, total, torch.full_like(total, -torch.inf)).argmax())
+    best = _best(total, usable)
     worse = total[best] - total
     # Σ (s_best − s)² from the products, and with it the variance over clients of the differences.
     squares = products[best, best] - 2 * products[best] + products.diagonal()
@@ -80,4 +82,13 @@ def choose(sums: Mapping[str, Tensor], clients: int) -> dict[str, Tensor]:
     chosen = int(equal.nonzero()[0])
     rows = sums["rows"].clamp(min=1)
     table = torch.cat([known, torch.stack([total, worse, error], dim=1) / rows], dim=1)
-    return {"chosen": known[chosen].clone(), "table": table, "steps": sums["steps"]}
+    trained = usable & torch.tensor(
+        [Candidate.of(each).kind not in FREE for each in known.tolist()]
+    )
+    adapter = _best(total, trained) if trained.any() else chosen
+    found = {"chosen": known[chosen].clone(), "adapter": known[adapter].clone()}
+    return {**found, "table": table, "steps": sums["steps"]}
+
+
+def _best(total: Tensor, among: Tensor) -> int:
+    return int(torch.where(among, total, torch.full_like(total, -torch.inf)).argmax())

@@ -1,14 +1,16 @@
 """Method `auto` at one client: the federation's choice, unless its own held-out rows object.
 
 The client holds each fold of its training rows out once and compares, row by row, the federation's
-choice with the base and, in a classification, with the label prior alone. With differences d_i over
-N rows it leaves the choice for another one if
+choice with the base and, in a classification, with the label prior alone. If the choice trains
+nothing, it also tries the adapter that the seen clients did best with: the base model was trained
+on their rows and not on this client's, so an adapter may pay here and not there. With differences
+d_i over N rows it leaves the choice for another one if
 
     Σ_i d_i > noise · √N · sd(d)
 
 and keeps, in the same PEFT folder, one number per class (prior) or none (base) in place of ranks.
-Where the choice trains nothing, this costs one forward pass over the client's training rows; else
-one fine-tuning per fold on the other folds' rows: with two folds as much as one fine-tuning.
+This costs one fine-tuning per fold on the other folds' rows: with two folds as much as one
+fine-tuning. With `auto.try_adapter: false` a choice that trains nothing costs one forward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.errors import DivergedError
-from fedp2eft.methods.auto.candidate import Candidate
+from fedp2eft.methods.auto.candidate import FREE, Candidate
 from fedp2eft.methods.auto.candidates import fit, folds, has_classes, held_out
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.progress import current
@@ -37,7 +39,9 @@ def auto(client: ClientSide, rank: int) -> Outcome:
     if not len(client.train):
         current().note("A client has no training rows: auto leaves it the base model.")
         return _fitted(client, Candidate("base"))
-    decided = decide(client, chosen)
+    # A PSG of version 0.2 keeps no adapter beside the choice.
+    adapter = Candidate.of(client.prepared.get("adapter", client.prepared["chosen"]).tolist())
+    decided = decide(client, chosen, adapter)
     try:
         return _fitted(client, decided)
     except DivergedError:
@@ -49,8 +53,14 @@ def _fitted(client: ClientSide, candidate: Candidate) -> Outcome:
     return replace(fit(client, candidate), choice=candidate.kind)
 
 
-def decide(client: ClientSide, chosen: Candidate) -> Candidate:
-    """Return what the client personalizes with."""
+def decide(client: ClientSide, chosen: Candidate, adapter: Candidate) -> Candidate:
+    """Return what the client personalizes with.
+
+    Args:
+        client: The client.
+        chosen: The federation's choice.
+        adapter: The best candidate that trains; tried where the choice trains nothing.
+    """
     own: AutoSettings = client.own
     if not own.guard:
         return chosen
@@ -60,8 +70,10 @@ def decide(client: ClientSide, chosen: Candidate) -> Candidate:
             f"(auto.min_rows is {own.min_rows}): it follows the federation's choice, {chosen}."
         )
         return chosen
-    free = [Candidate("base"), *([Candidate("prior")] if has_classes(client) else [])]
-    tried = [*(each for each in free if each != chosen), chosen]
+    others = [Candidate("base"), *([Candidate("prior")] if has_classes(client) else [])]
+    if own.try_adapter and chosen.kind in FREE and adapter.kind not in FREE:
+        others.append(adapter)
+    tried = [*(each for each in others if each != chosen), chosen]
     found = held_out(client, tried, folds(client, own.folds))
     return preferred(dict(zip(tried, found, strict=True)), chosen, own.noise)
 

@@ -25,6 +25,7 @@ class AutoSettings:
             train once per candidate and fold, and a client once per fold if the choice is an
             adapter; 2 folds cost as much as one fine-tuning.
         guard: Whether a client checks the choice on held-out rows of its own.
+        try_adapter: Whether the check tries the seen clients' best adapter where they chose none.
         min_rows: Training rows below which a client holds none out and follows the federation.
         noise: Standard errors within which two candidates count as equal.
     """
@@ -37,6 +38,7 @@ class AutoSettings:
     ranks: list[int] = field(default_factory=lambda: [2])
     folds: int = 2
     guard: bool = True
+    try_adapter: bool = True
     min_rows: int = 8
     noise: float = 1.0
 
