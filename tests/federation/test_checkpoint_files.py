@@ -43,6 +43,23 @@ def test_the_same_numbers_are_the_same_file(tmp_path: Path) -> None:
     assert len(set(files)) == 1
 
 
+def test_a_damaged_round_number_is_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One flipped bit makes the space before the round a 1."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    newest = tmp_path / "psg-000002.safetensors"
+    raw = newest.read_bytes()
+    damaged = raw.replace(rb"\"round\": 2", rb"\"round\":12")
+    assert damaged != raw
+    newest.write_bytes(damaged)
+    found = load_checkpoint(tmp_path, "psg")
+    assert found is not None
+    assert found.round == 1
+    assert "its header says round 12 of psg" in caplog.text
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     # One key: safetensors writes several in random order, and a file is the same bits each time
     progress = {"phase": phase, "round": round_}
     header = {HEADER: json.dumps({"progress": progress, "sha256": _digest(tensors)})}
-    path = folder / f"{phase}-{round_:06d}.safetensors"
+    path = folder / _name(phase, round_)
     write_whole(path, lambda scratch: save_file(tensors, scratch, metadata=header))
     for old in _newest_first(folder, phase)[keep:]:
         old.unlink(missing_ok=True)
@@ -84,12 +84,19 @@ def _whole(paths: Iterable[Path]) -> Iterator[Checkpoint]:
             named = [name for name in tensors if name.startswith(STATE)]
             state = {name.removeprefix(STATE): tensors.pop(name) for name in named}
             found = Checkpoint(**header["progress"], parameters=tensors, state=state)
+            # The digest does not cover the header: a flipped bit can make round 2 round 12.
+            if path.name != _name(found.phase, found.round):
+                raise ValueError(f"its header says round {found.round} of {found.phase}")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning(
                 "Checkpoint %s is damaged (%s); falling back to the one before.", path, error
             )
             continue
         yield found
+
+
+def _name(phase: str, round_: int) -> str:
+    return f"{phase}-{round_:06d}.safetensors"
 
 
 def _newest_first(folder: Path, phase: str) -> list[Path]:
