@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedp2eft.results.cells import CellRecord
 from fedp2eft.results.metrics import Metric, metric_of
-from fedp2eft.results.statistics import Interval, paired_difference
+from fedp2eft.results.statistics import Interval, language_mean, paired_difference
 
 Scored = Mapping[tuple[str, int], Mapping[int, Sequence[CellRecord]]]
 """Clients' scores by method and rank (0: none), then by seed."""
@@ -104,12 +104,7 @@ class Paired:
 
     def mean(self, method: str) -> float:
         """Return a method's metric: mean over budgets, seeds and the seed's languages."""
-        sums, names = self.sum_of(method, self.ranks), np.asarray(self.languages)
-        groups = [names == name for name in sorted(set(self.languages))]
-        pooled = np.stack([self.units[:, group].sum(axis=1) for group in groups])
-        scored = np.stack([sums[:, group].sum(axis=1) for group in groups])
-        by_seed = np.where(pooled > 0, scored / np.maximum(pooled, 1), 0).sum(axis=0)
-        return float(np.mean(by_seed / (pooled > 0).sum(axis=0)))
+        return language_mean(self.sum_of(method, self.ranks), self.units, self.languages)
 
     def difference(self, mine: str, theirs: str, ranks: Sequence[int], seed: int) -> Interval:
         """Return one method's metric less another's, mean over budgets."""

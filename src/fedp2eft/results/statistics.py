@@ -71,6 +71,38 @@ class Interval:
     high: float | None
 
 
+def language_mean(
+    sums: NDArray[np.float64], units: NDArray[np.float64], languages: Sequence[str]
+) -> float:
+    """Return the mean over seeds of the plain mean over the seed's languages, each pooled.
+
+    Arguments are those of `paired_difference`.
+    """
+    return _mean(_parts(sums, units, languages), len(sums))
+
+
+def _mean(parts: Sequence[NDArray[np.float64]], seeds: int) -> float:
+    return float(np.mean([part.sum() for part in parts])) / seeds
+
+
+def _parts(
+    sums: NDArray[np.float64], units: NDArray[np.float64], languages: Sequence[str]
+) -> list[NDArray[np.float64]]:
+    """Return each client's part of its language's mean, by language; `_mean` adds them up.
+
+    A seed with fewer languages than there are in all gives each of them more weight.
+    """
+    names = np.asarray(languages)
+    groups = [np.flatnonzero(names == name) for name in sorted(set(languages))]
+    pooled = np.stack([units[:, g].sum(axis=1) for g in groups], axis=1)
+    weights = len(groups) / (pooled > 0).sum(axis=1)
+    parts = []
+    for group, rows in zip(groups, pooled.T, strict=True):
+        share = weights[:, None] * sums[:, group] / np.maximum(rows, 1)[:, None]
+        parts.append(share[units[:, group] > 0])
+    return parts
+
+
 def paired_difference(
     mine: NDArray[np.float64],
     theirs: NDArray[np.float64],
@@ -101,17 +133,8 @@ def paired_difference(
         languages: Language of every client, length clients.
         seed: Seed of the resampling.
     """
-    names = np.asarray(languages)
-    groups = [np.flatnonzero(names == name) for name in sorted(set(languages))]
-    # Each client's part of its language's difference; they sum up to the value of one seed. A seed
-    # with fewer languages than there are in all gives each of them more weight.
-    pooled = np.stack([units[:, g].sum(axis=1) for g in groups], axis=1)
-    weights = len(groups) / (pooled > 0).sum(axis=1)
-    parts = []
-    for group, rows in zip(groups, pooled.T, strict=True):
-        share = weights[:, None] * (mine - theirs)[:, group] / np.maximum(rows, 1)[:, None]
-        parts.append(share[units[:, group] > 0])
-    value = float(np.mean([part.sum() for part in parts])) / len(mine)
+    parts = _parts(mine - theirs, units, languages)
+    value = _mean(parts, len(mine))
     sizes = tuple(len(part) for part in parts)
     if min(sizes) < 2:
         return Interval(value, None, None)
