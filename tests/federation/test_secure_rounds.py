@@ -17,14 +17,11 @@ from safetensors.torch import load_file
 from scipy.stats import chisquare
 from summing import Fate, Fated, gone
 from test_dp import clipped, exact_epsilon
-from toy import CLIENTS, FIRST, Notes, apart, honest, lines, members, settings
+from toy import CLIENTS, FIRST, Notes, apart, honest, lines, rounds_on, settings
 from toy import train as train_plain
 
 from fedp2eft.errors import UserError
 from fedp2eft.federation.client.sums import give_masked, serve_sums
-from fedp2eft.federation.server.phases import aggregator_of
-from fedp2eft.federation.server.rounds import run_rounds
-from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.keys import KEYS, SECURE, SHARES, UNMASK
 from fedp2eft.federation.wire.layouts import noise_key, phase_layout, phase_part
 from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, DESCRIBE, PERSONALIZE, SURVEY
@@ -81,12 +78,7 @@ def train(
         app(s, rows, change), [{"client": n} for n in names], {"settings": settings_text(s)}
     )
     grid.fate = fate
-    run = RunFolder(folder, s)
-    try:
-        aggregator = aggregator_of(run, PSG_PHASE, members(names))
-        return run_rounds(grid, run, PSG_PHASE, aggregator, FIRST, reporter or Notes())
-    finally:
-        run.close()
+    return rounds_on(grid, folder, s, names, reporter)
 
 
 def few_rows(client: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from summing import QUESTION, STAGES, Federation, dropping, secure
+from summing import QUESTION, STAGES, Fate, Federation, dropping, secure
 from summing import of as summing_settings
 
 from fedp2eft.errors import TellableError, UserError
@@ -315,6 +316,16 @@ def altered(reply: Message, message: Message, **changes: Any) -> Message:
     return Message(content, reply_to=message)
 
 
+def altering(whose: str, stage: str, changes: Mapping[str, Any]) -> Fate:
+    """One client's reply of one stage has other entries."""
+
+    def fate(client: str, message: Message, reply: Message) -> Message:
+        mine = client == whose and message.metadata.message_type == stage
+        return altered(reply, message, **changes) if mine else reply
+
+    return fate
+
+
 def test_a_client_that_sends_wrong_shares_is_named_and_counted(tmp_path: Path) -> None:
     federation = few(tmp_path, 6)
 
@@ -383,12 +394,7 @@ def test_a_client_whose_shares_give_another_secret_is_named(tmp_path: Path, monk
 )
 def test_malformed_answers_cost_their_client_alone(tmp_path: Path, stage, changes) -> None:
     federation = few(tmp_path, 6)
-
-    def fate(client: str, message: Message, reply: Message) -> Message:
-        mine = client == "c02" and message.metadata.message_type == stage
-        return altered(reply, message, **changes) if mine else reply
-
-    federation.grid.fate = fate
+    federation.grid.fate = altering("c02", stage, changes)
     found = federation.sum()
     assert "c02" not in found.clients
     close(federation, found)
@@ -406,12 +412,7 @@ NAMES = ("mask-key", "box-key", "to", "boxes", "proofs", "seed", "seeds", "keys"
 @given(stage=st.sampled_from(STAGES), odd=st.dictionaries(st.sampled_from(NAMES), VALUES))
 def test_whatever_a_client_answers_costs_itself_alone(tmp_path: Path, stage, odd) -> None:
     federation = few(tmp_path, 6)
-
-    def fate(client: str, message: Message, reply: Message) -> Message:
-        mine = client == "c02" and message.metadata.message_type == stage
-        return altered(reply, message, **odd) if mine else reply
-
-    federation.grid.fate = fate
+    federation.grid.fate = altering("c02", stage, odd)
     found = federation.sum()
     assert set(found.clients) >= set(federation.names) - {"c02"}
     close(federation, found)

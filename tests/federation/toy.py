@@ -119,6 +119,13 @@ def train(
     )
     config = {"settings": settings_text(s)}
     grid = LocalGrid(app(spoil, mods), [{"client": name} for name in names], config)
+    return rounds_on(grid, folder, s, names, reporter)
+
+
+def rounds_on(
+    grid: LocalGrid, folder: Path, s: Settings, names: Sequence[str], reporter: Notes | None
+) -> dict[str, torch.Tensor]:
+    """φ after the rounds on an engine; a folder that is there is resumed."""
     run = RunFolder(folder, s)
     try:
         aggregator = aggregator_of(run, PSG_PHASE, members(names))

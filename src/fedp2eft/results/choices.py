@@ -74,9 +74,14 @@ def choice_from(facts: Mapping[str, Any]) -> Choice:
     return Choice(**{**facts, "tried": tuple(Tried(**each) for each in facts["tried"])})
 
 
+def survey_file(run: Path, method: str, rank: int) -> Path:
+    """Return where a run folder keeps what the surveys of a method gave."""
+    return run / "surveys" / f"{method}-r{rank}.json"
+
+
 def prepared_of(run: Path, method: str, rank: int) -> dict[str, Any]:
     """Return what the surveys of a method gave in a run folder, as `prepared`, if that was kept."""
-    kept = read_json(run / "surveys" / f"{method}-r{rank}.json")
+    kept = read_json(survey_file(run, method, rank))
     return {"prepared": kept["prepared"]} if isinstance(kept, dict) else {}
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from fedp2eft.files import read_json, write_folder, write_json
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter
+from fedp2eft.results.choices import survey_file
 from fedp2eft.results.metrics import metric_of
 from fedp2eft.settings.experiment import budget_label
 from fedp2eft.settings.peers import PrivacySettings
@@ -280,7 +280,7 @@ def _told(
         answers = wire.any_arrays(told.prepared, f"The survey of {method}")
         values = {name: value.tolist() for name, value in answers.items()}
         phi = digests.get(kind.shared or "")
-        write_json(_choice_path(run, method, rank), {"phi": phi, "prepared": values})
+        write_json(survey_file(run.path, method, rank), {"phi": phi, "prepared": values})
     return told
 
 
@@ -289,14 +289,10 @@ def _kept(
 ) -> dict[str, Any] | None:
     """Return what the surveys gave for the present parameters, if it was kept."""
     kind = METHODS[method]
-    found = read_json(_choice_path(run, method, rank)) if kind.kept else None
+    found = read_json(survey_file(run.path, method, rank)) if kind.kept else None
     if not isinstance(found, dict) or found.get("phi") != digests.get(kind.shared or ""):
         return None
     return dict(found["prepared"])
-
-
-def _choice_path(run: RunFolder, method: str, rank: int) -> Path:
-    return run.path / "surveys" / f"{method}-r{rank}.json"
 
 
 def _keep_with_psg(
