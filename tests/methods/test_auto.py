@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from one_client import LOCAL, adapted, one_client
 
 import fedp2eft
-from fedp2eft.client.descent import _STEPS, steps_taken
+from fedp2eft.client.descent import _STEPS, local_order, steps_taken
 from fedp2eft.errors import UserError
 from fedp2eft.federation.server.evaluation import summed
 from fedp2eft.federation.wire.messages import SURVEY
@@ -24,13 +24,23 @@ from fedp2eft.methods import METHODS
 from fedp2eft.methods.auto import candidates as module
 from fedp2eft.methods.auto import choice, guard
 from fedp2eft.methods.auto.candidate import Candidate
-from fedp2eft.methods.auto.candidates import candidates, fit, folds, held_out, with_prior
+from fedp2eft.methods.auto.candidates import (
+    candidates,
+    fit,
+    folds,
+    held_out,
+    row_likelihoods,
+    settings_for,
+    with_prior,
+)
 from fedp2eft.methods.auto.choice import ask, choose
-from fedp2eft.methods.auto.guard import auto, decide, preferred
+from fedp2eft.methods.auto.guard import auto, decide, half_steps, preferred
 from fedp2eft.methods.auto.settings import AutoSettings
+from fedp2eft.methods.lora import uniform
 from fedp2eft.results.cards import psg_card
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
+from fedp2eft.tasks.task import Scores
 from tiny import TASK, tiny_rows
 from tiny_run import World, write_jsonl
 from watching import watched
@@ -38,7 +48,7 @@ from watching import watched
 Q = torch.tensor([0.2, 0.3, 0.5])
 BASE, PRIOR = Candidate("base"), Candidate("prior")
 LORA = Candidate("lora", 1e-2, 1, 2)
-OWN = AutoSettings(lrs=[1e-2], epochs=[1])
+OWN = AutoSettings(lrs=[1e-2], epochs=[1], hold_out="folds")
 
 
 def client_with(own: AutoSettings = OWN, **changes):
@@ -250,8 +260,88 @@ def test_a_choice_without_training_costs_one_forward_pass(monkeypatch) -> None:
     monkeypatch.setattr(type(TASK), "logits", counted)
     monkeypatch.setattr(module, "personalize", None)  # nothing is trained
     client = told(client_with(), PRIOR)
-    decide(client, PRIOR, PRIOR)
+    decide(client, PRIOR, None)
     assert calls == [len(client.train)]
+
+
+def half(**changes):
+    return replace(OWN, hold_out="half", **changes)
+
+
+def test_half_check_never_costs_more_than_one_fine_tuning() -> None:
+    """24 rows in mini-batches of 6, two epochs: 8 steps, the first 4 on the first half alone."""
+    client = told(client_with(own=half(noise=1e9)), replace(LORA, epochs=2))
+    before = steps_taken()
+    kept = auto(client, 2)
+    assert (kept.choice, steps_taken() - before) == ("lora", 8)
+    wild = told(client_with(own=half()), Candidate("lora", 3.0, 2, 2))
+    before = steps_taken()
+    left = auto(wild, 2)
+    assert left.choice in ("base", "prior")
+    assert steps_taken() - before == 4
+    assert left.weights.parameters() == (3 if left.choice == "prior" else 0)
+
+
+def test_half_check_holds_the_second_half_out_until_it_is_compared(monkeypatch) -> None:
+    """What is compared is the adapter of a fine-tuning on the first half, rows of the second."""
+    client = told(client_with(own=half()), LORA)
+    first, rest = folds(client, 2)
+    seen = []
+
+    def rows(task, model, data, size):
+        seen.append((task.offset, data.tokens.tolist(), row_likelihoods(task, model, data, size)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(guard, "row_likelihoods", rows)
+    auto(client, 2)
+    (offset, ids, found), alone = seen.pop(), replace(client, train=client.train.select(first))
+    assert ids == client.train.select(rest).tokens.tolist()
+    assert not seen
+    assert torch.equal(offset, with_prior(alone).task.offset)
+    # The offset in training is that of all rows; so is that of this fine-tuning on the half.
+    side = replace(alone, task=with_prior(client).task, settings=settings_for(client, LORA))
+    measured = []
+    monkeypatch.setattr(
+        type(side), "score", lambda _, model: measured.append(row_likelihoods(
+            with_prior(alone).task, model, client.train.select(rest), 64)) or Scores(0, 0, 0),
+    )  # fmt: skip
+    side.fit(*uniform(side.bt, 2))
+    torch.testing.assert_close(found, measured[0])
+
+
+def test_half_check_that_passes_ends_with_an_adapter_of_all_rows() -> None:
+    client = told(client_with(own=half(noise=1e9)), LORA)
+    first, rest = folds(client, 2)
+    side = replace(with_prior(client), settings=settings_for(client, LORA))
+    epochs, size = LORA.epochs, side.settings.batch_size
+    order = [
+        rows[batch]
+        for rows in (first, rest)
+        for batch in local_order(len(rows), epochs, size, client.seed)
+    ]
+    assert auto(client, 2).scores == side.fit(*uniform(side.bt, 2), order=order).scores
+
+
+def test_half_check_keeps_an_adapter_that_the_seen_clients_did_without(monkeypatch) -> None:
+    gains = {"now": 1.0}
+
+    def rows(task, _model, data, _size):
+        return torch.full((len(data),), -0.1 if gains["now"] > 0 else -9.0).double()
+
+    monkeypatch.setattr(guard, "row_likelihoods", rows)
+    client = told(client_with(own=half()), PRIOR, LORA)
+    assert auto(client, 2).choice == "lora"
+    assert auto(replace(client, own=half(try_adapter=False)), 2).choice != "lora"
+    gains["now"] = -1.0
+    assert auto(client, 2).choice != "lora"
+
+
+def test_half_check_with_mini_batches_too_few_for_a_step_of_their_own() -> None:
+    """One mini-batch of the half per epoch, eight to a step: the folds decide instead."""
+    local = replace(LOCAL, batch_size=12, accumulate=8)
+    client = told(client_with(own=half(), settings=local), replace(LORA, epochs=1))
+    assert half_steps(client, replace(LORA, epochs=1)) == 0
+    assert auto(client, 2).choice in ("lora", "prior", "base")
 
 
 def test_clients_with_few_rows_follow_the_federation() -> None:

@@ -150,12 +150,14 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 """Beginning of a setting's name -> what the two runs that differ by it have beside."""
 SHOWN: dict[str, str] = {
+    "base.held_out": "federation/test_held_out_clients.py::test_a_run_with_held_out_clients",
     "auto.kinds": "methods/test_auto.py::test_candidates_come_cheapest_first",
     "auto.lrs": "methods/test_auto.py::test_candidates_come_cheapest_first",
     "auto.epochs": "methods/test_auto.py::test_candidates_come_cheapest_first",
     "auto.ranks": "methods/test_auto.py::test_candidates_come_cheapest_first",
     "auto.folds": "methods/test_auto.py::test_more_folds_leave_more_rows_to_train_on",
     "auto.guard": "methods/test_auto.py::test_guard_turns_a_harmful_adapter_down",
+    "auto.hold_out": "methods/test_auto.py::test_half_check_never_costs_more_than_one_fine_tuning",
     "auto.try_adapter": "methods/test_auto.py::test_a_client_tries_the_best_adapter_itself",
     "auto.min_rows": "methods/test_auto.py::test_clients_answer_sums_alone",
     "auto.noise": "methods/test_auto.py::test_guard_turns_a_harmful_adapter_down",

@@ -122,6 +122,8 @@ class ClientSide:
         keep: Tensor,
         settings: LocalSettings | None = None,
         rates: Tensor | None = None,
+        order: Sequence[NDArray] | None = None,  # type: ignore[type-arg]
+        after: Callable[[int, nn.Module], None] | None = None,
     ) -> Outcome:
         """Fine-tune the kept ranks with λ frozen, and score the result.
 
@@ -130,10 +132,21 @@ class ClientSide:
             keep: Kept ranks, boolean L × r_max.
             settings: In place of the experiment's own.
             rates: Learning rates of A and of B of each layer, L × 2, in place of a common one.
+            order: Mini-batches of row indices, in place of the client's own.
+            after: Called after every optimizer step with its number, from 1, and the model.
         """
         settings = settings or self.settings
-        order = self.order(settings)
+        order = self.order(settings) if order is None else order
         scores: list[Scores] = []
+        tell, taken = self.each_of(len(order)), 0
+
+        def on_step(loss: float) -> None:
+            nonlocal taken
+            taken += 1
+            tell(loss)
+            if after:
+                after(taken, self.bt.model)
+
         fitted: Fitted = personalize(
             self.bt,
             self.task,
@@ -144,7 +157,7 @@ class ClientSide:
             settings,
             rates=rates,
             seed=self.seed,
-            on_step=self.each_of(len(order)),
+            on_step=on_step,
             measure=lambda model: scores.append(self.score(model)),
         )
         return Outcome(scores[0], fitted.weights)

@@ -22,6 +22,7 @@ from fedp2eft.experiment.engine import LocalEngine, environment, local_engine
 from fedp2eft.experiment.lambdas import keep_lambdas
 from fedp2eft.federation.server.evaluation import Instruction, Shared, personalize, prepare
 from fedp2eft.federation.server.exchange import Member, roster
+from fedp2eft.federation.server.held_out import hold_out
 from fedp2eft.federation.server.labels import needs_label_prior
 from fedp2eft.federation.server.phases import know_label_prior, train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
@@ -163,7 +164,8 @@ class _Site:
 
     @cached_property
     def members(self) -> list[Member]:
-        return roster(self.engine.grid, self.settings.federation.timeout)
+        found = roster(self.engine.grid, self.settings.federation.timeout)
+        return hold_out(found, self.settings)
 
     @cached_property
     def shared(self) -> Shared:
@@ -199,7 +201,7 @@ class _Site:
         if not (base / "base" / "config.json").exists():
             settings = settings_of(self.comparison, self.training, base_only=True)
             with local_engine(settings, base, self.reporter) as engine:
-                members = roster(engine.grid, settings.federation.timeout)
+                members = hold_out(roster(engine.grid, settings.federation.timeout), settings)
                 with closing(RunFolder(base, settings)) as run:
                     check_inputs(base, engine.workspace)
                     train_base(engine.grid, run, engine.workspace, members, self.reporter)

@@ -72,6 +72,7 @@ _built_in = {
                 _ours("auto.choice:ask"),
                 _ours("auto.choice:choose"),
                 limits={"candidates": 2.0**13, "noise": 2.0**13, "products": 2.0**34},
+                held_out=True,
             ),
         ),
         label_prior=True,
@@ -91,11 +92,13 @@ _built_in = {
         surveys=(Survey(_ours("gradient:ask_sketch"), _ours("gradient:mean_directions"), 2.0**13),),
     ),
     "lora-tuned": Method(
-        _ours("tuned:of_lora.fit"), surveys=(Survey(_ours("tuned:of_lora.ask"), _best),), **_tuning
+        _ours("tuned:of_lora.fit"),
+        surveys=(Survey(_ours("tuned:of_lora.ask"), _best, held_out=True),),
+        **_tuning,
     ),
     "fedp2eft-tuned": Method(
         _ours("tuned:of_fedp2eft.fit"),
-        surveys=(Survey(_ours("tuned:of_fedp2eft.ask"), _best),),
+        surveys=(Survey(_ours("tuned:of_fedp2eft.ask"), _best, held_out=True),),
         shared="psg",
         **_tuning,
     ),
@@ -116,7 +119,7 @@ _built_in = {
         classes=True,
         surveys=(
             Survey(_ours("label_prior:ask_counts"), _ours("label_prior:pool")),
-            Survey(_ours("label_prior:ask_correct"), _best),
+            Survey(_ours("label_prior:ask_correct"), _best, held_out=True),
         ),
         **_tuning,
     ),

@@ -45,12 +45,15 @@ class Survey:
         limit: Largest magnitude of an entry. A secure sum cuts larger ones, and counts in steps of
             about limit · clients / 2⁶³.
         limits: The same by name, for those that have another.
+        held_out: Whether it tries a method on held-out rows: only clients whom the base was not
+            trained on are asked, if there are any (`base.held_out`).
     """
 
     ask: Callable[[ClientSide, int], dict[str, Tensor]]
     combine: Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
     limit: float = 2.0**31
     limits: Mapping[str, float] = field(default_factory=dict)
+    held_out: bool = False
 
 
 @dataclass(frozen=True)

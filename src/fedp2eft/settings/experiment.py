@@ -210,6 +210,9 @@ class BaseSettings:
         lora_dropout: Input dropout of that LoRA in training, if local.dropout is on.
         logit_adjustment: "own" adds each client's label prior to its logits while it trains the
             base (see `local.logit_adjustment`).
+        held_out: Share of the seen clients whom the base is not trained on. They train the PSG, and
+            they alone answer when methods are tried on held-out rows ("auto", the tuned methods,
+            "label-prior"): on rows that the base knows, an adapter looks useless.
     """
 
     kind: BaseKind = "standard-fl"
@@ -226,6 +229,7 @@ class BaseSettings:
     lora_alpha: float = 8.0
     lora_dropout: float = 0.05
     logit_adjustment: LogitAdjustment = "none"
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind == "off-the-shelf":
@@ -234,7 +238,7 @@ class BaseSettings:
             "0 or more": "rounds epochs",
             "1 or more": "clients_per_round steps batch_size lora_rank",
             "above 0": "lr lora_alpha",
-            "at least 0 and below 1": "lora_dropout",
+            "at least 0 and below 1": "lora_dropout held_out",
         }
         check_bounds("base", self, bounds)
 

@@ -295,7 +295,8 @@ def _extended(sections: Iterable[tuple[str, type]]) -> type[Settings]:
 def _check(settings: Settings) -> None:
     Settings.__post_init__(settings)
     for name in _SECTIONS:
-        if check := getattr(getattr(settings, name, None), "check", None):
+        check = getattr(getattr(settings, name, None), "check", None)
+        if callable(check):  # and no setting of that name
             check(settings)
 
 

@@ -18,6 +18,7 @@ from fedp2eft.data.clients import SEEN
 from fedp2eft.errors import UserError, shortened
 from fedp2eft.federation.server.admission import FIRST_ENDS, Failures
 from fedp2eft.federation.server.exchange import Member, exchange, read_replies
+from fedp2eft.federation.server.held_out import asked
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.server.sums import SecureSum
 from fedp2eft.federation.wire import messages as wire
@@ -92,24 +93,24 @@ def prepare(
     """
     kind = METHODS[method]
     parameters = wire.to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
-    seen = {member.node: member for member in members if member.pool == SEEN}
-    if kind.surveys and not seen:
+    if kind.surveys and not any(member.pool == SEEN for member in members):
         raise UserError(f"Method {method} needs seen clients, and there are none: leave it out.")
     prepared: dict[str, Tensor] = {}
     for number, survey in enumerate(kind.surveys):
         told = Instruction(method, rank, parameters, wire.to_arrays(prepared), number, label_prior)
-        messages = [told.message(node, wire.SURVEY) for node in seen]
+        clients = asked(survey, members)
+        messages = [told.message(node, wire.SURVEY) for node in clients]
         what = f"survey of {method}"
         if privacy and privacy.secure:
-            asked = SecureSum(grid, list(seen.values()), privacy, timeout, what, failures, True)
-            found = asked.run(messages, partial(survey_layout, survey))
+            secure = SecureSum(grid, list(clients.values()), privacy, timeout, what, failures, True)
+            found = secure.run(messages, partial(survey_layout, survey))
             sums = {name: torch.from_numpy(value) for name, value in found.values.items()}
             prepared |= survey.combine(sums, len(found.clients))
             continue
         replies = {
             member.client: wire.the_arrays(reply)
             for member, reply in exchange(
-                grid, messages, seen, timeout, what, failures, renewed=True
+                grid, messages, clients, timeout, what, failures, renewed=True
             )
         }
         answers = alike_answers(replies, what, failures)

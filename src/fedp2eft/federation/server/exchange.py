@@ -33,6 +33,8 @@ class Member:
     examples: int
     base: str = ""
     """Which finished base it keeps in a folder of its own: `messages.base_id`."""
+    held_out: bool = False
+    """Whether the base is not trained on it, although it is seen (`base.held_out`)."""
 
 
 def exchange(

@@ -1,4 +1,4 @@
-"""q, the label distribution that the base was trained on: asked of the seen clients once, as a sum.
+"""q, the label distribution that the base was trained on: asked of those clients once, as a sum.
 
 The answer is kept in the run folder and sent to every client with each request.
 """
@@ -14,10 +14,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedp2eft.data.clients import SEEN
 from fedp2eft.errors import UserError
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.exchange import Member, read_replies
+from fedp2eft.federation.server.held_out import training_base
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.server.sums import SecureSum, fixed
 from fedp2eft.federation.wire.layouts import LABELS, labels_layout, labels_noise
@@ -92,7 +92,7 @@ def _asked(
     """Return the sum of the seen clients' answers."""
     s, what = run.settings, "label prior"
     failures = Failures.on(grid, s.peers, reporter, run.faults)
-    seen = {member.node: member for member in members if member.pool == SEEN}
+    seen = {member.node: member for member in training_base(members)}
     if not seen:
         raise UserError("No seen client is in the federation to ask for its label counts.")
     content = RecordDict({CONFIG: ConfigRecord({"source": source})})

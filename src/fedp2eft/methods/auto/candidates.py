@@ -21,6 +21,7 @@ from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
 from fedp2eft.methods.prior import no_ranks
+from fedp2eft.settings.experiment import LocalSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.label_prior import adjusted
@@ -53,8 +54,13 @@ def with_prior(client: ClientSide) -> ClientSide:
     return replace(client, task=adjusted(client.task, client.train, client.q))
 
 
-def fit(client: ClientSide, candidate: Candidate) -> Outcome:
+def fit(client: ClientSide, candidate: Candidate, **how: Any) -> Outcome:
     """Return scores and adapter of one client with a candidate; without ranks if none is trained.
+
+    Args:
+        client: The client.
+        candidate: What to fit.
+        how: Further arguments of `ClientSide.fit`.
 
     Raises:
         DivergedError: The fine-tuning diverged.
@@ -65,8 +71,8 @@ def fit(client: ClientSide, candidate: Candidate) -> Outcome:
             scores = side.score(side.bt.model)
         weights = no_ranks(side.bt)
     else:
-        side = replace(side, settings=_settings(side, candidate))
-        outcome = side.fit(*_structure(side, candidate))
+        side = replace(side, settings=settings_for(side, candidate))
+        outcome = side.fit(*_structure(side, candidate), **how)
         assert outcome.weights is not None
         scores, weights = outcome.scores, outcome.weights
     if has_classes(client):
@@ -77,7 +83,8 @@ def fit(client: ClientSide, candidate: Candidate) -> Outcome:
     return Outcome(scores, weights)
 
 
-def _settings(client: ClientSide, candidate: Candidate) -> Any:
+def settings_for(client: ClientSide, candidate: Candidate) -> LocalSettings:
+    """Return the client's settings at a candidate's learning rate and epochs."""
     s = client.settings
     return replace(s, personalize_lr=candidate.lr, personalize_epochs=candidate.epochs)
 
@@ -120,7 +127,7 @@ def held_out(
     client = replace(plain(client), answer=None)
     found = torch.zeros(len(tried), len(client.train), dtype=torch.float64)
     jobs = len(parts) * sum(candidate.kind not in FREE for candidate in tried)
-    base = _unadapted(client) if any(c.kind in FREE for c in tried) else None
+    base = unadapted(client) if any(c.kind in FREE for c in tried) else None
     done = 0
     for part in parts:
         rest = np.setdiff1d(np.arange(len(client.train)), part)
@@ -139,7 +146,7 @@ def held_out(
 
 
 @dataclass(frozen=True)
-class _Unadapted:
+class Unadapted:
     """The base on all training rows: logits of a classification, or log-likelihoods."""
 
     data: Encoded
@@ -154,20 +161,21 @@ class _Unadapted:
         return _of_labels(chosen + offset, self.data.select(part))
 
 
-def _unadapted(client: ClientSide) -> _Unadapted:
+def unadapted(client: ClientSide) -> Unadapted:
+    """Return what the base gives for all training rows, in one forward pass."""
     size = client.settings.eval_batch_size
     with client.bt.off():
         if isinstance(client.task, Classification):
             values = client.task.logits(client.bt.model, client.train, size)
         else:
             values = row_likelihoods(client.task, client.bt.model, client.train, size)
-    return _Unadapted(client.train, values)
+    return Unadapted(client.train, values)
 
 
 def _trained(fold: ClientSide, candidate: Candidate) -> Tensor:
     """Return the log-likelihood of a fold's held-out rows after fine-tuning on the others."""
     side = with_prior(fold)
-    settings = _settings(side, candidate)
+    settings = settings_for(side, candidate)
     lam, keep = _structure(side, candidate)
     order, measured = side.order(settings), []
     try:

@@ -1,16 +1,18 @@
 """Method `auto` at one client: the federation's choice, unless its own held-out rows object.
 
-The client holds each fold of its training rows out once and compares, row by row, the federation's
-choice with the base and, in a classification, with the label prior alone. If the choice trains
-nothing, it also tries the adapter that the seen clients did best with: the base model was trained
-on their rows and not on this client's, so an adapter may pay here and not there. With differences
-d_i over N rows it leaves the choice for another one if
+The client compares, row by row on rows held out, the federation's choice with the base and, in a
+classification, with the label prior alone. If the choice trains nothing, it also tries the adapter
+that the seen clients did best with: an adapter may pay here that did not pay there. With
+differences d_i over N rows it leaves the choice for another one if
 
     Σ_i d_i > noise · √N · sd(d)
 
 and keeps, in the same PEFT folder, one number per class (prior) or none (base) in place of ranks.
-This costs one fine-tuning per fold on the other folds' rows: with two folds as much as one
-fine-tuning. With `auto.try_adapter: false` a choice that trains nothing costs one forward pass.
+
+`auto.hold_out` says which rows are held out. "half": the first half of the fine-tuning's steps uses
+half of the rows, and the other half is held out; then the client either leaves the adapter or goes
+on with the other rows, so that it computes no more than one fine-tuning. "folds": each fold is held
+out once from a fine-tuning on the others, and an adapter that passes is fine-tuned anew on all rows.
 """
 
 from __future__ import annotations
@@ -19,14 +21,33 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedp2eft.client.descent import local_order
 from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.errors import DivergedError
 from fedp2eft.methods.auto.candidate import FREE, Candidate
-from fedp2eft.methods.auto.candidates import fit, folds, has_classes, held_out
+from fedp2eft.methods.auto.candidates import (
+    fit,
+    folds,
+    has_classes,
+    held_out,
+    plain,
+    row_likelihoods,
+    settings_for,
+    unadapted,
+    with_prior,
+)
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.progress import current
+
+
+class _LeftError(Exception):
+    """The client leaves the adapter that is being fine-tuned for something that trains nothing."""
+
+    def __init__(self, better: Candidate) -> None:
+        super().__init__(str(better))
+        self.better = better
 
 
 def auto(client: ClientSide, rank: int) -> Outcome:
@@ -41,11 +62,13 @@ def auto(client: ClientSide, rank: int) -> Outcome:
         return _fitted(client, Candidate("base"))
     # A PSG of version 0.2 keeps no adapter beside the choice.
     adapter = Candidate.of(client.prepared.get("adapter", client.prepared["chosen"]).tolist())
-    decided = decide(client, chosen, adapter)
+    tried = to_try(client, chosen, adapter)
     try:
-        return _fitted(client, decided)
+        if tried and client.own.hold_out == "half" and (steps := half_steps(client, tried)):
+            return after_half(client, chosen, tried, steps)
+        return _fitted(client, decide(client, chosen, tried))
     except DivergedError:
-        current().note(f"A client's fine-tuning ({decided}) diverged: auto trains nothing there.")
+        current().note("A client's fine-tuning diverged: auto trains nothing there.")
         return _fitted(client, Candidate("prior" if has_classes(client) else "base"))
 
 
@@ -53,8 +76,13 @@ def _fitted(client: ClientSide, candidate: Candidate) -> Outcome:
     return replace(fit(client, candidate), choice=candidate.kind)
 
 
-def decide(client: ClientSide, chosen: Candidate, adapter: Candidate) -> Candidate:
-    """Return what the client personalizes with.
+def checks(client: ClientSide) -> bool:
+    """Return whether the client holds rows out: it has enough of them, and `auto.guard` is on."""
+    return bool(client.own.guard) and len(client.train) >= client.own.min_rows
+
+
+def to_try(client: ClientSide, chosen: Candidate, adapter: Candidate) -> Candidate | None:
+    """Return the candidate that the client fine-tunes to check it; None if it checks none.
 
     Args:
         client: The client.
@@ -62,20 +90,82 @@ def decide(client: ClientSide, chosen: Candidate, adapter: Candidate) -> Candida
         adapter: The best candidate that trains; tried where the choice trains nothing.
     """
     own: AutoSettings = client.own
+    if not checks(client):
+        return None
+    tried = adapter if chosen.kind in FREE and own.try_adapter else chosen
+    return None if tried.kind in FREE else tried
+
+
+def half_steps(client: ClientSide, candidate: Candidate) -> int:
+    """Return the optimizer steps that a fine-tuning takes on the first half of the rows alone."""
+    rows = len(folds(client, 2)[0])
+    settings = settings_for(client, candidate)
+    per_epoch = -(-rows // settings.batch_size)
+    return settings.personalize_epochs * per_epoch // settings.accumulate
+
+
+def after_half(client: ClientSide, chosen: Candidate, tried: Candidate, steps: int) -> Outcome:
+    """Fine-tune a candidate; leave it after the first half if the other rows prefer another one.
+
+    Args:
+        client: The client.
+        chosen: The federation's choice.
+        tried: What is fine-tuned: the choice, or an adapter where the choice trains nothing.
+        steps: Optimizer steps of the first half.
+    """
+    first, rest = folds(client, 2)
+    settings = settings_for(client, tried)
+    epochs, size = settings.personalize_epochs, settings.batch_size
+    order = [
+        rows[batch]
+        for rows in (first, rest)
+        for batch in local_order(len(rows), epochs, size, client.seed)
+    ]
+    side = plain(client)
+    # Held-out labels are not in the label prior that they are compared under.
+    task, data = with_prior(replace(side, train=side.train.select(first))).task, side.train
+    base = unadapted(side)
+    found = {Candidate("base"): base.rows(side.task, rest)}
+    if has_classes(client):
+        found[Candidate("prior")] = base.rows(task, rest)
+    held = data.select(rest)
+
+    def after(step: int, model: nn.Module) -> None:
+        if step != steps:
+            return
+        found[tried] = row_likelihoods(task, model, held, settings.eval_batch_size)
+        better = preferred(found, chosen, client.own.noise)
+        if better != tried:
+            raise _LeftError(better)
+
+    try:
+        return replace(fit(client, tried, order=order, after=after), choice=tried.kind)
+    except _LeftError as left:
+        return _fitted(client, left.better)
+
+
+def decide(client: ClientSide, chosen: Candidate, tried: Candidate | None) -> Candidate:
+    """Return what the client personalizes with, by all of its rows (`auto.hold_out: folds`).
+
+    Args:
+        client: The client.
+        chosen: The federation's choice.
+        tried: What is fine-tuned to check it, if anything is.
+    """
+    own: AutoSettings = client.own
     if not own.guard:
         return chosen
-    if len(client.train) < own.min_rows:
+    if not checks(client):
         current().note(
             f"A client has {len(client.train)} training rows, too few to hold some out "
             f"(auto.min_rows is {own.min_rows}): it follows the federation's choice, {chosen}."
         )
         return chosen
     others = [Candidate("base"), *([Candidate("prior")] if has_classes(client) else [])]
-    if own.try_adapter and chosen.kind in FREE and adapter.kind not in FREE:
-        others.append(adapter)
-    tried = [*(each for each in others if each != chosen), chosen]
-    found = held_out(client, tried, folds(client, own.folds))
-    return preferred(dict(zip(tried, found, strict=True)), chosen, own.noise)
+    others += [tried] if tried else []
+    compared = [*(each for each in others if each != chosen), chosen]
+    found = held_out(client, compared, folds(client, own.folds))
+    return preferred(dict(zip(compared, found, strict=True)), chosen, own.noise)
 
 
 def preferred(rows: Mapping[Candidate, Tensor], chosen: Candidate, noise: float) -> Candidate:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedp2eft.errors import require
 
+HoldOut = Literal["half", "folds"]
 Kind = Literal["base", "prior", "lora", "structure", "fedp2eft"]
 
 
@@ -21,10 +22,13 @@ class AutoSettings:
         lrs: Learning rates of the adapters.
         epochs: Passes over the client's rows.
         ranks: Rank budgets, those below the one asked for; that one is tried, too.
-        folds: Parts that a client's rows are divided into; each is held out once. The seen clients
-            train once per candidate and fold, and a client once per fold if the choice is an
-            adapter; 2 folds cost as much as one fine-tuning.
+        folds: Parts that a seen client's rows are divided into; each is held out once, and it
+            trains once per candidate and fold.
         guard: Whether a client checks the choice on held-out rows of its own.
+        hold_out: "half": half of the rows are held out from the first half of the steps; an adapter
+            that passes goes on with them. It never costs more than one fine-tuning. "folds": each
+            of `folds` parts is held out once, and an adapter that passes is then fine-tuned on
+            all rows. With 2 folds it costs twice as much.
         try_adapter: Whether the check tries the seen clients' best adapter where they chose none.
         min_rows: Training rows below which a client holds none out and follows the federation.
         noise: Standard errors within which two candidates count as equal.
@@ -38,6 +42,7 @@ class AutoSettings:
     ranks: list[int] = field(default_factory=lambda: [2])
     folds: int = 2
     guard: bool = True
+    hold_out: HoldOut = "half"
     try_adapter: bool = True
     min_rows: int = 8
     noise: float = 1.0
