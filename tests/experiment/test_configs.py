@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_the_papers_tables_have_the_papers_numbers() -> None:
     expected = {"xnli": (15, 20, 128, 30), "masakhanews": (16, 10, 256, 16)}
     for dataset, (languages, clients, length, sampled) in expected.items():
         on = [path for path in COMPARISONS if path.parent.name == dataset]
-        paths = [path for path in on if path.stem != "e5-small"]
+        paths = [path for path in on if path.stem not in ("e5-small", "auto")]
         bases: list[str] = []
         for path in paths:
             settings = read_settings(path)
@@ -135,6 +136,25 @@ def test_the_suite_follows_the_papers_protocol(dataset: str, seen: int, new: int
     queries = [f"{name}.attention.self.query" for name in names]
     adapted = [bool(re.fullmatch(str(encoder[1]), name)) for name in queries]
     assert adapted == [False] * 8 + [True] * 4
+    auto = read_settings(ROOT / "configs" / dataset / "auto.yaml")
+    assert replace(auto.data, proportions="train") == data
+    assert replace(auto.base, held_out=0.0) == settings.base
+    assert auto.base.held_out == 0.25
+    same = ("model", "adapter", "generator", "local", "federation", "tuning")
+    assert [getattr(auto, name) for name in same] == [getattr(settings, name) for name in same]
+
+
+def test_the_label_prior_stands_beside_every_method_that_trains() -> None:
+    """All methods with a rank budget but tuned ones and those of other settings, at 2 and 8."""
+    settings = read_settings(ROOT / "configs/debian-descriptions/label-prior.yaml")
+    methods = settings.evaluation.methods
+    plain = {name for name in methods if f"{name}+prior" in METHODS}
+    trained = {name for name in METHODS if f"{name}+prior" in METHODS}
+    assert trained - plain == {
+        "lora-paper", "lora-tuned", "fedp2eft-paper", "fedp2eft-tuned", "fedp2eft-layerwise"
+    }  # fmt: skip
+    assert {f"{name}+prior" for name in plain} <= {*methods}
+    assert settings.evaluation.ranks == [2, 8]
 
 
 def test_the_quickstart_is_what_it_says() -> None:

@@ -12,7 +12,7 @@ and keeps, in the same PEFT folder, one number per class (prior) or none (base) 
 `auto.hold_out` says which rows are held out. "half": the first half of the fine-tuning's steps uses
 half of the rows, and the other half is held out; then the client either leaves the adapter or goes
 on with the other rows, so that it computes no more than one fine-tuning. "folds": each fold is held
-out once from a fine-tuning on the others, and an adapter that passes is fine-tuned anew on all rows.
+out once, and an adapter that passes is fine-tuned anew on all rows.
 """
 
 from __future__ import annotations
