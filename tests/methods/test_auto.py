@@ -71,7 +71,7 @@ def test_candidates_come_cheapest_first() -> None:
     ]
     assert candidates(own, 4, False) == [BASE, *found[2:]]  # no classes: no label prior
     for each in found:  # they travel as float32
-        assert Candidate.of(torch.tensor(each.numbers()).tolist()) == each
+        assert Candidate.of(torch.tensor(each.values()).tolist()) == each
 
 
 def test_folds_are_parts_of_the_rows_alike_in_labels() -> None:
@@ -206,9 +206,9 @@ def test_the_choice_is_left_only_beyond_noise() -> None:
 
 
 def told(client, choice: Candidate, adapter: Candidate | None = None):
-    prepared = {"chosen": torch.tensor(choice.numbers())}
+    prepared = {"chosen": torch.tensor(choice.values())}
     if adapter:
-        prepared["adapter"] = torch.tensor(adapter.numbers())
+        prepared["adapter"] = torch.tensor(adapter.values())
     return replace(client, prepared=prepared)
 
 

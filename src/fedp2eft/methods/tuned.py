@@ -1,12 +1,12 @@
 """Methods at their best learning rate and scale, chosen on held-out rows of the seen clients.
 
-Every seen client fine-tunes on 75 % of its training rows at every (learning rate, scale) of
-`tuning`'s grid and answers how many of the other 25 % each gets right (a causal LM: their log
-likelihood); the best sum over the clients goes to all. The cost is grid size × seen clients
-fine-tunings per rank budget, before the first client is personalized. Only these numbers leave a
-client.
+Every seen client (of `base.held_out`, if there are any) fine-tunes on 75 % of its training rows at
+every (learning rate, scale) of `tuning`'s grid and answers how many of the other 25 % each gets
+right (a causal LM: their log likelihood); the best sum over the clients goes to all. The cost is
+grid size × seen clients fine-tunings per rank budget, before the first client is personalized.
+Nothing else leaves a client.
 
-The held-out rows are rows that the base, and the PSG, may have been trained on: no client's
+Without `base.held_out`, the held-out rows are rows that the base was trained on. No client's
 adapter has seen them.
 """
 

@@ -22,14 +22,14 @@ class Candidate:
     epochs: int = 0
     rank: int = 0
 
-    def numbers(self) -> list[float]:
-        """The candidate as four numbers, which travel and are kept with a PSG."""
+    def values(self) -> list[float]:
+        """The candidate as four values, which travel and are kept with a PSG."""
         return [KINDS.index(self.kind), self.lr, self.epochs, self.rank]
 
     @classmethod
-    def of(cls, numbers: Sequence[float]) -> Candidate:
-        """Return the candidate that `numbers` made, which travelled as float32."""
-        kind, lr, epochs, rank = numbers
+    def of(cls, values: Sequence[float]) -> Candidate:
+        """Return the candidate that `values` made, which travelled as float32."""
+        kind, lr, epochs, rank = values
         return cls(KINDS[int(kind)], float(f"{lr:.6g}"), int(epochs), int(rank))
 
     def __str__(self) -> str:

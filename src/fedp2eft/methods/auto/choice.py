@@ -11,7 +11,9 @@ candidate counts as equal to it if
 with the standard deviation over clients (the one-standard-error rule, at noise = 1), and the
 cheapest of the equal ones is chosen.
 
-The base was trained on these rows, as `tuned` says; no client's adapter or label prior saw them.
+A base that was trained on these rows knows their labels, and adapters look useless:
+`base.held_out` keeps the clients that answer out of its training. No client's adapter or label
+prior has seen them.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def ask(client: ClientSide, rank: int) -> dict[str, Tensor]:
     sums = sums.masked_fill(diverged, 0.0)
     centered = (sums - sums.sum() / max(1, int((~diverged).sum()))).masked_fill(diverged, 0.0)
     return {
-        "candidates": torch.tensor([each.numbers() for each in tried], dtype=torch.float64),
+        "candidates": torch.tensor([each.values() for each in tried], dtype=torch.float64),
         "sums": sums,
         "products": torch.outer(centered, centered),
         "diverged": diverged.double(),
@@ -60,9 +62,9 @@ def ask(client: ClientSide, rank: int) -> dict[str, Tensor]:
 
 
 def choose(sums: Mapping[str, Tensor], clients: int) -> dict[str, Tensor]:
-    """Return the chosen candidate ("chosen", 4 numbers) and the "table" (C × 7, `COLUMNS`).
+    """Return the chosen candidate ("chosen", 4 values) and the "table" (C × 7, `COLUMNS`).
 
-    With them the best candidate that trains ("adapter", 4 numbers; else the chosen), and
+    With them the best candidate that trains ("adapter", 4 values; else the chosen), and
     the "steps" of all clients' fine-tunings together, which the choice has cost.
 
     A candidate that diverged at any client is neither.
