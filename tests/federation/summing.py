@@ -19,7 +19,7 @@ from fedp2eft.federation.server.faults import Faults
 from fedp2eft.federation.server.sums import SecureSum, Summed, fixed
 from fedp2eft.federation.wire.keys import KEYS, SECURE, SHARES, UNMASK
 from fedp2eft.federation.wire.layouts import Part
-from fedp2eft.federation.wire.sums import Layout
+from fedp2eft.federation.wire.sums import Block, Layout
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import AggregationSettings, PeerSettings, PrivacySettings
 from fedp2eft.settings.reading import settings_text
@@ -131,3 +131,28 @@ def dropping(when: dict[str, str]) -> Fate:
         return gone(message) if left else reply
 
     return fate
+
+
+SMALL = {"w": Block((2, 3), 2.0, 32), "n": Block((1,), 1000.0)}
+
+
+def numbers(clients: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {"w": rng.uniform(-2, 2, (2, 3)), "n": rng.integers(0, 1000, 1)} for _ in range(clients)
+    ]
+
+
+def few(folder: Path, clients: int = 5, **options: Any) -> Federation:
+    return Federation(folder, numbers(clients), SMALL, **options)
+
+
+def close(federation: Federation, found: Any) -> None:
+    """The sum is that of the clients in it, to half a step for each and float64's rounding."""
+    plain = federation.plain(found.clients)
+    count = len(found.clients)
+    for name, block in federation.layout.items():
+        step = 1 / block.scale(len(federation.names))
+        # Steps of 64 bits can be finer than float64, in which both sums are given.
+        most = count * (step / 2 + np.spacing(count * block.limit))
+        np.testing.assert_allclose(found.values[name], plain[name], rtol=0, atol=most)
