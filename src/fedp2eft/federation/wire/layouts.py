@@ -6,16 +6,18 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from fedp2eft.client.phase import Phase
 from fedp2eft.errors import UserError
 from fedp2eft.federation.wire.sums import Block, Layout, Noise
 from fedp2eft.methods import Survey
 from fedp2eft.settings.peers import PrivacySettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHT, CAPPED, METRICS = "#weight", "#capped", "#metrics"  # no parameter's name has a "#" in it
 LARGEST_METRIC = 2.0**20

@@ -1,7 +1,8 @@
 """What travels: φ (or base weights), the number of examples and scalar metrics.
 
 Everything that arrives is checked before use: names, shapes, dtypes and that values are finite.
-Arrays are NumPy's own format, read without pickle.
+Arrays are NumPy's own format, read without pickle. Secure sums import this module in processes
+that need no torch, so torch is imported where tensors are made.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from io import BytesIO
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedp2eft.errors import TellableError, UserError, shortened
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ARRAYS, CONFIG, METRICS, ABOUT = "arrays", "config", "metrics", "about"
 CHOICE = "choice"
@@ -59,6 +61,8 @@ def from_arrays(record: ArrayRecord, like: Mapping[str, Tensor], whose: str) -> 
         UserError: Other names, shapes or dtypes, values that are not finite, or bytes that are
             no array.
     """
+    import torch
+
     check_names(record, like, whose)
     parameters = {}
     with catch_warnings():
@@ -135,6 +139,8 @@ def any_arrays(record: ArrayRecord, whose: str) -> dict[str, Tensor]:
     Raises:
         UserError: As `from_arrays`.
     """
+    import torch
+
     try:  # "meta": a shape from a peer takes no memory
         like = {n: torch.empty(tuple(a.shape), device="meta") for n, a in record.items()}
     except (RuntimeError, TypeError, ValueError) as error:
