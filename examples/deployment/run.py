@@ -123,7 +123,7 @@ def wait_until_up(address: str, authority: Path, processes: Processes) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("runs/deployment"))
-    parser.add_argument("--rows", type=int, default=48, help="train rows a client, as many to test")
+    parser.add_argument("--rows", type=int, default=24, help="train rows a client, as many to test")
     parser.add_argument("--config", default="examples/deployment/experiment.yaml")
     parser.add_argument("--more", action="store_true", help="two seen clients more: six in all")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 4) // 4))
