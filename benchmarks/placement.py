@@ -1,18 +1,19 @@
 """The ceiling of structure on text generation: adapters of equal size, placed in many ways.
 
-    python benchmarks/placement.py --out runs/placement --short   # about 30 minutes of one core
+    python benchmarks/placement.py --out runs/placement --short   # about an hour of one core
     python benchmarks/placement.py --out runs/placement           # all of it
     python benchmarks/placement.py --out runs/placement --table   # what is on disk so far
 
 One client per language and seed: its rows of the LibreOffice help sample (pool seen) in an order
 that the seed draws. The first `--rows` train, the next `--held` choose (learning rates, and what is
 searched for), the next `--held` are reported. Every adapter has λ = 1 and the parameters of uniform
-rank r, less than one rank below.
+rank r, less than one rank below; with `--budget ranks` its ranks.
 
     uniform           the same rank everywhere
     attention, mlp …  uniform in layers of these kinds; first, last half: in half of the blocks
     gradient          the ranks with the largest gradient at the base, client by client
     random            a flat Dirichlet draw of each layer's share of the parameters; the best draw
+                      of all clients, among the `--finalists` best of the first seed's
     greedy            forward selection over groups of layers: begin with the best one, add the one
                       that lowers the loss most, stop when none does
     psg               what the PSG of `--run` chooses, client by client; on that run's base
@@ -22,7 +23,8 @@ Each is chosen for all clients together, some per language or per client as well
 included; random draws and steps of the greedy selection are compared at uniform's rate. Intervals:
 95 %, paired bootstrap over clients. Each fine-tuning is a small file under `--out`; a second start
 computes what is missing. `--short` is cut to two languages, three times 8 rows, two learning rates,
-three kinds of layers (of five), four random draws, and four groups (of six) for greedy selection.
+three kinds of layers (of five), three finalists of the random draws (of twenty), and four groups
+(of six) for greedy selection.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ FULL = {
     "held": 13,
     "rates": [3e-4, 1e-3, 3e-3],
     "randoms": 20,
+    "finalists": 20,
     "kinds": ["attention", "mlp", "gate+up", "down", "query+value"],
     "groups": ["attention", "gate+up", "down"],
 }
@@ -77,11 +80,12 @@ SHORT = {
     "rows": 8,
     "held": 8,
     "rates": [2e-3, 5e-3],
-    "randoms": 4,
+    "randoms": 20,
+    "finalists": 3,
     "kinds": ["attention", "mlp", "gate+up"],
     "groups": ["attention", "mlp"],
 }
-FIXED = ("rows", "held", "rank", "r_max", "epochs", "max_length", "model", "path", "run")
+FIXED = ("rows", "held", "rank", "budget", "r_max", "epochs", "max_length", "model", "path", "run")
 """Options that all cells of a folder have in common."""
 KINDS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -97,10 +101,16 @@ Cells = dict[Client, dict[str, Any]]
 
 
 class Layers:
-    """The adapted layers: where each stands, and what one of its ranks costs."""
+    """The adapted layers: where each stands, and what one of its ranks has and costs.
 
-    def __init__(self, names: Sequence[str], costs: Sequence[int], r_max: int) -> None:
-        self.costs, self.r_max = torch.tensor(costs), r_max
+    Attributes:
+        sizes: Parameters of a rank of each layer, L.
+        costs: What it takes of the budget, L: its parameters, or 1 where ranks are counted.
+    """
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], r_max: int, budget: str) -> None:
+        self.sizes, self.r_max = torch.tensor(sizes), r_max
+        self.costs = self.sizes if budget == "parameters" else torch.ones_like(self.sizes)
         self.kinds = [name.rpartition(".")[2] for name in names]
         blocks = [int(re.findall(r"\.(\d+)\.", name)[0]) for name in names]
         self.halves = [HALVES[2 * block > max(blocks)] for block in blocks]
@@ -116,7 +126,7 @@ class Layers:
         )
 
     def divided(self, shares: Tensor, rank: int) -> Tensor:
-        """Return kept ranks, L × r_max: a layer's share of the parameters of uniform rank r.
+        """Return kept ranks, L × r_max: a layer's share of the budget of uniform rank r.
 
         Ranks are given out one by one, always to the layer that is furthest below its share.
         """
@@ -125,9 +135,9 @@ class Layers:
         ranks = torch.arange(1, self.r_max + 1, dtype=torch.float64) + turn[:, None]
         scores = -ranks * (self.costs / shares.double())[:, None]
         keep = keep_largest(scores, rank, self.costs.tolist()) & (shares > 0)[:, None]
-        left = rank * int(self.costs.sum()) - self.parameters(keep)
+        left = rank * int(self.costs.sum()) - int(keep.sum(dim=1) @ self.costs)
         if left >= int(self.costs.max()):
-            raise SystemExit(f"{left} parameters are left: raise --r-max above {self.r_max}.")
+            raise SystemExit(f"{left} of the budget are left: raise --r-max above {self.r_max}.")
         return keep
 
     def among(self, members: frozenset[int], rank: int) -> Tensor:
@@ -137,7 +147,7 @@ class Layers:
 
     def parameters(self, keep: Tensor) -> int:
         """Return the parameters of the kept ranks."""
-        return int((keep.sum(dim=1) * self.costs).sum())
+        return int(keep.sum(dim=1) @ self.sizes)
 
 
 class Bed:
@@ -179,7 +189,7 @@ class Bed:
     def layers(self) -> Layers:
         """The adapted layers."""
         bt = self.workspace.bt
-        return Layers(bt.names, bt.costs, bt.settings.r_max)
+        return Layers(bt.names, bt.costs, bt.settings.r_max, self.options.budget)
 
     @cached_property
     def psg(self) -> PSG:
@@ -274,12 +284,10 @@ class Bench:
         name: str,
         rates: Iterable[float],
         structure: Callable[[Client], Tensor | None],
-        languages: Sequence[str] = (),
+        clients: Sequence[Client] | None = None,
     ) -> None:
-        """Read a placement's cells, and compute those that are missing."""
-        for rate, (seed, language) in product(rates, self.clients):
-            if languages and language not in languages:
-                continue
+        """Read a placement's cells (of some clients, or of all), and compute what is missing."""
+        for rate, (seed, language) in product(rates, clients or self.clients):
             path = self.folder / "cells" / f"s{seed}" / language / f"{name}-{rate:g}.json"
             cell = read_json(path)
             if cell is None and not self.options.table:
@@ -295,11 +303,17 @@ class Bench:
             if cell is not None and "report" in cell:
                 self.found.setdefault((name, rate), {})[seed, language] = cell
 
-    def among(self, name: str, members: frozenset[int], rates: Iterable[float], *who: str) -> str:
+    def among(
+        self,
+        name: str,
+        members: frozenset[int],
+        rates: Iterable[float],
+        clients: Sequence[Client] | None = None,
+    ) -> str:
         """`collect` layers that have the same rank; returns the first name of these layers."""
         name = self.members.setdefault(members, name)
         rank = self.options.rank
-        self.collect(name, rates, lambda _client: self.bed.layers.among(members, rank), who)
+        self.collect(name, rates, lambda _client: self.bed.layers.among(members, rank), clients)
         return name
 
     def loss(self, key: tuple[str, float], clients: Iterable[Client], part: str) -> float:
@@ -357,7 +371,7 @@ class Bench:
             tried = {}
             for each, members in rest.items():
                 name = "+".join(sorted([*chosen, each]))
-                name = self.among(name, reached | members, [rate], *languages)
+                name = self.among(name, reached | members, [rate], clients)
                 tried[each] = (self.loss((name, rate), clients, "choose"), name)
             each = min(tried, key=lambda each: tried[each][0])
             loss, name = tried[each]
@@ -367,7 +381,7 @@ class Bench:
             chosen.append(each)
             passed.append(name)
         if passed:
-            self.among(passed[-1], reached, self.options.rates, *languages)
+            self.among(passed[-1], reached, self.options.rates, clients)
         return passed
 
 
@@ -406,11 +420,17 @@ def compute(bench: Bench) -> list[tuple[str, Cells, list[str]]]:
     def divided(each: Tensor, _client: Client) -> Tensor | None:
         return layers.divided(each, o.rank)
 
-    for name, each in shares.items():
-        bench.collect(name, [rate], partial(divided, each))
-    clients = bench.clients
-    best = min(draws, key=lambda name: bench.loss((name, rate), clients, "choose"))
-    bench.collect(best, rates, lambda _client: layers.divided(shares[best], o.rank))
+    def by_loss(clients: Sequence[Client]) -> list[str]:
+        """All draws, the best first."""
+        return sorted(draws, key=lambda name: bench.loss((name, rate), clients, "choose"))
+
+    first = [client for client in bench.clients if client[0] == o.seeds[0]]
+    for name in draws:
+        bench.collect(name, [rate], partial(divided, shares[name]), first)
+    for name in by_loss(first)[: o.finalists]:
+        bench.collect(name, [rate], partial(divided, shares[name]))
+    best = by_loss(bench.clients)[0]
+    bench.collect(best, rates, partial(divided, shares[best]))
     row(f"best random of {len(draws)}", draws)
     passed = bench.greedy(rate)
     row("greedy", passed)
@@ -485,9 +505,11 @@ def main() -> None:
     parser.add_argument("--held", type=int, help="rows to choose by, and as many to report")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates")
     parser.add_argument("--randoms", type=int, help="random draws")
+    parser.add_argument("--finalists", type=int, help="draws that all seeds try")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="placements by kind")
     parser.add_argument("--groups", nargs="+", choices=list(KINDS), help="for greedy selection")
     parser.add_argument("--rank", type=int, default=2, help="r: parameters of uniform rank r")
+    parser.add_argument("--budget", choices=["parameters", "ranks"], default="parameters")
     parser.add_argument("--r-max", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=80, help="of prompt and response")
