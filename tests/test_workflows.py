@@ -50,3 +50,10 @@ def test_what_is_published_is_what_was_tested() -> None:
     assert upload["with"]["path"] == download["with"]["path"]
     assert jobs["publish"]["permissions"] == {"id-token": "write"}
     assert "with" not in publish  # no token: trusted publishing
+
+
+def test_a_called_workflow_waits_for_no_run_that_waits_for_it() -> None:
+    """`github.workflow` is the caller's name in a called one; names of groups have no case."""
+    called, calling = (WORKFLOWS[name]["concurrency"]["group"] for name in ("ci", "release"))
+    assert "github.workflow" not in called
+    assert called.lower() != calling.lower()
