@@ -16,7 +16,7 @@ from fedp2eft.adapters.export import adapter_facts
 from fedp2eft.api import export
 from fedp2eft.files import read_json
 from fedp2eft.models.sources import OFFLINE_PARTS, ModelSource
-from fedp2eft.results.cards import adapter_card, origin_of, psg_card
+from fedp2eft.results.cards import adapter_card, base_card, origin_of, psg_card
 from fedp2eft.settings.experiment import Settings
 from tiny_run import CLIENTS, LABELS, World, plain_python, vocabulary, write_jsonl
 
@@ -72,6 +72,39 @@ def test_the_card_of_a_psg(finished, world: World):
     for words in ("4 clients, 3 rounds", "data set files", "| unseen (2) | lora | 2 |", "One seed"):
         assert words in card.text
     says_nothing_private(str(card), str(world.folder))
+
+
+def test_the_card_of_a_base(finished, world: World):
+    card = ModelCard.load(finished.folder / "base" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.language == ["de", "fr"]
+    assert set(card.data.tags) == {"fedp2eft", "federated-learning"}
+    results = read_json(finished.folder / "results.json")["rows"]
+    told = {each.dataset_config: each.metric_value for each in card.data.eval_results}
+    rows = [row for row in results if row["method"] == "base"]
+    assert told == {f"{row['pool']} clients": row["mean"] for row in rows}
+    for words in ("trained together", "4 clients |", "(standard-fl)", "| unseen (2) | base | – |"):
+        assert words in card.text
+    assert "lora" not in card.text.lower()
+    says_nothing_private(str(card), str(world.folder))
+
+
+def test_a_bases_code_block_runs(finished):
+    folder = finished.folder / "base"
+    code = code_of(ModelCard.load(folder / "README.md"))
+    printed = plain_python(f"import os; os.chdir({str(folder)!r})\n{code}")
+    assert printed.strip() in LABELS
+
+
+@pytest.mark.parametrize(("rounds", "relation"), [(6, "finetune"), (0, None)])
+def test_a_base_names_the_model_that_it_was_made_from(finished, rounds, relation):
+    config = PSG.from_pretrained(finished.folder / "psg").config
+    origin = config.origin | {"model": "owner/model", "base_rounds": rounds}
+    card = base_card(replace(config, origin=origin))
+    assert card.data.base_model == "owner/model"
+    assert card.data.to_dict().get("base_model_relation") == relation
+    assert ("trained together" in card.text) == bool(rounds)
 
 
 @pytest.mark.parametrize(
@@ -187,5 +220,6 @@ def test_signs_of_markdown_do_not_break_a_table():
 @pytest.mark.parametrize("origin", [{}, {"languages": 3, "model": 7, "rounds": []}])
 def test_a_config_by_anybody_makes_a_card(finished, origin):
     config = PSG.from_pretrained(finished.folder / "psg").config
-    assert "data set unknown" in psg_card(replace(config, origin=origin)).text
+    for card in (psg_card, base_card):
+        assert "data set unknown" in card(replace(config, origin=origin)).text
     assert json.dumps(adapter_facts(finished.folder / "adapters" / ADAPTER)["origin"])

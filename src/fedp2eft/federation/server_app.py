@@ -21,7 +21,7 @@ from fedp2eft.files import write_text
 from fedp2eft.generator import PSG
 from fedp2eft.methods import check_trained_for
 from fedp2eft.progress import current
-from fedp2eft.results.cards import psg_card
+from fedp2eft.results.cards import base_card, psg_card
 from fedp2eft.results.rows import collect
 from fedp2eft.runtime.inputs import check_inputs
 from fedp2eft.settings.reading import settings_of_run
@@ -62,8 +62,9 @@ def main(grid: Grid, context: Context) -> None:
         check_inputs(folder, workspace)
         serve(grid, run, workspace, current())
         results = collect(folder)
-        card = psg_card(PSG.from_pretrained(run.psg).config, results)
-        write_text(run.psg / "README.md", str(card))
+        psg = PSG.from_pretrained(run.psg)
+        for made, card in (run.base, base_card), (run.psg, psg_card):
+            write_text(made / "README.md", str(card(psg.config, results)))
         run.trackers.results(results)
 
 

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of every PSG and every adapter, from the templates in templates/.
+"""Model cards: the README.md of every base model, PSG and adapter, from those in templates/.
 
 A card says what an object is, of which model and data, how good on which rows, under which licences
 and how to load it. It is made from settings and counts alone: no text, no class and no client's
@@ -8,7 +8,7 @@ name is in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from fedp2eft.results.metrics import METRICS
 
 if TYPE_CHECKING:
     from fedp2eft.generator import PSGConfig
-    from fedp2eft.results.rows import Results
+    from fedp2eft.results.rows import Results, Row
     from fedp2eft.settings.experiment import Settings
 
 PAPER = "[FedP²EFT](https://arxiv.org/abs/2502.04387) (Lee et al., AAAI 2026)"
@@ -101,6 +101,7 @@ def adapter_card(facts: Mapping[str, Any]) -> ModelCard:
         language=language,
         score=score,
         auto=_AUTO[task],
+        max_length=facts.get("max_length", 128),
     )
 
 
@@ -111,37 +112,79 @@ def psg_card(config: PSGConfig, results: Results | None = None) -> ModelCard:
         config: The PSG's.
         results: The run's tables, if clients were scored.
     """
-    origin = config.origin
-    told = origin.get("languages")
-    languages = [str(name) for name in told] if isinstance(told, list) else []
-    data = _front(origin, languages, config.task, "fedp2eft")
-    rows = results.rows if results else []
-    metric = rows[0].metric.replace(" ", "_") if rows else ""
-    if mine := [row for row in rows if row.method == "fedp2eft"]:
-        data.model_name, data.metrics = "psg", [metric]
-        data.eval_results = [
-            _result(
-                origin, config.task, metric, row.mean, f"{row.pool} clients, r = {row.rank}"
-            )
-            for row in mine
-        ]  # fmt: skip
-    answer = config.target_column or config.label_column
-    return _card(
+    rows = results.rows if results else ()
+    data = _front(config.origin, _languages(config), config.task, "fedp2eft")
+    _add_scores(data, "psg", config, [row for row in rows if row.method == "fedp2eft"])
+    return _run_card(
         "psg.md",
         data,
-        origin,
-        config.base_revision,
+        config,
+        rows,
         layers=len(config.layer_names),
         r_max=config.adapter.r_max,
-        languages=languages,
-        columns=f"{', '.join(config.text_columns)} and {answer}",
-        max_length=config.local.max_length,
         profile=config.profile,
         prior=_prior(config),
         choices=_choices(config),
+    )
+
+
+def base_card(config: PSGConfig, results: Results | None = None) -> ModelCard:
+    """Return the card of a run's own base model.
+
+    Args:
+        config: That of the PSG that was trained on it.
+        results: The run's tables, if clients were scored.
+    """
+    rows = [row for row in results.rows if row.method == "base"] if results else []
+    data = _front(config.origin, _languages(config), config.task, "transformers")
+    data["tags"] = [tag for tag in _TAGS if tag not in ("lora", "peft")]
+    if data["base_model"] and config.origin.get("base_rounds"):
+        data["base_model_relation"] = "finetune"
+    _add_scores(data, "base", config, rows)
+    return _run_card("base.md", data, config, rows, auto=_AUTO[config.task])
+
+
+def _run_card(
+    template: str, data: ModelCardData, config: PSGConfig, rows: Sequence[Row], **values: Any
+) -> ModelCard:
+    """Return a card of what a whole federation made; `rows` are what its table shows."""
+    answer = config.target_column or config.label_column
+    return _card(
+        template,
+        data,
+        config.origin,
+        config.base_revision,
+        languages=_languages(config),
+        columns=f"{', '.join(config.text_columns)} and {answer}",
+        max_length=config.local.max_length,
         rows=rows,
         metric=METRICS[rows[0].metric] if rows else None,
+        **values,
     )
+
+
+def _languages(config: PSGConfig) -> list[str]:
+    """Return the seen clients' languages."""
+    told = config.origin.get("languages")
+    return [str(name) for name in told] if isinstance(told, list) else []
+
+
+def _add_scores(data: ModelCardData, name: str, config: PSGConfig, rows: Sequence[Row]) -> None:
+    """Put the scores of a run's pools into the front matter, where the hub looks for them."""
+    if not rows:
+        return
+    metric = rows[0].metric.replace(" ", "_")
+    data.model_name, data.metrics = name, [metric]
+    data.eval_results = [
+        _result(
+            config.origin,
+            config.task,
+            metric,
+            row.mean,
+            f"{row.pool} clients{f', r = {row.rank}' if row.rank else ''}",
+        )
+        for row in rows
+    ]
 
 
 def _prior(config: PSGConfig) -> str:
