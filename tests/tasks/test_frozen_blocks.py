@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.client.descent import rows_loss
-from fedp2eft.settings.experiment import AdapterSettings
+from fedp2eft.client.training import features
+from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
+from fedp2eft.settings.profiles import PAPER
 from fedp2eft.tasks import frozen_blocks
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
@@ -313,3 +315,57 @@ def test_memory_is_bounded_and_states_computed_again_are_the_same_bits() -> None
     torch.testing.assert_close(again, first, rtol=0, atol=0)
     assert frozen_blocks.with_states(bt.model, data, batch_of, 100).states is None
     assert frozen_blocks.with_states(bt.model, data, batch_of, 0).states is None
+
+
+PLAIN = LocalSettings(dropout=False)
+
+
+@pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
+def test_fine_tuning_starts_from_the_states_that_xi_has_computed(kind: str) -> None:
+    bt, (task, data) = adapted(kind), task_and_rows(kind)
+    whole = features(bt, replace(task, states_mib=0), data, PLAIN, PAPER)
+    alone = task.with_states(bt.model, data).states
+    assert alone is not None
+    _KEPT.clear()
+    xi = features(bt, task, data, PLAIN, PAPER)
+    torch.testing.assert_close(xi, whole, rtol=1e-6, atol=1e-7)
+    with blocks_run(bt.model) as seen:
+        loss_of, _parts = rows_loss(task, bt.model, data)
+        loss_of(ROWS).backward()
+        kept = task.with_states(bt.model, data).states
+    assert set(seen) == {2, 3}
+    assert kept is not None
+    assert not kept.is_inference()
+    torch.testing.assert_close(kept, alone, rtol=0, atol=0)
+
+
+def test_states_that_are_kept_already_are_not_kept_twice() -> None:
+    bt, (task, data) = adapted(), task_and_rows("bert")
+    before = task.with_states(bt.model, data).states
+    first = features(bt, task, data, PLAIN, PAPER)
+    assert task.with_states(bt.model, data).states is before
+    kept = _KEPT[bt.model.get_base_model()]
+    assert before is not None
+    assert kept._bytes == before.nbytes
+    _KEPT.clear()  # ξ has the same bits whoever came first
+    torch.testing.assert_close(features(bt, task, data, PLAIN, PAPER), first, rtol=0, atol=0)
+
+
+def test_xi_keeps_no_states_for_a_fine_tuning_with_dropout() -> None:
+    bt, (task, data) = adapted(), task_and_rows("bert")
+    bt.model.get_base_model().bert.encoder.layer[0].output.dropout.p = 0.1
+    features(bt, task, data, LocalSettings(dropout=True), PAPER)
+    assert bt.model.get_base_model() not in _KEPT
+    features(bt, task, data, PLAIN, PAPER)
+    assert bt.model.get_base_model() in _KEPT
+
+
+def test_a_pass_that_fails_keeps_nothing() -> None:
+    bt, (task, data) = adapted(), task_and_rows("bert")
+    block = bt.model.get_base_model().bert.encoder.layer[2]
+    with pytest.raises(ZeroDivisionError), task.keeping_states(bt.model, data):
+        raise ZeroDivisionError
+    assert not block._forward_pre_hooks
+    with blocks_run(bt.model) as seen:
+        task.with_states(bt.model, data)
+    assert set(seen) == {0, 1}

@@ -6,6 +6,7 @@ Functions of (adapter, data, φ, settings). Nothing here knows of a network or a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from fedp2eft.client.descent import (
 from fedp2eft.client.features import client_features
 from fedp2eft.errors import DivergedError, UserError
 from fedp2eft.generator import PSG
+from fedp2eft.modes import in_mode
 from fedp2eft.settings.experiment import GeneratorSettings, LocalSettings
 from fedp2eft.settings.profiles import Profile
 from fedp2eft.tasks.encoded import Encoded
@@ -91,11 +93,14 @@ def features(
     """Return ξ of a client's training rows (2M values), adapters off."""
     if not len(data):
         raise UserError("This client has no training rows, so it has no features: give it text.")
-    if profile.feature_batch_size is None:
-        batches = task.feature_batches(data, settings.eval_batch_size)
-    else:
-        batches = task.padded_batches(data, profile.feature_batch_size)
-    with bt.off():
+    size = profile.feature_batch_size
+    # Fine-tuning, in its mode, starts from states of frozen lower blocks: this pass has them too.
+    keeping = task.keeping_states(bt.model, data) if size is None else nullcontext()
+    with bt.off(), in_mode(bt.model, settings.dropout), keeping as kept_by:
+        if size is None:
+            batches = task.feature_batches(data, kept_by or settings.eval_batch_size)
+        else:
+            batches = task.padded_batches(data, size)
         xi = client_features(bt.model, bt.linears, batches, masked=profile.masked_features)
     if not bool(torch.isfinite(xi).all()):
         raise UserError("ξ holds NaN or infinity: check the client's text and the base model.")

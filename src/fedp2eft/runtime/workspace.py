@@ -392,10 +392,12 @@ class Workspace:
         if name not in self._features:
             self.for_client(name)
             data, g = self.encoded(name, "train"), self.settings.generator
-            rows = data
+            rows, task = data, self.task
             if g.feature_tokens != "all":
                 rows = data.sample(g.feature_tokens, derive_seed("feature rows", g.seed))
-            xi = features(self.bt, self.task, rows, self.settings.local, self.profile)
+            if rows is not data:  # its states would be of no further use
+                task = replace(task, states_mib=0)
+            xi = features(self.bt, task, rows, self.settings.local, self.profile)
             own = None
             if g.label_features:
                 q = self._q()

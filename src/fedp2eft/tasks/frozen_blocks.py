@@ -206,45 +206,118 @@ def with_states(
         limit: Most bytes that are kept for all texts of this base model. Above it, the texts that
             were not used for longest are computed anew when they come again.
     """
-    whole = plain(model)
-    first = first_trained(model) if limit and len(data) and may_keep(model) else 0
-    if not first:
+    place = _Place.of(model, data, limit)
+    if place is None:
         return data
-    width, embedding = whole.config.hidden_size, whole.get_input_embeddings().weight
-    if len(data.tokens) * width * embedding.element_size() > limit:
-        return data
-    body = _Body.of(model)
-    assert body is not None
-    weights = _digest_of_weights(body.below(first), embedding, data)
-    key = (_digest_of(data), first, weights, *_autocast(embedding))
-    kept = _KEPT.setdefault(whole, _Kept())
-    states = kept.get(key)
+    states = place.kept.get(place.key)
     if states is None:
-        states = _compute(body, first, data, batch_of)
-        kept.put(key, states, limit)
-    return replace(data, states=states, first_block=first)
+        states = _compute(place, data, batch_of)
+        place.kept.put(place.key, states, limit)
+    return replace(data, states=states, first_block=place.first)
 
 
-# A normal tensor, that training can use, even if a scoring asks for it first.
+@contextmanager
+def keeping_states(model: nn.Module, data: Encoded, limit: int) -> Iterator[int | None]:
+    """Keep the states that `with_states` would compute, from passes that are run anyway.
+
+    While this is open, all rows go through the whole model, once and in the order of
+    `Encoded.by_length`. What it yields is the size of their batches, which decides the bits; None
+    where nothing is kept.
+
+    Args:
+        model: With or without an adapter around it, in the mode in which it will be used.
+        data: The rows.
+        limit: Most bytes that are kept for all texts of this base model.
+    """
+    place = _Place.of(model, data, limit)
+    if place is None:
+        yield None
+        return
+    if place.kept.get(place.key) is not None:
+        yield BATCH_SIZE
+        return
+    gathered, batches = _Gathered(data), data.by_length(BATCH_SIZE)
+
+    def gather(_block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        gathered.add(next(batches), inputs[0])
+
+    block = getattr(place.body.holder, place.body.blocks)[place.first]
+    handle = block.register_forward_pre_hook(gather)
+    try:
+        yield BATCH_SIZE
+    finally:
+        handle.remove()
+    place.kept.put(place.key, gathered.states, limit)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the states of some rows are kept.
+
+    Args:
+        body: The model.
+        first: The block that they enter, from 0.
+        kept: All states of this base model.
+        key: Theirs.
+    """
+
+    body: _Body
+    first: int
+    kept: _Kept
+    key: object
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Encoded, limit: int) -> _Place | None:
+        """None where keeping them is not allowed, saves nothing, or takes too much memory."""
+        whole = plain(model)
+        first = first_trained(model) if limit and len(data) and may_keep(model) else 0
+        if not first:
+            return None
+        width, embedding = whole.config.hidden_size, whole.get_input_embeddings().weight
+        if len(data.tokens) * width * embedding.element_size() > limit:
+            return None
+        body = _Body.of(model)
+        assert body is not None
+        weights = _digest_of_weights(body.below(first), embedding, data)
+        key = (_digest_of(data), first, weights, *_autocast(embedding))
+        return cls(body, first, _KEPT.setdefault(whole, _Kept()), key)
+
+
+# Not in inference mode, even if a scoring asks for them first: training cannot use such tensors.
 @torch.inference_mode(False)
 @torch.no_grad()
 def _compute(
-    body: _Body,
-    first: int,
+    place: _Place,
     data: Encoded,
     batch_of: Callable[[Encoded, NDArray], Batch],  # type: ignore[type-arg]
 ) -> Tensor:
     """States of all tokens, in their order: tokens × width."""
-    states: Tensor | None = None
+    gathered = _Gathered(data)
     for rows in data.by_length(BATCH_SIZE):
         batch = batch_of(data, rows)
         batch.pop("labels")
-        found = body.states(first, batch)
-        if states is None:
-            states = found.new_empty(len(data.tokens), found.shape[-1])
-        states[data.places(rows)] = found[batch["attention_mask"].bool()]
-    assert states is not None
-    return states
+        gathered.add(rows, place.body.states(place.first, batch))
+    return gathered.states
+
+
+class _Gathered:
+    """States of all tokens in their order, tokens × width, from those of batches."""
+
+    states: Tensor
+
+    def __init__(self, data: Encoded) -> None:
+        self._data = data
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add(self, rows: NDArray[np.int64], found: Tensor) -> None:
+        """Take the states of some rows, rows × length × width, padded at the end."""
+        data = self._data
+        if not hasattr(self, "states"):
+            shape = len(data.tokens), found.shape[-1]
+            self.states = torch.empty(shape, dtype=found.dtype, device=found.device)
+        real = np.arange(found.shape[1]) < data.lengths[rows][:, None]
+        self.states[data.places(rows)] = found[torch.from_numpy(real).to(found.device)]
 
 
 class _Kept:

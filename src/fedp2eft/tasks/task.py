@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedp2eft.tasks.encoded import Encoded
-from fedp2eft.tasks.frozen_blocks import with_states
+from fedp2eft.tasks.frozen_blocks import keeping_states, with_states
 
 Indices = Sequence[int] | NDArray[np.int64]
 RowsLoss = Callable[[NDArray[np.int64]], Tensor]
@@ -133,6 +134,10 @@ class Task(ABC):
             data: The rows.
         """
         return with_states(model, data, self.batch, self.states_mib * 2**20)
+
+    def keeping_states(self, model: nn.Module, data: Encoded) -> AbstractContextManager[int | None]:
+        """Keep these states from passes over all rows that are run anyway: see `frozen_blocks`."""
+        return keeping_states(model, data, self.states_mib * 2**20)
 
     def feature_batches(self, data: Encoded, batch_size: int) -> Iterable[dict[str, Tensor]]:
         """Return all rows in large batches of similar length, for ξ (profile `paper`)."""
