@@ -191,6 +191,16 @@ def test_the_example_ends_what_it_started_when_it_is_terminated(tmp_path: Path) 
     assert (status, left) == (128 + signal.SIGTERM, False)
 
 
+def test_a_supernode_of_the_example_is_started_until_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    restarted = runpy.run_path(str(EXAMPLE / "run.py"))["RESTARTED"].replace("sleep 5", "sleep 0")
+    starts, third = tmp_path / "starts", 'echo >> "$0"; test $(wc -l < "$0") = 3'
+    subprocess.run(["sh", "-c", restarted, "node", "sh", "-c", third, starts], check=True)
+    assert len(starts.read_text().splitlines()) == 3
+
+
 def test_the_examples_certificate_is_the_servers_and_nobody_elses(tmp_path: Path) -> None:
     made = runpy.run_path(str(EXAMPLE / "certificates.py"))
     for folder in ("ours", "theirs"):
