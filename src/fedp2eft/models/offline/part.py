@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -17,7 +18,7 @@ TERMS = "FEDP2EFT_ACCEPT_TERMS"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfflinePart:
+class OfflinePart(ABC):
     """A copy of a hub model that comes as a Python package.
 
     Attributes:
@@ -98,9 +99,9 @@ class OfflinePart:
             encoding="utf-8",
         )
 
+    @abstractmethod
     def write(self, folder: Path) -> None:
         """Write model, config and tokenizer of the installed package into an existing folder."""
-        raise NotImplementedError
 
 
 def installed_file(package: str, path: str) -> Path:
