@@ -26,6 +26,7 @@ from fedp2eft.federation.server.evaluation import personalize, prepare
 from fedp2eft.federation.server.exchange import roster
 from fedp2eft.federation.server.phases import train_base, train_shared
 from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.results.at_budget import AtBudget
 
 A_ROUND, PERSONALIZED = 30, 100
 
@@ -59,7 +60,7 @@ def measure(folder: Path, clients: int, rounds: int) -> dict[str, object]:
         trained = resident()
         start = clock()
         some = members[:PERSONALIZED]
-        told = prepare(engine.grid, shared, "fedp2eft", 2, some, 3600.0)
+        told = prepare(engine.grid, shared, AtBudget("fedp2eft", 2), some, 3600.0)
         scores = list(personalize(engine.grid, told, some, 3600.0))
         personal = (clock() - start) / len(scores)
     run.close()

@@ -30,10 +30,11 @@ from fedp2eft.models.fit import class_names, longest_input
 from fedp2eft.models.loading import load_base, load_config, load_tokenizer, prepare_for_length
 from fedp2eft.models.precision import choose_device, resolve_precision
 from fedp2eft.models.sources import ModelSource, resolve_model
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.cards import MODEL_FACTS, adapter_card
 from fedp2eft.runtime.one_client import OneClient
 from fedp2eft.settings.data import DataSettings
-from fedp2eft.settings.experiment import Budget, TaskName, budget_label, check_rank
+from fedp2eft.settings.experiment import Budget, TaskName, check_rank
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.generation import check_room
 from fedp2eft.tasks.generation import generate as generate_texts
@@ -335,10 +336,10 @@ def _choice(config: PSGConfig, method: str, rank: int, budget: Budget) -> dict[s
     Raises:
         UserError: It is damaged.
     """
+    kept = {at: v for k, v in config.choices.items() if (at := AtBudget.parse(k))}
+    fitting = [at for at in kept if (at.method, at.budget) == (method, budget) and at.rank <= rank]
     try:
-        start = f"{method}-{budget_label(1, budget)[0]}"
-        kept = {int(k.removeprefix(start)): v for k, v in config.choices.items() if start in k}
-        found = kept[max(budgets)] if (budgets := [b for b in kept if b <= rank]) else {}
+        found = kept[max(fitting)] if fitting else {}
         return {name: torch.tensor(values, dtype=torch.float32) for name, values in found.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"The PSG's choices cannot be read ({error}): fetch it again.") from error

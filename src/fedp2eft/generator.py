@@ -67,7 +67,7 @@ class PSGConfig:
         label_prior: q, the label distribution that the base was trained on; empty if nothing needed
             it.
         choices: What seen clients answered that a client alone needs (`Method.kept`), by method and
-            budget (`budget_label`), "auto-r8" say: tensors as nested lists, by name.
+            budget (`fedp2eft.results.at_budget`), "auto-r8" say: tensors as nested lists, by name.
         origin: For its card (`cards.origin_of`); nothing depends on it.
     """
 

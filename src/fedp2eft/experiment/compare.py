@@ -14,19 +14,24 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
 
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.engine import LocalEngine, environment, local_engine
 from fedp2eft.experiment.lambdas import keep_lambdas
-from fedp2eft.federation.server.evaluation import Instruction, Shared, personalize, prepare
+from fedp2eft.federation.server.evaluation import (
+    Instruction,
+    Shared,
+    as_lists,
+    kept_or_prepared,
+    personalize,
+)
 from fedp2eft.federation.server.exchange import Member, roster
 from fedp2eft.federation.server.held_out import hold_out
 from fedp2eft.federation.server.labels import needs_label_prior
 from fedp2eft.federation.server.phases import know_label_prior, train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.wire.messages import any_arrays, to_arrays
+from fedp2eft.federation.wire.messages import array_digest, to_arrays
 from fedp2eft.files import read_json, write_json, write_text, write_whole
 from fedp2eft.methods import METHODS, check_private, check_task
 from fedp2eft.progress import Reporter, current
@@ -230,23 +235,13 @@ class _Site:
 
     def told(self, cell: Cell) -> Instruction:
         """Return a cell's instruction; surveys are taken once for all pools and kept."""
-        path = self.run / "surveys" / f"{cell.what}.safetensors"
-        if path.exists():
-            kind = METHODS[cell.method].shared
-            parameters = to_arrays(self.shared[kind]) if kind else ArrayRecord()
-            prepared = to_arrays(load_file(path))
-            return Instruction(
-                cell.method, cell.rank, parameters, prepared, label_prior=self._label_prior
-            )
-        timeout = self.settings.federation.timeout
-        told = prepare(
-            self.engine.grid, self.shared, cell.method, cell.rank, self.members, timeout,
+        kind = METHODS[cell.at.method].shared
+        phi = array_digest(to_arrays(self.shared[kind])) if kind else None
+        return kept_or_prepared(
+            self.engine.grid, self.run, self.shared, cell.at, self.members,
+            self.settings.federation.timeout, phi=phi, keep=True,
             label_prior=self._label_prior, privacy=self.settings.privacy,
         )  # fmt: skip
-        if told.prepared:
-            answers = any_arrays(told.prepared, f"The survey of {cell.method}")
-            write_whole(path, partial(save_file, answers))
-        return told
 
     def compute(self, cell: Cell) -> dict[str, Any]:
         """Return the scores of every client of the cell's pool, and what they cost."""
@@ -262,23 +257,17 @@ class _Site:
         for done, (member, scores) in enumerate(personalize(grid, told, members, timeout), 1):
             clients.append({"client": member.client, "language": member.language, **scores})
             self.reporter.part("compare", done / len(members), cell.name)
-        more = {"budget": cell.budget, **_answers(told, cell.method)}
+        more: dict[str, Any] = {"budget": cell.at.budget}
+        if METHODS[cell.at.method].kept:
+            more["prepared"] = as_lists(told)
         if ablations := self.settings.data.ablations:
             more["ablations"] = ablations
         return cell_record(
-            self.run, cell.method, self.training.base, cell.rank, self.training.seed, cell.pool,
+            self.run, cell.at, self.training.base, self.training.seed, cell.pool,
             sorted(clients, key=lambda scores: str(scores["client"])),
             round(time.perf_counter() - start, 3),
             more | environment(self.engine.workspace.device),
         )  # fmt: skip
-
-
-def _answers(told: Instruction, method: str) -> dict[str, Any]:
-    """Return what the surveys of a method that keeps them gave, as lists by name."""
-    if not METHODS[method].kept:
-        return {}
-    answers = any_arrays(told.prepared, f"The survey of {method}")
-    return {"prepared": {name: value.tolist() for name, value in answers.items()}}
 
 
 def _lend(there: Path, here: Path) -> None:

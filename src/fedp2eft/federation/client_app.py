@@ -55,6 +55,7 @@ from fedp2eft.federation.wire.messages import (
     to_arrays,
 )
 from fedp2eft.methods import METHODS, method_named
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.cards import adapter_card, origin_of
 from fedp2eft.runtime.phases import BASE, PSG_PHASE, shared_phases
 from fedp2eft.runtime.workspace import Workspace
@@ -270,7 +271,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     if weights and kept and fits and workspace.run:
         save_adapter(
             workspace.carried(name, weights),
-            workspace.run / "adapters" / name / f"{method}-r{rank}",
+            workspace.run / "adapters" / name / str(AtBudget(method, rank)),
             base=str(Path(workspace.base_source.path).resolve()),
             revision=workspace.psg_config.base_revision,
             layout=keep.layout,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedp2eft.errors import UserError
 from fedp2eft.files import read_json, read_lines
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.cells import MACHINE_FILE, CellRecord, cell_record, is_client, read_cells
 from fedp2eft.results.choices import prepared_of
 from fedp2eft.results.summary import Comparison, summarize
@@ -112,17 +113,16 @@ def _is_comparison(folder: Path) -> bool:
 
 def _cells_of_run(folder: Path, settings: Settings, notes: list[str]) -> Iterator[CellRecord]:
     """Yield a run's cells, one file per client, as those of a comparison."""
-    groups: dict[tuple[str, int, str], list[CellRecord]] = defaultdict(list)
+    groups: dict[tuple[AtBudget, str], list[CellRecord]] = defaultdict(list)
     for path in sorted(folder.glob("cells/*/*.json")):
-        method, _, rank = path.parent.name.rpartition("-r")
-        cell = read_json(path)
+        at, cell = AtBudget.parse(path.parent.name), read_json(path)
         pool = cell.get("pool") if isinstance(cell, dict) else None
-        if not is_client(cell) or not isinstance(pool, str) or not rank.isdigit():
+        if not at or not is_client(cell) or not isinstance(pool, str):
             notes.append(
                 f"{path.relative_to(folder)} is damaged and left out: start the run again."
             )
             continue
-        groups[method, int(rank), pool].append(cell)
+        groups[at, pool].append(cell)
     about = read_json(folder / MACHINE_FILE)
     about = about if isinstance(about, dict) else {}
     machine = {
@@ -130,13 +130,12 @@ def _cells_of_run(folder: Path, settings: Settings, notes: list[str]) -> Iterato
         "versions": dict(about.get("versions", {})),
         "machine": str(about.get("machine", "")),
     }
-    for (method, budget, pool), clients in groups.items():
+    for (at, pool), clients in groups.items():
         seconds = sum(float(client["seconds"]) for client in clients)
         record = cell_record(
-            folder, method, settings.base.kind, budget, settings.seed, pool, clients, seconds,
-            machine,
-        )  # fmt: skip
-        yield record | prepared_of(folder, method, budget)
+            folder, at, settings.base.kind, settings.seed, pool, clients, seconds, machine
+        )
+        yield record | prepared_of(folder, at)
 
 
 def _cells_of_comparison(folder: Path, notes: list[str]) -> list[CellRecord]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.methods import METHODS
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.metrics import metric_of
-from fedp2eft.settings.experiment import budget_label
 
 MACHINE_FILE = "machine.json"
 """In a run folder of the local engine: the last columns of `cell_record`."""
@@ -56,9 +56,8 @@ def read_cells(folder: Path) -> list[CellRecord]:
 
 def cell_record(
     run: Path,
-    method: str,
+    at: AtBudget,
     base: str,
-    rank: int,
     seed: int,
     pool: str,
     clients: Sequence[CellRecord],
@@ -69,21 +68,20 @@ def cell_record(
 
     Args:
         run: Folder of the run that trained what the method starts from.
-        method: The method's name.
+        at: The method, and at which budget.
         base: Value of base.kind.
-        rank: The budget; 0 for a method without one.
         seed: The run's.
         pool: The clients' pool.
         clients: Scores of each client.
         seconds: What the cell took.
         more: `peak_memory`, `versions` and `machine`, and what else is known.
     """
-    shared = METHODS[method].shared if method in METHODS else None
+    shared = METHODS[at.method].shared if at.method in METHODS else None
     up, down = traffic(run, shared) if shared else (0, 0)
     return {
-        "method": method,
+        "method": at.method,
         "base": base,
-        "rank": rank,
+        "rank": at.rank,
         "seed": seed,
         "pool": pool,
         "clients": clients,
@@ -106,8 +104,8 @@ def values(record: CellRecord | None) -> dict[str, float]:
 
 def name_of(record: CellRecord) -> str:
     """Return the name that `fedp2eft.results.plan.Cell` gives to a cell of this content."""
-    label = budget_label(record["rank"], record.get("budget", "ranks"))
-    return "{base}/s{seed}/{pool}/{method}".format(**record) + f"-{label}"
+    at = AtBudget(record["method"], record["rank"], record.get("budget", "ranks"))
+    return "{base}/s{seed}/{pool}/".format(**record) + str(at)
 
 
 def traffic(run: Path, phase: str) -> tuple[int, int]:

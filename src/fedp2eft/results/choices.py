@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedp2eft.files import read_json
 from fedp2eft.methods.auto.candidate import Candidate
+from fedp2eft.results.at_budget import AtBudget
+from fedp2eft.results.surveys import read_survey
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,10 @@ def choice_from(facts: Mapping[str, Any]) -> Choice:
     return Choice(**{**facts, "tried": tuple(Tried(**each) for each in facts["tried"])})
 
 
-def survey_file(run: Path, method: str, rank: int) -> Path:
-    """Return where a run folder keeps what the surveys of a method gave."""
-    return run / "surveys" / f"{method}-r{rank}.json"
-
-
-def prepared_of(run: Path, method: str, rank: int) -> dict[str, Any]:
+def prepared_of(run: Path, at: AtBudget) -> dict[str, Any]:
     """Return what the surveys of a method gave in a run folder, as `prepared`, if that was kept."""
-    kept = read_json(survey_file(run, method, rank))
-    return {"prepared": kept["prepared"]} if isinstance(kept, dict) else {}
+    kept = read_survey(run, at)
+    return {"prepared": kept} if kept else {}
 
 
 def choices_of(cells: Iterable[Mapping[str, Any]]) -> tuple[Choice, ...]:

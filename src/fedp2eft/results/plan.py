@@ -21,7 +21,8 @@ from typing import Any
 
 from fedp2eft.files import read_json, take_lock
 from fedp2eft.methods import METHODS, method_named
-from fedp2eft.settings.experiment import Budget, Settings, budget_label
+from fedp2eft.results.at_budget import AtBudget
+from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import with_sections
 
 
@@ -57,27 +58,18 @@ class Cell:
     Args:
         training: What it starts from.
         pool: Whose clients are scored.
-        method: The method.
-        rank: The budget; 0 for a method without one.
-        budget: What it is a budget of.
+        at: The method, and at which budget.
     """
 
     training: SharedTraining
     pool: str
-    method: str
-    rank: int
-    budget: Budget = "ranks"
-
-    @property
-    def what(self) -> str:
-        """Method and budget, e.g. "lora-r2"."""
-        return f"{self.method}-{budget_label(self.rank, self.budget)}"
+    at: AtBudget
 
     @property
     def name(self) -> str:
         """Its file under cells/, without the ending."""
         t = self.training
-        return f"{t.base}/s{t.seed}/{self.pool}/{self.what}"
+        return f"{t.base}/s{t.seed}/{self.pool}/{self.at}"
 
     def path(self, folder: Path) -> Path:
         """Return its file in a comparison folder."""
@@ -102,7 +94,7 @@ def plan(settings: Settings) -> list[Cell]:
                 variant = variant_name(method_named(name).variant)
                 trainings.setdefault(SharedTraining(base, seed, variant), []).append(name)
     return [
-        Cell(training, pool, method, rank, evaluation.budget if rank else "ranks")
+        Cell(training, pool, AtBudget(method, rank, evaluation.budget if rank else "ranks"))
         for training, methods in trainings.items()
         for pool in evaluation.pools
         for method in methods

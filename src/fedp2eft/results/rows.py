@@ -14,6 +14,7 @@ from typing import Any
 
 from fedp2eft.errors import UserError
 from fedp2eft.files import read_json, write_json
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.choices import Choice, choice_from, choices_of, chosen_by, prepared_of
 from fedp2eft.results.gains import Gains, adjusted, gains_from, gains_of
 from fedp2eft.results.metrics import ACCURACY, further_metrics, metric_of
@@ -110,10 +111,9 @@ def collect(run: str | Path) -> Results:
     run = Path(run)
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(run.glob("cells/*/*.json")):
-        cell = read_json(path)
-        if isinstance(cell, dict) and cell["examples"]:  # a client without test rows has no score
-            method, _, rank = path.parent.name.rpartition("-r")
-            groups[(method, int(rank), cell["pool"])].append(cell)
+        cell, at = read_json(path), AtBudget.parse(path.parent.name)
+        if at and isinstance(cell, dict) and cell["examples"]:  # without test rows: no score
+            groups[(at.method, at.rank, cell["pool"])].append(cell)
     base = {
         cell["client"]: metric_of(cell).value([cell])
         for (method, _, _), cells in groups.items()
@@ -131,7 +131,7 @@ def collect(run: str | Path) -> Results:
             gains.append(found)
     asked = {"method": "auto", "base": settings.base.kind, "seed": settings.seed}
     choices = choices_of(
-        {**asked, "rank": rank, **prepared_of(run, "auto", rank)}
+        {**asked, "rank": rank, **prepared_of(run, AtBudget("auto", rank))}
         for rank in settings.evaluation.ranks
     )
     budget = settings.evaluation.budget

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from fedp2eft.methods import METHODS
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.cells import CellRecord, name_of, scored, values
 from fedp2eft.results.choices import Choice, choices_of, chosen_by
 from fedp2eft.results.gains import Gains, adjusted, gains_of
@@ -216,14 +217,15 @@ def summarize(settings: Settings, cells: Iterable[CellRecord]) -> Comparison:
             training = trainings.get((record["base"], record["seed"]))
             if training and record["pool"] in evaluation.pools:
                 budget = evaluation.budget if record["rank"] else "ranks"
-                cell = Cell(training, record["pool"], record["method"], record["rank"], budget)
+                at = AtBudget(record["method"], record["rank"], budget)
+                cell = Cell(training, record["pool"], at)
                 planned[cell.name] = cell
     # Group by line of the table, then by seed.
     found = {name_of(record): record for record in cells if name_of(record) in planned}
     groups: dict[Key, dict[int, CellRecord]] = defaultdict(dict)
     for name, cell in planned.items():  # the order of the settings
         if name in found and scored(found[name]):
-            key = (cell.training.base, cell.pool, cell.method, cell.rank)
+            key = (cell.training.base, cell.pool, cell.at.method, cell.at.rank)
             groups[key][cell.training.seed] = found[name]
     # Lines stand in the order of the settings.
     axes: tuple[list[str], ...] = (

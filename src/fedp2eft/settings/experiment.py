@@ -433,14 +433,6 @@ class Settings:
         )
 
 
-def budget_label(rank: int, budget: Budget) -> str:
-    """Return a budget in names of files: "r2", or "p2" for the parameters of rank 2.
-
-    A method without a budget has rank 0, and the same label under both.
-    """
-    return f"{'p' if rank and budget == 'parameters' else 'r'}{rank}"
-
-
 def check_rank(rank: int, r_max: int) -> None:
     """Raise `UserError` unless the rank budget lies in 1..r_max."""
     require(

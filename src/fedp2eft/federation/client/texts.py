@@ -16,6 +16,7 @@ from torch import nn
 from fedp2eft.data.clients import check_client_name
 from fedp2eft.files import write_json
 from fedp2eft.progress import current
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.runtime.workspace import Workspace
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.generation import Question, generate
@@ -26,7 +27,7 @@ from fedp2eft.tasks.text_scores import text_scores
 def generation_path(run: Path, method: str, rank: int, client: str) -> Path:
     """Return the file of the texts that one client's model wrote with a method and budget."""
     check_client_name(client)
-    return run / "generations" / f"{method}-r{rank}" / f"{client}.json"
+    return run / "generations" / str(AtBudget(method, rank)) / f"{client}.json"
 
 
 def answering(

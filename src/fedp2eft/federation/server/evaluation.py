@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.server.sums import SecureSum
 from fedp2eft.federation.wire import messages as wire
 from fedp2eft.federation.wire.layouts import survey_layout
-from fedp2eft.files import read_json, write_folder, write_json
+from fedp2eft.files import write_folder
 from fedp2eft.generator import PSG
-from fedp2eft.methods import METHODS
+from fedp2eft.methods import METHODS, Method
 from fedp2eft.progress import Reporter
-from fedp2eft.results.choices import survey_file
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.metrics import metric_of
-from fedp2eft.settings.experiment import budget_label
+from fedp2eft.results.surveys import read_survey, write_survey
 from fedp2eft.settings.peers import PrivacySettings
 from fedp2eft.tasks.text_scores import TEXT_SCORES
 
@@ -42,16 +43,14 @@ class Instruction:
     """What a client receives before it personalizes with one method and budget.
 
     Args:
-        method: The method's name.
-        rank: The budget; 0 for a method without one.
+        at: The method, and at which budget.
         shared: Parameters of the method's federation; empty if it has none.
         prepared: What the surveys gave so far; empty if there were none.
         question: In a survey, which of the method's it is, counted from 0.
         label_prior: q; empty if it is not known.
     """
 
-    method: str
-    rank: int
+    at: AtBudget
     shared: ArrayRecord
     prepared: ArrayRecord
     question: int = 0
@@ -59,19 +58,18 @@ class Instruction:
 
     def message(self, node: int, kind: str) -> Message:
         """Return a message of that kind to one node."""
-        config = ConfigRecord({"method": self.method, "rank": self.rank})
+        config = ConfigRecord({"method": self.at.method, "rank": self.at.rank})
         if kind == wire.SURVEY:
             config["question"] = self.question
         config = wire.with_label_prior(config, self.label_prior)
         content = {wire.ARRAYS: self.shared, wire.PREPARED: self.prepared, wire.CONFIG: config}
-        return Message(RecordDict(content), node, kind, group_id=f"{self.method}-r{self.rank}")  # type: ignore[arg-type]
+        return Message(RecordDict(content), node, kind, group_id=str(self.at))  # type: ignore[arg-type]
 
 
 def prepare(
     grid: Grid,
     shared: Shared,
-    method: str,
-    rank: int,
+    at: AtBudget,
     members: list[Member],
     timeout: float,
     failures: Failures = FIRST_ENDS,
@@ -83,21 +81,20 @@ def prepare(
     Args:
         grid: The engine.
         shared: Trained parameters by federation.
-        method: Its name.
-        rank: The budget.
+        at: The method, and at which budget.
         members: All clients of the federation.
         timeout: Seconds without any reply after which no more are waited for.
         failures: Receives clients that fail. Without it, the first one raises.
         label_prior: q; empty if it is not known.
         privacy: Whether answers are summed securely; they are not if absent.
     """
-    kind = METHODS[method]
-    parameters = wire.to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
+    method, kind = at.method, METHODS[at.method]
+    told = Instruction(at, _parameters(shared, kind), ArrayRecord(), label_prior=label_prior)
     if kind.surveys and not any(member.pool == SEEN for member in members):
         raise UserError(f"Method {method} needs seen clients, and there are none: leave it out.")
     prepared: dict[str, Tensor] = {}
     for number, survey in enumerate(kind.surveys):
-        told = Instruction(method, rank, parameters, wire.to_arrays(prepared), number, label_prior)
+        told = replace(told, prepared=wire.to_arrays(prepared), question=number)
         clients = asked(survey, members)
         messages = [told.message(node, wire.SURVEY) for node in clients]
         what = f"survey of {method}"
@@ -116,7 +113,57 @@ def prepare(
         answers = alike_answers(replies, what, failures)
         failures.check(len(answers), len(messages), what)
         prepared |= survey.combine(summed(answers), len(answers))
-    return Instruction(method, rank, parameters, wire.to_arrays(prepared), label_prior=label_prior)
+    return replace(told, prepared=wire.to_arrays(prepared), question=0)
+
+
+def kept_or_prepared(
+    grid: Grid,
+    run: Path,
+    shared: Shared,
+    at: AtBudget,
+    members: list[Member],
+    timeout: float,
+    *,
+    phi: str | None,
+    keep: bool,
+    failures: Failures = FIRST_ENDS,
+    label_prior: Sequence[float] = (),
+    privacy: PrivacySettings | None = None,
+) -> Instruction:
+    """Return what a run folder keeps of a method's surveys, or ask (`prepare`) and keep it.
+
+    Args:
+        grid: The engine.
+        run: The run folder.
+        shared: Trained parameters by federation.
+        at: The method, and at which budget.
+        members: All clients of the federation.
+        timeout: Seconds without any reply after which no more are waited for.
+        phi: Digest of the parameters that the method starts from, if any.
+        keep: Whether the answers may be kept, and kept ones used.
+        failures: As in `prepare`; likewise the rest.
+        label_prior: q; empty if it is not known.
+        privacy: Whether answers are summed securely.
+    """
+    kept = read_survey(run, at, phi) if keep else None
+    if kept is not None:
+        prepared = wire.to_arrays({name: torch.tensor(value) for name, value in kept.items()})
+        parameters = _parameters(shared, METHODS[at.method])
+        return Instruction(at, parameters, prepared, label_prior=label_prior)
+    told = prepare(grid, shared, at, members, timeout, failures, label_prior, privacy)
+    if keep and told.prepared:
+        write_survey(run, at, phi, as_lists(told))
+    return told
+
+
+def as_lists(told: Instruction) -> dict[str, Any]:
+    """Return what the surveys gave, as nested lists by name."""
+    answers = wire.any_arrays(told.prepared, f"The survey of {told.at.method}")
+    return {name: value.tolist() for name, value in answers.items()}
+
+
+def _parameters(shared: Shared, kind: Method) -> ArrayRecord:
+    return wire.to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
 
 
 def summed(answers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -228,85 +275,42 @@ def personalize_all(
     )
     chosen = [member for member in members if member.pool in evaluation.pools]
     wanted = [
-        (method, rank)
+        AtBudget(method, rank)
         for method in evaluation.methods
         for rank in (evaluation.ranks if METHODS[method].ranked else [0])
     ]
-    missing = {
-        (method, rank): [m for m in chosen if run.cell(method, rank, m.client) is None]
-        for method, rank in wanted
-    }
+    missing = {at: [m for m in chosen if run.cell(at, m.client) is None] for at in wanted}
     left, total = sum(map(len, missing.values())), len(wanted) * len(chosen)
     reporter.start("personalize", total, total - left)
-    for (method, rank), without in missing.items():
+    for at, without in missing.items():
         clients = [member for member in without if member.client not in run.faults.quarantined]
         if not clients:
             continue
-        told = _told(grid, run, shared, digests, (method, rank), members, failures)
-        federation = METHODS[method].shared
+        kind = METHODS[at.method]
+        phi = digests.get(kind.shared or "")
+        told = kept_or_prepared(
+            grid, run.path, shared, at, members, timeout, phi=phi, keep=kind.kept,
+            failures=failures, label_prior=run.label_prior, privacy=run.settings.privacy,
+        )  # fmt: skip
         for member, metrics in personalize(grid, told, clients, timeout, failures):
             about = {"client": member.client, "language": member.language, "pool": member.pool}
-            if federation:
-                about["phi"] = digests[federation]
-            run.write_cell(method, rank, member.client, {**about, **metrics})
+            if phi:
+                about["phi"] = phi
+            run.write_cell(at, member.client, {**about, **metrics})
             metric = metric_of(metrics)
             score = metric.shown(metric.value([metrics])) if metrics["examples"] else "–"
-            reporter.advance("personalize", f"{method} {member.client} {score}")
+            reporter.advance("personalize", f"{at.method} {member.client} {score}")
     _keep_with_psg(run, digests, wanted)
 
 
-def _told(
-    grid: Grid,
-    run: RunFolder,
-    shared: Shared,
-    digests: Mapping[str, str],
-    wanted: tuple[str, int],
-    members: list[Member],
-    failures: Failures,
-) -> Instruction:
-    """Return a method's instruction; answers that are kept are asked for once."""
-    method, rank = wanted
-    kind = METHODS[method]
-    kept = _kept(run, digests, method, rank)
-    if kept is not None:
-        parameters = wire.to_arrays(shared[kind.shared]) if kind.shared else ArrayRecord()
-        prepared = wire.to_arrays({name: torch.tensor(value) for name, value in kept.items()})
-        return Instruction(method, rank, parameters, prepared, label_prior=run.label_prior)
-    timeout = run.settings.federation.timeout
-    told = prepare(
-        grid, shared, method, rank, members, timeout, failures, run.label_prior,
-        run.settings.privacy,
-    )  # fmt: skip
-    if kind.kept:
-        answers = wire.any_arrays(told.prepared, f"The survey of {method}")
-        values = {name: value.tolist() for name, value in answers.items()}
-        phi = digests.get(kind.shared or "")
-        write_json(survey_file(run.path, method, rank), {"phi": phi, "prepared": values})
-    return told
-
-
-def _kept(
-    run: RunFolder, digests: Mapping[str, str], method: str, rank: int
-) -> dict[str, Any] | None:
-    """Return what the surveys gave for the present parameters, if it was kept."""
-    kind = METHODS[method]
-    found = read_json(survey_file(run.path, method, rank)) if kind.kept else None
-    if not isinstance(found, dict) or found.get("phi") != digests.get(kind.shared or ""):
-        return None
-    return dict(found["prepared"])
-
-
-def _keep_with_psg(
-    run: RunFolder, digests: Mapping[str, str], wanted: Sequence[tuple[str, int]]
-) -> None:
+def _keep_with_psg(run: RunFolder, digests: Mapping[str, str], wanted: Sequence[AtBudget]) -> None:
     """Write what the surveys gave into the PSG's config, for clients that come later."""
-    found = {
-        f"{name}-{budget_label(rank, run.settings.evaluation.budget)}": _kept(
-            run, digests, name, rank
-        )
-        for name, rank in wanted
-    }
-    choices = {name: value for name, value in found.items() if value is not None}
+    choices = {}
+    for at in wanted:
+        kind = METHODS[at.method]
+        kept = read_survey(run.path, at, digests.get(kind.shared or "")) if kind.kept else None
+        if kept is not None:
+            choices[str(replace(at, budget=run.settings.evaluation.budget))] = kept
     if choices:
         trained = PSG.from_pretrained(run.psg)
         psg = PSG(replace(trained.config, choices=choices))

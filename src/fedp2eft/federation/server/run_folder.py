@@ -45,6 +45,7 @@ from fedp2eft.files import (
     write_json,
     write_text,
 )
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.runtime.phases import shared_phases
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import SETTINGS_FILE, check_same, settings_of_folder, settings_text
@@ -202,19 +203,19 @@ class RunFolder:
 
     # ── cells ───────────────────────────────────────────────────────────────────────────────────
 
-    def cell_path(self, method: str, rank: int, client: str) -> Path:
+    def cell_path(self, at: AtBudget, client: str) -> Path:
         """Return the file of one client's scores with one method and budget."""
         check_client_name(client)  # over a network a peer chose it
-        return self.path / "cells" / f"{method}-r{rank}" / f"{client}.json"
+        return self.path / "cells" / str(at) / f"{client}.json"
 
-    def cell(self, method: str, rank: int, client: str) -> dict[str, Any] | None:
+    def cell(self, at: AtBudget, client: str) -> dict[str, Any] | None:
         """Return a cell that was computed before, or None."""
-        value = read_json(self.cell_path(method, rank, client))
+        value = read_json(self.cell_path(at, client))
         return value if isinstance(value, dict) else None
 
-    def write_cell(self, method: str, rank: int, client: str, value: dict[str, Any]) -> None:
+    def write_cell(self, at: AtBudget, client: str, value: dict[str, Any]) -> None:
         """Keep a cell."""
-        write_json(self.cell_path(method, rank, client), value)
+        write_json(self.cell_path(at, client), value)
 
     def drop_cells_of_other_phi(self, digests: Mapping[str, str]) -> None:
         """Remove cells, and their adapters, that came from parameters before the present ones.
@@ -223,9 +224,10 @@ class RunFolder:
             digests: Digest of the present parameters, by method.
         """
         for path in self.path.glob("cells/*/*.json"):
-            method = path.parent.name.rpartition("-r")[0]
-            cell = read_json(path)
-            if method in digests and isinstance(cell, dict) and cell.get("phi") != digests[method]:
+            at, cell = AtBudget.parse(path.parent.name), read_json(path)
+            if not at or at.method not in digests or not isinstance(cell, dict):
+                continue
+            if cell.get("phi") != digests[at.method]:
                 adapter = self.path / "adapters" / path.stem / path.parent.name
                 shutil.rmtree(adapter, ignore_errors=True)
                 texts = self.path / "generations" / path.parent.name / path.name

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedp2eft.errors import UserError, shortened
 from fedp2eft.progress import current
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.rows import Results
 from fedp2eft.settings.experiment import Settings
 
@@ -73,7 +74,7 @@ class Trackers:
         """Send the final tables, under `results/pool/method-rN/…`."""
         logged: dict[str, float] = {}
         for row in results.rows:
-            where = f"results/{row.pool}/{row.method}-r{row.rank}"
+            where = f"results/{row.pool}/{AtBudget(row.method, row.rank)}"
             logged[f"{where}/mean"] = row.mean
             logged[f"{where}/worst-language"] = row.worst_language
             logged |= {f"{where}/{language}": v for language, v in row.languages.items()}
