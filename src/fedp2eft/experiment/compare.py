@@ -37,9 +37,9 @@ from fedp2eft.methods import METHODS, check_private, check_task
 from fedp2eft.progress import Reporter, current
 from fedp2eft.results.cells import cell_record
 from fedp2eft.results.plan import Cell, SharedTraining, claim, plan, settings_of
+from fedp2eft.runtime.client_rows import LABEL_PRIOR_FILE
 from fedp2eft.runtime.inputs import check_inputs
 from fedp2eft.runtime.phases import shared_phases
-from fedp2eft.runtime.workspace import LABEL_PRIOR_FILE
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.reading import SETTINGS_FILE, check_same, settings_of_folder, settings_text
 

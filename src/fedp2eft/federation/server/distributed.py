@@ -28,7 +28,7 @@ from fedp2eft.federation.server.privacy import ASKED, Private
 from fedp2eft.federation.wire.keys import FEWEST
 from fedp2eft.federation.wire.sums import Noise
 from fedp2eft.files import read_json, write_json
-from fedp2eft.runtime.workspace import LABEL_PRIOR_FILE
+from fedp2eft.runtime.client_rows import LABEL_PRIOR_FILE
 from fedp2eft.settings.experiment import Settings
 
 SPENT = "privacy/rho/"

@@ -26,7 +26,7 @@ from fedp2eft.federation.wire.messages import LABELS as ASK_LABELS
 from fedp2eft.files import read_json, write_json
 from fedp2eft.methods import METHODS
 from fedp2eft.progress import Reporter
-from fedp2eft.runtime.workspace import LABEL_PRIOR_FILE
+from fedp2eft.runtime.client_rows import LABEL_PRIOR_FILE
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
 from fedp2eft.settings.peers import PrivacySettings

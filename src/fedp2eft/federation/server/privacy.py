@@ -43,7 +43,7 @@ from fedp2eft.federation.server.aggregation import Averaging, sampling_nobody
 from fedp2eft.federation.server.exchange import Member
 from fedp2eft.federation.wire.messages import EXAMPLES
 from fedp2eft.files import read_json, write_json
-from fedp2eft.runtime.workspace import LABEL_PRIOR_FILE
+from fedp2eft.runtime.client_rows import LABEL_PRIOR_FILE
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
 
