@@ -228,7 +228,7 @@ def test_a_class_that_the_model_lacks_comes_with_both_lists(finished, world: Wor
 
 def test_a_column_of_the_other_task_is_refused(finished, world: World):
     psg, base = fedp2eft.PSG.from_pretrained(finished.folder / "psg"), finished.folder / "base"
-    with pytest.raises(UserError, match="classification, which has no use for target_column"):
+    with pytest.raises(UserError, match="classification, which does not use target_column"):
         fedp2eft.personalize(psg, base, world.rows, 2, target_column="text")
     with pytest.raises(UserError, match="name label_column or target_column"):
         fedp2eft.evaluate(base, world.rows, label_column="topic", target_column="text")

@@ -153,8 +153,8 @@ def personalize(
         )
     if made.shared not in (None, "psg") or (made.surveys and not prepared):
         raise UserError(
-            f"Method {method} starts from what a federation of its own trained or its clients "
-            f"answered: use fedp2eft train, or one of {', '.join(_alone(c.task))}."
+            f"Method {method} needs federated training of its own, or answers from other clients: "
+            f"use fedp2eft train, or one of {', '.join(_alone(c.task))}."
         )
     given: dict[str, Any] = {
         "personalize_lr": lr,
@@ -168,7 +168,7 @@ def personalize(
     classes = c.task == "classification"
     name = "target_column" if classes else "label_column"
     if (target_column if classes else label_column) is not None:
-        raise UserError(f"The PSG is of the task {c.task}, which has no use for {name}: remove it.")
+        raise UserError(f"The PSG's task is {c.task}, which does not use {name}: remove it.")
     columns = DataSettings(
         text_columns=list(text_columns),
         label_column=(label_column or c.label_column) if classes else None,

@@ -216,7 +216,7 @@ class PSG(
             features = torch.cat([features, torch.tensor([float(examples)]).log()])
         if self.config.generator.label_features:
             if label_offset is None:
-                raise UserError("This PSG looks at the client's label prior: give q and labels.")
+                raise UserError("This PSG uses the client's label prior: give q and labels.")
             features = torch.cat([features, label_offset])
         return features
 
@@ -293,7 +293,7 @@ def _read_config(path: Path) -> PSGConfig:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a PSG's.")
+        raise UserError(f"{path} is not the config of a PSG.")
     if raw.get("target", "lambda") != "lambda":
         raise UserError(
             f"{path}: this PSG predicts {reprlib.repr(raw['target'])}, not λ (local.prior: "
@@ -304,12 +304,16 @@ def _read_config(path: Path) -> PSGConfig:
     try:
         config: PSGConfig = typed(PSGConfig, raw, "config")
     except (UserError, RecursionError) as error:
-        raise UserError(f"{path} is not a PSG's: {shortened(str(error), 200)}.") from error
+        raise UserError(
+            f"{path} is not the config of a PSG: {shortened(str(error), 200)}."
+        ) from error
     a, g = config.adapter, config.generator
     sizes = (a.r_max, g.hidden_multiplier, len(config.layer_names), config.n_features)
     scales = (a.scaling, a.lambda_max, g.init_lambda)
     if not all(0 < n < 1_000_000 for n in sizes) or not all(map(math.isfinite, scales)):
-        raise UserError(f"{path} is not a PSG's: its sizes or its range of λ are impossible.")
+        raise UserError(
+            f"{path} is not the config of a PSG: its sizes or range of λ are impossible."
+        )
     return config
 
 

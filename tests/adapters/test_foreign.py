@@ -75,7 +75,7 @@ def test_one_of_the_other_task_is_refused(finished, rows: Path, tmp_path: Path):
     adapter = foreign(base, tmp_path / "a", target_modules=["query"], task_type="SEQ_CLS")
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"task_type": "CAUSAL_LM"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"PEFT's task CAUSAL_LM.*name the target_column"):
+    with pytest.raises(UserError, match=r"PEFT's task type CAUSAL_LM.*give target_column"):
         fedp2eft.evaluate(base, rows, adapter)
 
 

@@ -65,7 +65,7 @@ def test_a_shifted_partition_is_warned_of(tmp_path: Path, caplog: pytest.LogCapt
     seen = [value for name, value in shift.items() if "-seen-" in name]
     mean, most = sum(seen) / 4, max(seen)
     [line] = [r.getMessage() for r in caplog.records if "seen clients'" in r.getMessage()][:1]
-    assert line.startswith("The seen clients' test labels are distributed otherwise")
+    assert line.startswith("The seen clients' test labels are distributed differently")
     assert f"mean total variation {mean:.2f}, largest {most:.2f}" in line
     assert "data.proportions: both" in line
     assert {r.levelno for r in caplog.records} == {logging.WARNING}

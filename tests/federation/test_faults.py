@@ -189,7 +189,7 @@ def test_a_superlink_that_takes_no_messages_is_an_error(tmp_path: Path) -> None:
     grid = remote(s)
     grid.inner.push_messages = lambda messages: []  # type: ignore[method-assign]
     grid.push_messages = grid.inner.push_messages  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"did not take the messages \(round 1 of psg\)"):
+    with pytest.raises(UserError, match=r"did not accept the messages \(round 1 of psg\)"):
         rounds(tmp_path, grid, s)
 
 

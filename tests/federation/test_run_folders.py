@@ -93,7 +93,7 @@ def test_a_file_in_place_of_the_folder(tmp_path) -> None:
 @pytest.mark.parametrize("text", ["", "[1, 2]", "{", "just words"])
 def test_settings_that_are_no_runs(tmp_path, text) -> None:
     (tmp_path / "settings.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"settings.yaml is damaged or not a run's"):
+    with pytest.raises(UserError, match=r"settings.yaml is damaged, or not the settings of a run"):
         RunFolder(tmp_path, SETTINGS)
     assert (tmp_path / "settings.yaml").read_text() == text
 

@@ -126,7 +126,7 @@ def test_an_adapter_above_the_budget_is_refused(client) -> None:
     weights = client.bt.weights_of(ones, keep)
     exact = replace(client, costs=client.bt.costs)
     check_size(exact, weights, 2)
-    with pytest.raises(UserError, match=r"480 parameters, and r = 1 is at most 467 under"):
+    with pytest.raises(UserError, match=r"480 parameters; r = 1 allows 467 under"):
         check_size(exact, weights, 1)
     check_size(exact, replace(weights, offset=torch.zeros(10**4)), 2)  # the prior is beside it
     check_size(replace(exact, costs=None), weights, 1)

@@ -119,7 +119,7 @@ def test_causal_lms_are_refused_in_one_line(method) -> None:
     ],
 )
 def test_settings_about_classes_need_classes(changes, words) -> None:
-    with pytest.raises(UserError, match=words + " is about classes, and model.task is causal_lm"):
+    with pytest.raises(UserError, match=words + " needs classes, and model.task is causal_lm"):
         Settings(model=ModelSettings(task="causal_lm"), **changes)
     Settings(**changes)
 

@@ -266,7 +266,7 @@ def test_folders_that_hold_nothing(tmp_path, capsys):
     assert "There is no folder" in lines[0]
     assert "holds no run or comparison: it has no settings.yaml" in lines[1]
     (tmp_path / "settings.yaml").write_text("- 1", encoding="utf-8")
-    with pytest.raises(UserError, match=r"settings\.yaml is damaged or not a run's"):
+    with pytest.raises(UserError, match=r"settings\.yaml is damaged, or not the settings of a run"):
         read_report(tmp_path)
 
 

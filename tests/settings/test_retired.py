@@ -15,7 +15,7 @@ def test_the_value_that_is_left_is_accepted() -> None:
 
 
 def test_the_value_that_is_gone_names_the_last_version_that_had_it(tmp_path) -> None:
-    words = r"local\.prior: normalized is gone, fedp2eft 0\.1\.0 was the last version"
+    words = r"local\.prior: normalized was removed; fedp2eft 0\.1\.0 was the last version"
     with pytest.raises(UserError, match=words):
         settings_from({"local": {"prior": "normalized"}})
     (tmp_path / "settings.yaml").write_text("local: {prior: normalized}")

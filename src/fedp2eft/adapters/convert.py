@@ -52,7 +52,7 @@ def change_layout(
     try:
         source = resolve_model(base)
     except UserError:
-        logger.warning("The base model %s is not here: only the weights are compared.", base)
+        logger.warning("The base model %s is not available: only the weights are compared.", base)
     else:
         probe = _Probe.of(adapter, weights, source, _task(config))
         loads = probe.loads
@@ -264,9 +264,8 @@ def check_same_base(adapter: str | Path, source: ModelSource, task: TaskName) ->
     kind = config.get("task_type")
     if kind is not None and kind != {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}[task]:
         raise UserError(
-            f"Adapter {adapter} is of PEFT's task {kind}, and it is used for a "
-            f"{task.replace('_', ' ')}: name the target_column of a causal LM, and none for a "
-            "classification."
+            f"Adapter {adapter} has PEFT's task type {kind}, and the rows are for "
+            f"{task.replace('_', ' ')}: give target_column for a causal LM alone."
         )
     wanted = facts.get("base_revision")
     if not wanted:

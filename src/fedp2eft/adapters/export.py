@@ -264,4 +264,4 @@ def check_replaceable(target: Path) -> None:
     """Raise `UserError` unless an adapter may be written there: nothing, or another adapter."""
     files = [path.name for path in target.iterdir()] if target.is_dir() else []
     if target.exists() and not (target.is_dir() and (not files or CONFIG_FILE in files)):
-        raise UserError(f"{target} exists and is not an adapter folder: name another place.")
+        raise UserError(f"{target} exists and is not an adapter folder: name another folder.")

@@ -170,8 +170,8 @@ def check_size(client: ClientSide, weights: AdapterWeights, rank: int) -> None:
     size, most = sum(x.A.numel() + x.B.numel() for x in weights.layers), rank * sum(client.costs)
     require(
         size <= most,
-        f"The method made an adapter of {size:,} parameters, and r = {rank} is at most {most:,} "
-        "under evaluation.budget: parameters: set it to ranks, or leave the method out.",
+        f"The method made an adapter of {size:,} parameters; r = {rank} allows {most:,} under "
+        "evaluation.budget: parameters. Set it to ranks, or leave the method out.",
     )
 
 

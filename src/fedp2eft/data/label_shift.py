@@ -44,7 +44,7 @@ def warn_of_label_shift(data: ClientData) -> None:
             worst = sorted(means, key=lambda language: -means[language])[:3]
             named = ", ".join(f"{language} {means[language]:.2f}" for language in worst)
             logger.warning(
-                "The %s clients' test labels are distributed otherwise than their train labels: "
+                "The %s clients' test labels are distributed differently from their train labels: "
                 "mean total variation %.2f, largest %.2f (%s): some labels have too few test "
                 "rows. Set data.proportions: both, or lower data.max_test; leave out languages "
                 "where that does not help.",

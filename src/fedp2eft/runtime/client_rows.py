@@ -160,14 +160,14 @@ class ClientRows:
         """Use q, the label distribution that the base was trained on.
 
         Raises:
-            UserError: It is no distribution over the classes.
+            UserError: It is not a distribution over the classes.
         """
         known = [float(value) for value in q if isinstance(value, int | float)]
         values = torch.tensor(known)
         whole = abs(float(values.sum()) - 1) < 1e-3 and bool((values > 0).all())
         if not len(known) == len(q) == len(self.labels) or not whole:
             raise TellableError(
-                f"The label prior is no distribution over {len(self.labels)} classes."
+                f"The label prior is not a distribution over {len(self.labels)} classes."
             )
         self._label_prior = values
 
@@ -186,5 +186,5 @@ class ClientRows:
     def q(self) -> Tensor:
         """`label_prior`; a `UserError` if it is not known."""
         if self.label_prior is None:
-            raise TellableError("The server did not tell the label prior of the seen clients.")
+            raise TellableError("The server did not send the label prior of the seen clients.")
         return self.label_prior

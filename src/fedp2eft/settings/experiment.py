@@ -287,7 +287,7 @@ class FederationSettings:
         check_bounds("federation", self, bounds)
         require(
             self.cohort == "auto" or self.cohort >= 1,
-            f'federation.cohort is {self.cohort}; give a whole number from 1 up, or "auto".',
+            f'federation.cohort is {self.cohort}; give a whole number of 1 or more, or "auto".',
         )
 
     @property
@@ -400,7 +400,7 @@ class Settings:
         self._check_label_prior()
         require(
             self.model.task == "causal_lm" or not self.evaluation.generate,
-            "evaluation.generate needs a model that answers in text: set it to false, or "
+            "evaluation.generate needs a model that generates text: set it to false, or "
             "model.task to causal_lm.",
         )
 
@@ -424,7 +424,7 @@ class Settings:
         for name, on in wanted.items():
             require(
                 self.model.task == "classification" or not on,
-                f"{name} is about classes, and model.task is {self.model.task}: leave it out.",
+                f"{name} needs classes, and model.task is {self.model.task}: leave it out.",
             )
         require(
             not wanted["base.logit_adjustment"] or self.local.label_prior != "predicted",

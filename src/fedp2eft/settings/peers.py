@@ -182,7 +182,8 @@ class PrivacySettings:
             )
             require(
                 self.sampling == "seeded",
-                "privacy.noise is client: the server knows whom it asks, so sampling is seeded.",
+                "privacy.noise is client: the server knows which clients it asks, so set "
+                "privacy.sampling: seeded.",
             )
 
     @property

@@ -71,7 +71,7 @@ def without_retired(raw: Mapping[str, Any]) -> dict[str, Any]:
         return dict(raw)
     require(
         local["prior"] == "gamma",
-        f"local.prior: {local['prior']} is gone, fedp2eft 0.1.0 was the last version that had it: "
+        f"local.prior: {local['prior']} was removed; fedp2eft 0.1.0 was the last version with it: "
         "leave it out, or use that version.",
     )
     # `alpha` was the weight of the normalized prior alone.
@@ -103,7 +103,7 @@ def settings_of_folder(folder: str | Path) -> Settings:
     try:
         return settings_from(read_yaml(path))
     except UserError as error:
-        raise UserError(f"{path} is damaged or not a run's: {error}") from error
+        raise UserError(f"{path} is damaged, or not the settings of a run: {error}") from error
 
 
 def settings_text(settings: Settings) -> str:

@@ -60,8 +60,8 @@ class Classification(Task):
         if not any(wanted["input_ids"]):
             shown = shortened(str(texts[0][0]), 40)
             raise UserError(
-                f"The tokenizer makes no token of any text (the first: {shown}): it is not this "
-                "model's, or knows none of the words."
+                f"The tokenizer produces no token for any text (the first: {shown}): it is not "
+                "this model's, or knows none of the words."
             )
         # A text without any token (a decoder's tokenizer adds none) becomes one padding token.
         rows = [row or [self.pad_id] for row in wanted["input_ids"]]

@@ -118,7 +118,7 @@ class Prompts:
             if id_ is not None and id_ not in taken:
                 return int(id_)
         logger.warning(
-            "The vocabulary has no token for padding but its end of text; padding is told apart by "
-            "its position."
+            "The vocabulary has no padding token except its end-of-text token; padding is "
+            "recognized by its position."
         )
         return int(t.eos_token_id)

@@ -73,6 +73,6 @@ def check_norm(message: Message, settings: PrivacySettings) -> None:
     """Raise `UserError` unless the norm that the server asks for is one to agree to."""
     norm = the_config(message).get(CLIP_NORM)
     if not isinstance(norm, float) or not isfinite(norm) or norm <= 0:
-        raise TellableError("The server names no clip norm.")
+        raise TellableError("The server sent no clip norm.")
     if settings.clipping == "fixed" and norm != settings.clip_norm:
         raise TellableError(f"The server asks for clip norm {norm}, not privacy.clip_norm.")

@@ -243,7 +243,7 @@ def scores_of(reply: Message) -> dict[str, Any]:
         scores["steps"] = wire.whole(metrics, "steps")
     if choice := reply.content.config_records.get(wire.ABOUT, ConfigRecord()).get(wire.CHOICE):
         if not re.fullmatch(r"[A-Za-z0-9-]{1,40}", str(choice)):
-            raise UserError(f"{shortened(str(choice))} is nothing that a method can choose.")
+            raise UserError(f"its choice {shortened(str(choice))} is not a valid name.")
         scores["choice"] = str(choice)
     texts = {name: _number(metrics, name) for name in TEXT_SCORES if name in metrics}
     if max(texts.values(), default=0.0) > examples * (1 + 1e-6):
@@ -257,7 +257,7 @@ def scores_of(reply: Message) -> dict[str, Any]:
 def _number(metrics: Mapping[str, int | float], name: str) -> float:
     value = metrics.get(name, -1.0)
     if value < 0:
-        raise UserError(f"its {name} is {metrics.get(name)}, not a number from 0 up.")
+        raise UserError(f"its {name} is {metrics.get(name)}, not a number of 0 or more.")
     return value
 
 

@@ -63,7 +63,7 @@ def exchange(
     asked = [members[message.metadata.dst_node_id] for message in messages]
     ids = list(grid.push_messages(messages))
     if len(ids) != len(asked):
-        raise UserError(f"The SuperLink did not take the messages ({what}); its log says why.")
+        raise UserError(f"The SuperLink did not accept the messages ({what}): see its log.")
     waiting = {}
     for id_, member in zip(ids, asked, strict=True):
         if id_:
@@ -174,6 +174,6 @@ def _described(asked: Member, reply: Message) -> Member:
     if pool not in POOLS:
         raise UserError(f"its pool {shortened(pool)} is not one of {', '.join(POOLS)}.")
     if not language.isprintable() or not 1 <= len(language) <= 100:
-        raise UserError(f"its language {shortened(language)} is no name.")
+        raise UserError(f"its language {shortened(language)} is not a valid name.")
     examples = whole(scalars(reply), EXAMPLES)
     return Member(asked.node, client, language, pool, examples, str(about.get("base", "")))

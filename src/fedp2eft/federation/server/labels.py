@@ -135,7 +135,7 @@ def counts_in(reply: Message, member: Member, classes: int, privacy: PrivacySett
     noisy = privacy.on and privacy.noise == "client"
     most = 1.0 if privacy.on else float(member.examples)
     if not noisy and (bool((answer < 0).any()) or float(answer.sum()) > most * 1.001):
-        raise UserError("its answer holds more than its rows, or less than none.")
+        raise UserError("its counts are negative, or add up to more than its rows.")
     return answer
 
 

@@ -198,7 +198,7 @@ def whole(metrics: Mapping[str, int | float], name: str, least: int = 0) -> int:
     """
     value = metrics.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"its {name} is {value}, not a whole number from {least} up")
+        raise UserError(f"its {name} is {value}, not a whole number of {least} or more")
     return value
 
 
