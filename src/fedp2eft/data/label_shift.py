@@ -1,4 +1,4 @@
-"""Label shift: how far a client's test labels are distributed from its train labels."""
+"""Label shift: the distance between the distributions of a client's test and train labels."""
 
 import logging
 from collections import defaultdict

@@ -301,7 +301,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
 
 
 def learn(workspace: Workspace, message: Message) -> None:
-    """Take from a message what the server tells everybody: q, if anything needs it."""
+    """Take q from a message, if the server sent it."""
     q = the_config(message).get(LABEL_PRIOR)
     if isinstance(q, list):
         workspace.know_label_prior(q)  # type: ignore[arg-type]

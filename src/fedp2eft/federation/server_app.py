@@ -69,7 +69,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def tell_faults(run: RunFolder) -> None:
-    """Report how often what went wrong, if anything did."""
+    """Report the number of faults of each kind, if any."""
     faults = run.faults.summarise()
     if faults["counts"]:
         current().note(told(faults))

@@ -1,4 +1,4 @@
-"""Ranks by the client's own gradient at the base: a rival of the PSG without a federation.
+"""Ranks by the client's own gradient at the base: an alternative to the PSG without a federation.
 
 One pass over the client's rows, with λ = 1 and B = 0, gives the gradient G = ∂L/∂W of every layer
 along each direction of the common A (rows a_i):

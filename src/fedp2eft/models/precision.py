@@ -1,4 +1,4 @@
-"""Which number format the frozen base model is held in."""
+"""The dtype of the frozen base model."""
 
 from typing import Literal
 

@@ -25,7 +25,7 @@ class Grid:
 
     Args:
         modules: Kinds of layers, their names without the number and what all share.
-        layers: Numbers of the layers; "–" for those outside any.
+        layers: Indices of the layers; "–" for those outside any.
         places: For each of the L adapted layers its (module, layer).
     """
 

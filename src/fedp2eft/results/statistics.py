@@ -39,12 +39,12 @@ def t_quantile(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number measured once for each seed.
+    """A value measured once per seed.
 
     Args:
         mean: Mean over the seeds.
         half_width: Half the 95 % confidence interval of the mean: t · s / √n; None with one seed.
-        seeds: The number by seed.
+        seeds: The value by seed.
     """
 
     mean: float

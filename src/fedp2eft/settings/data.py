@@ -14,9 +14,9 @@ class ClientFile:
 
     Args:
         path: JSON (.jsonl, .json), CSV, TSV or Parquet; all but the last also with .gz, .bz2, .xz.
-        language: language of its text; "und" if unknown.
-        pool: seen (trains), unseen (never trains) or new-language.
-        test_path: a second file of test rows: those with split "test", or all if it has no column
+        language: Language of its text; "und" if unknown.
+        pool: "seen" (trains), "unseen" (never trains) or "new-language".
+        test_path: A second file of test rows: those with split "test", or all if it has no column
             split.
     """
 
@@ -31,48 +31,50 @@ class DataSettings:
     """The clients and their rows.
 
     Args:
-        dataset: debian-descriptions (ships with the package), libreoffice-help (a sample of it
-            does), files (your own), hub (any data set of the Hugging Face Hub), xnli, masakhanews,
-            afrisenti or sib-200 (from the hub or a local copy), fed-aya (from a file), or nodes
-            (each SuperNode's own file; docs/deployment.md).
-        languages: languages of the seen and unseen clients; empty: all of the data set's.
-        new_languages: languages that no seen client speaks; their clients never train. "random 40"
-            draws 40 of those that are named nowhere, by the seed.
-        clients_per_language: clients per language and pool.
-        alpha: concentration of the Dirichlet distribution of labels over a pool's clients.
-        max_train: maximum train rows per client.
-        max_test: maximum test rows per client.
-        seed: seed of the partition.
-        proportions: what limits a pool's label proportions where a label runs short. train: its
-            train rows alone; a test part then follows its train part as far as the test rows last.
-            both: its train and its test rows, so that the two parts agree.
-        partition: xnli, sib-200: per-pool draws one partition per language and pool; reference
-            draws one from the seen labels and repeats it in all, like the paper's public
-            implementation.
-        path: files: one file, with a column "client" unless it is one client's; hub: owner/name, or
-            a folder; xnli, masakhanews, afrisenti, sib-200: a local copy, with one folder per
-            language; fed-aya, libreoffice-help: the data set's file.
-        files: files: client name to its file, instead of path.
-        text_columns: files, hub, nodes: columns of the model's input.
-        label_column: files, hub, nodes: column of the class; null for a task without classes.
-        target_column: files, hub, nodes: column of the responses, for a causal LM. A column of
-            conversations (lists of role and content) is text column and target column in one.
-        labels: files, nodes: class names in the order of their ids; files, if empty: the values
-            found, sorted.
-        test_fraction: files, nodes: share of a client's rows to test on, if the file has no split.
-        train_split: hub: split of the train rows; join several by "+".
-        test_split: hub: split of the test rows.
-        pool_train: hub: train rows per language and pool; null: half of the split.
-        pool_test: hub: test rows per language and pool; null: half of the split.
-        revision: hub: branch, tag or commit.
-        unique: drop rows whose text occurred before, train rows first: per client (files, nodes,
+        dataset: "debian-descriptions" (ships with the package), "libreoffice-help" (a sample of it
+            does), "files" (your own), "hub" (any data set of the Hugging Face Hub), "xnli",
+            "masakhanews", "afrisenti" or "sib-200" (from the hub or a local copy), "fed-aya" (from
+            a file), or "nodes" (each SuperNode's own file; docs/deployment.md).
+        languages: Languages of the seen and unseen clients. Default: all of the data set's.
+        new_languages: Languages that no seen client speaks; their clients never train. "random 40"
+            draws 40, by the seed, of those named neither here nor in `languages`.
+        clients_per_language: Clients per language and pool.
+        alpha: Concentration of the Dirichlet distribution of labels over a pool's clients.
+        max_train: Maximum number of train rows per client.
+        max_test: Maximum number of test rows per client.
+        seed: Seed of the partition.
+        proportions: What limits a pool's label proportions if a label runs short. "train": its
+            train rows; test proportions then follow train proportions as far as the test rows last.
+            "both": its train and its test rows, so that the two agree.
+        partition: For xnli and sib-200. "per-pool" draws one partition per language and pool;
+            "reference" draws one from the seen labels and repeats it in all, like the paper's
+            public implementation.
+        path: For files: one file, with a column "client" unless all rows are one client's. For hub:
+            owner/name, or a folder. For xnli, masakhanews, afrisenti and sib-200: a local copy,
+            with one folder per language. For fed-aya and libreoffice-help: the data set's file.
+        files: For files: client name to its file, instead of path.
+        text_columns: For files, hub and nodes: columns of the model's input.
+        label_column: For files, hub and nodes: column of the class; null for a task without
+            classes.
+        target_column: For files, hub and nodes: column of the responses, for a causal LM. A column
+            of conversations (lists of role and content) is text column and target column in one.
+        labels: For files and nodes: class names in the order of their ids. Default, for files: the
+            values found, sorted.
+        test_fraction: For files and nodes: share of a client's rows to test on, if the file has no
+            split.
+        train_split: For hub: split of the train rows; join several by "+".
+        test_split: For hub: split of the test rows.
+        pool_train: For hub: train rows per language and pool. Default: half of the split.
+        pool_test: For hub: test rows per language and pool. Default: half of the split.
+        revision: For hub: branch, tag or commit.
+        unique: Drop rows whose text occurred before, train rows first: per client (files, nodes,
             fed-aya) or per language.
-        holdout: share of each client's train rows to hold out and score on, instead of its test
+        holdout: Share of each client's train rows to hold out and score on, instead of its test
             rows, which stay untouched: for choosing settings.
-        texts: one-token: every text is replaced by the same token, so that what personalization
-            still gains is not in the text.
-        merge_clients: merge the clients of a language and pool after the partition: a bound, on
-            the same train and test rows.
+        texts: "one-token" replaces every text by the same token, so that what personalization
+            still gains does not come from the text.
+        merge_clients: Merge the clients of a language and pool after the partition: an upper bound,
+            on the same train and test rows.
     """
 
     dataset: str = "debian-descriptions"

@@ -353,14 +353,14 @@ def _digest_of(data: Encoded) -> bytes:
 
 
 def _autocast(like: Tensor) -> tuple[object, ...]:
-    """What decides the numbers that a product is taken in."""
+    """Return what decides the dtype of a product."""
     device = like.device.type
     enabled = torch.is_autocast_enabled(device)
     return enabled, torch.get_autocast_dtype(device) if enabled else like.dtype
 
 
 def _digest_of_weights(below: Iterable[nn.Module], table: Tensor, data: Encoded) -> bytes:
-    """Of what tells weights from others, and from themselves after a change.
+    """Return a digest that changes with the weights.
 
     Autograd counts changes in place, but not those of `.data` (with which PEFT merges adapters), so
     the values count too: as the exact sum of each row's bits, which takes a thousandth of the time

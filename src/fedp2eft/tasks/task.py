@@ -73,7 +73,7 @@ class Scores:
         return "\n".join([told, *([f"Generated: {', '.join(means)}"] if means else [])])
 
     def facts(self) -> dict[str, float | None]:
-        """Return what a card tells of them, by name; None if no row was scored."""
+        """Return what a card reports of them, by name; None if no row was scored."""
         if self.tokens is None:
             return {"accuracy": self.accuracy if self.examples else None}
         return {"response_loss": self.loss if self.tokens else None}

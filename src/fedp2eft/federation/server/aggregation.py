@@ -1,4 +1,4 @@
-"""How the server samples clients and makes one set of parameters of theirs.
+"""How the server samples clients and aggregates their parameters.
 
 `Averaging` is the plain one, on Flower's strategies; `fedp2eft.federation.server.privacy` has the
 private one. Sampling depends on (seed, phase, round) alone, and what an
@@ -101,7 +101,7 @@ def sampling_nobody(strategy: S) -> S:
 
 
 class Averaging:
-    """Samples the clients of each round, and makes one set of parameters of theirs.
+    """Samples the clients of each round, and aggregates their parameters.
 
     Args:
         settings: The experiment; its `aggregation` names the strategy.

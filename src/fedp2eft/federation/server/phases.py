@@ -51,7 +51,7 @@ def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) 
 def know_label_prior(
     grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
 ) -> None:
-    """Learn q if something needs it, and tell it with every message from here on."""
+    """Learn q if something needs it, and send it with every message from here on."""
     if not needs_label_prior(run.settings):
         return
     run.label_prior = learn_label_prior(grid, run, len(workspace.labels), members, reporter)

@@ -6,18 +6,18 @@ metrics.jsonl      one line per finished round: the same bits whether or not the
 timings.jsonl      seconds of each round (these differ from run to run)
 faults.jsonl       one line for each thing that went wrong, as it happened
 checkpoints/       the newest finished rounds
-base/              the base model, ready for `from_pretrained`
+base/              the base model, for `from_pretrained`
 psg/               the trained PSG
 <phase>/           what a method's own phase trained (`Method.phase`)
-surveys/           what seen clients answered that clients who come later need (`Method.kept`)
+surveys/           what the surveys of seen clients gave, for later clients (`Method.kept`)
 cells/             one small file per client, method and rank budget
 adapters/<client>/ the clients' PEFT adapters
-generations/       what the clients' models answered, where `evaluation.generate` is set
+generations/       texts that the clients' models generated (`evaluation.generate`)
                    (`fedp2eft.federation.client.texts`)
 clients/<client>/  what stays on a client: its own part of the base (base.kind feddpa-t, dept-spec),
-                   and what rounding kept back of its φ (`wire` other than fp32)
+                   and the rounding error of its φ (`wire` other than fp32)
 results.json       the tables
-tensorboard/       what TensorBoard shows, where `trackers` names it
+tensorboard/       TensorBoard's files, if `trackers` names it
 lambda.safetensors, structure.json, machine.json
                    local engine: λ of every client, how alike they are, what computed
 """
@@ -86,7 +86,7 @@ class RunFolder:
 
     Attributes:
         faults: What goes wrong, since this start.
-        trackers: Hear of every finished round.
+        trackers: Receive the metrics of every finished round.
         label_prior: q, once it is known.
     """
 
@@ -141,7 +141,7 @@ class RunFolder:
                 )
 
     def close(self) -> None:
-        """Let other processes in."""
+        """Release the lock on the folder."""
         if self._lock is not None:
             self._lock.release()
 

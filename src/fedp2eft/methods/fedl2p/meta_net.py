@@ -24,7 +24,7 @@ class MetaNet(nn.Module):
     """The network whose parameters are all that travels in FedL2P.
 
     Args:
-        features: Numbers in ξ.
+        features: Entries of ξ.
         hidden: Width of both hidden layers.
         matrices: Outputs, 2L: one for every A and one for every B.
         init_lr: Where the learnable learning rates start.
