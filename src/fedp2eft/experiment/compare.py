@@ -23,8 +23,10 @@ from fedp2eft.federation.server.evaluation import (
     Instruction,
     Shared,
     as_lists,
-    kept_or_prepared,
+    keep_answers,
+    kept_answers,
     personalize,
+    prepare,
 )
 from fedp2eft.federation.server.exchange import Member, roster
 from fedp2eft.federation.server.held_out import hold_out
@@ -235,13 +237,16 @@ class _Site:
 
     def told(self, cell: Cell) -> Instruction:
         """Return a cell's instruction; surveys are taken once for all pools and kept."""
-        kind = METHODS[cell.at.method].shared
+        kind, s = METHODS[cell.at.method].shared, self.settings
         phi = array_digest(to_arrays(self.shared[kind])) if kind else None
-        return kept_or_prepared(
-            self.engine.grid, self.run, self.shared, cell.at, self.members,
-            self.settings.federation.timeout, phi=phi, keep=True,
-            label_prior=self._label_prior, privacy=self.settings.privacy,
-        )  # fmt: skip
+        told = kept_answers(self.run, self.shared, cell.at, phi, self._label_prior)
+        if told is None:
+            told = prepare(
+                self.engine.grid, self.shared, cell.at, self.members, s.federation.timeout,
+                label_prior=self._label_prior, privacy=s.privacy,
+            )  # fmt: skip
+            keep_answers(self.run, told, phi)
+        return told
 
     def compute(self, cell: Cell) -> dict[str, Any]:
         """Return the scores of every client of the cell's pool, and what they cost."""

@@ -116,44 +116,30 @@ def prepare(
     return replace(told, prepared=wire.to_arrays(prepared), question=0)
 
 
-def kept_or_prepared(
-    grid: Grid,
-    run: Path,
-    shared: Shared,
-    at: AtBudget,
-    members: list[Member],
-    timeout: float,
-    *,
-    phi: str | None,
-    keep: bool,
-    failures: Failures = FIRST_ENDS,
-    label_prior: Sequence[float] = (),
-    privacy: PrivacySettings | None = None,
-) -> Instruction:
-    """Return what a run folder keeps of a method's surveys, or ask (`prepare`) and keep it.
+def kept_answers(
+    run: Path, shared: Shared, at: AtBudget, phi: str | None, label_prior: Sequence[float]
+) -> Instruction | None:
+    """Return what `prepare` gave, from the answers that a run folder keeps; None if it keeps none.
 
     Args:
-        grid: The engine.
         run: The run folder.
         shared: Trained parameters by federation.
         at: The method, and at which budget.
-        members: All clients of the federation.
-        timeout: Seconds without any reply after which no more are waited for.
         phi: Digest of the parameters that the method starts from, if any.
-        keep: Whether the answers may be kept, and kept ones used.
-        failures: As in `prepare`; likewise the rest.
         label_prior: q; empty if it is not known.
-        privacy: Whether answers are summed securely.
     """
-    kept = read_survey(run, at, phi) if keep else None
-    if kept is not None:
-        prepared = wire.to_arrays({name: torch.tensor(value) for name, value in kept.items()})
-        parameters = _parameters(shared, METHODS[at.method])
-        return Instruction(at, parameters, prepared, label_prior=label_prior)
-    told = prepare(grid, shared, at, members, timeout, failures, label_prior, privacy)
-    if keep and told.prepared:
-        write_survey(run, at, phi, as_lists(told))
-    return told
+    kept = read_survey(run, at, phi)
+    if kept is None:
+        return None
+    prepared = wire.to_arrays({name: torch.tensor(value) for name, value in kept.items()})
+    parameters = _parameters(shared, METHODS[at.method])
+    return Instruction(at, parameters, prepared, label_prior=label_prior)
+
+
+def keep_answers(run: Path, told: Instruction, phi: str | None) -> None:
+    """Keep what the surveys gave; arguments as in `kept_answers`."""
+    if told.prepared:
+        write_survey(run, told.at, phi, as_lists(told))
 
 
 def as_lists(told: Instruction) -> dict[str, Any]:
@@ -286,12 +272,8 @@ def personalize_all(
         clients = [member for member in without if member.client not in run.faults.quarantined]
         if not clients:
             continue
-        kind = METHODS[at.method]
-        phi = digests.get(kind.shared or "")
-        told = kept_or_prepared(
-            grid, run.path, shared, at, members, timeout, phi=phi, keep=kind.kept,
-            failures=failures, label_prior=run.label_prior, privacy=run.settings.privacy,
-        )  # fmt: skip
+        phi = digests.get(METHODS[at.method].shared or "")
+        told = _told(grid, run, shared, at, phi, members, failures)
         for member, metrics in personalize(grid, told, clients, timeout, failures):
             about = {"client": member.client, "language": member.language, "pool": member.pool}
             if phi:
@@ -301,6 +283,26 @@ def personalize_all(
             score = metric.shown(metric.value([metrics])) if metrics["examples"] else "–"
             reporter.advance("personalize", f"{at.method} {member.client} {score}")
     _keep_with_psg(run, digests, wanted)
+
+
+def _told(
+    grid: Grid,
+    run: RunFolder,
+    shared: Shared,
+    at: AtBudget,
+    phi: str | None,
+    members: list[Member],
+    failures: Failures,
+) -> Instruction:
+    """Return a method's instruction; answers that are kept are asked for once."""
+    keep, s = METHODS[at.method].kept, run.settings
+    told = kept_answers(run.path, shared, at, phi, run.label_prior) if keep else None
+    if told is None:
+        timeout = s.federation.timeout
+        told = prepare(grid, shared, at, members, timeout, failures, run.label_prior, s.privacy)
+        if keep:
+            keep_answers(run.path, told, phi)
+    return told
 
 
 def _keep_with_psg(run: RunFolder, digests: Mapping[str, str], wanted: Sequence[AtBudget]) -> None:
