@@ -41,7 +41,7 @@ def _found(m: Found) -> list[tuple[str, str]]:
     gpus = [f"{g['name']}, {_size(g['memory'])}, bf16 {_yes(g['bf16'])}" for g in m["gpus"]]
     flower_text = flower["version"] or "not installed"
     if flower["version"] and not flower["command"]:
-        flower_text += ", but the command flwr is not to be found"
+        flower_text += ", but the command flwr was not found"
     hub_text = "reachable" if hub["reachable"] else f"no answer ({hub['why']})"
     if hub["offline"]:
         hub_text = "not asked, HF_HUB_OFFLINE is set"

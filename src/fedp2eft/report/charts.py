@@ -178,7 +178,7 @@ def likeness_figure(names: Sequence[str], alike: Matrix) -> Figure:
     ax.invert_yaxis()
     ax.grid(False)
     figure.colorbar(drawn, ax=ax, label="correlation", shrink=0.8)
-    figure.suptitle("How alike languages are by λ, less what all share", fontsize=9)
+    figure.suptitle("Similarity of languages by λ, less what all share", fontsize=9)
     return figure
 
 

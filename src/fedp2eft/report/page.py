@@ -70,7 +70,7 @@ def page(report: ReportData, *, refresh: int = 0) -> str:
 
     Args:
         report: What to show.
-        refresh: Seconds after which the page loads itself anew; 0: never.
+        refresh: Seconds after which the page reloads itself; 0: never.
     """
     script = (files("fedp2eft.report") / "page.js").read_text(encoding="utf-8")
     style = (files("fedp2eft.report") / "page.css").read_text(encoding="utf-8")
