@@ -60,8 +60,8 @@ def measure(folder: Path, clients: int, rounds: int) -> dict[str, object]:
         trained = resident()
         start = clock()
         some = members[:PERSONALIZED]
-        told = prepare(engine.grid, shared, AtBudget("fedp2eft", 2), some, 3600.0)
-        scores = list(personalize(engine.grid, told, some, 3600.0))
+        instruction = prepare(engine.grid, shared, AtBudget("fedp2eft", 2), some, 3600.0)
+        scores = list(personalize(engine.grid, instruction, some, 3600.0))
         personal = (clock() - start) / len(scores)
     run.close()
     down = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])

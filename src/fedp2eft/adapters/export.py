@@ -115,9 +115,14 @@ def save_adapter(
     )
     config.base_model_name_or_path = base
     config.revision = revision if revision and re.fullmatch(r"[0-9a-f]{40}", revision) else None
-    told = {"layout": layout, "base_revision": revision, "ranks": weights.ranks, **(facts or {})}
+    recorded = {
+        "layout": layout,
+        "base_revision": revision,
+        "ranks": weights.ranks,
+        **(facts or {}),
+    }
     if weights.head:
-        told["label_prior"] = True
+        recorded["label_prior"] = True
     # Write atomically, and only what reads back as the adapter that was trained.
     target = Path(folder).expanduser()
     check_replaceable(target)
@@ -130,9 +135,9 @@ def save_adapter(
         written["target_modules"] = [layer.name for layer in kept]
         text = json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False)
         (scratch / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        (scratch / FACTS_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        (scratch / FACTS_FILE).write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
         if card is not None:
-            text = str(card({**told, "base": base}))
+            text = str(card({**recorded, "base": base}))
             (scratch / "README.md").write_text(text, encoding="utf-8")
         if not _same(load_adapter(scratch), folded):
             raise UserError(f"{target} would not hold the adapter that was trained: not saved.")

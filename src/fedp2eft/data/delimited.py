@@ -83,10 +83,10 @@ def read_delimited(
     """
     csv.field_size_limit(2**31 - 1)  # the module's own limit is 131,072 characters a field
     # Spreadsheets may put a line "sep=;" first; old Macs end lines with a carriage return.
-    told = re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE)
-    first = 1 + (told is not None)
-    if told:
-        text = text[told.end() :]
+    declared = re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE)
+    first = 1 + (declared is not None)
+    if declared:
+        text = text[declared.end() :]
     if "\n" not in text:
         text = text.replace("\r", "\n")
     lines = [line.removesuffix("\r") for line in text.split("\n")]
@@ -94,7 +94,7 @@ def read_delimited(
     if at is None:
         raise UserError(f"{path} has no rows: add at least one.")
     # Choose the delimiter by the header, and quoting by the rows.
-    delimiter = told.group(1) if told else _delimiter(lines[at], needed, usual)
+    delimiter = declared.group(1) if declared else _delimiter(lines[at], needed, usual)
     loose = f"{delimiter} " in lines[at]
     if delimiter != "\t":
         quoted = True

@@ -235,18 +235,19 @@ class _Site:
         tensors = {key: value.contiguous() for key, value in parameters.items()}
         write_whole(self._parameters(name), partial(save_file, tensors))
 
-    def told(self, cell: Cell) -> Instruction:
+    def instruction(self, cell: Cell) -> Instruction:
         """Return a cell's instruction; surveys are taken once for all pools and kept."""
         kind, s = METHODS[cell.at.method].shared, self.settings
         phi = array_digest(to_arrays(self.shared[kind])) if kind else None
-        told = kept_answers(self.run, self.shared, cell.at, phi, self._label_prior)
-        if told is None:
-            told = prepare(
-                self.engine.grid, self.shared, cell.at, self.members, s.federation.timeout,
-                label_prior=self._label_prior, privacy=s.privacy,
-            )  # fmt: skip
-            keep_answers(self.run, told, phi)
-        return told
+        kept = kept_answers(self.run, self.shared, cell.at, phi, self._label_prior)
+        if kept is not None:
+            return kept
+        made = prepare(
+            self.engine.grid, self.shared, cell.at, self.members, s.federation.timeout,
+            label_prior=self._label_prior, privacy=s.privacy,
+        )  # fmt: skip
+        keep_answers(self.run, made, phi)
+        return made
 
     def compute(self, cell: Cell) -> dict[str, Any]:
         """Return the scores of every client of the cell's pool, and what they cost."""
@@ -257,14 +258,15 @@ class _Site:
             raise UserError(
                 f"No client is in pool {cell.pool!r}: change evaluation.pools or the data."
             )
-        told = self.told(cell)
+        instruction = self.instruction(cell)
         clients = []
-        for done, (member, scores) in enumerate(personalize(grid, told, members, timeout), 1):
+        scored = personalize(grid, instruction, members, timeout)
+        for done, (member, scores) in enumerate(scored, 1):
             clients.append({"client": member.client, "language": member.language, **scores})
             self.reporter.part("compare", done / len(members), cell.name)
         more: dict[str, Any] = {"budget": cell.at.budget}
         if METHODS[cell.at.method].kept:
-            more["prepared"] = as_lists(told)
+            more["prepared"] = as_lists(instruction)
         if ablations := self.settings.data.ablations:
             more["ablations"] = ablations
         return cell_record(

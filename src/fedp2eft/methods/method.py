@@ -41,7 +41,7 @@ class Survey:
     Args:
         ask: What one client answers: tensors by name, of the same names and shapes for all clients.
         combine: The sums of the answers by name (float64), and the number of clients, to what every
-            client is then told.
+            client then receives.
         limit: Largest magnitude of an entry. A secure sum cuts larger ones, and counts in steps of
             about limit · clients / 2⁶³.
         limits: The same by name, for those that have another.

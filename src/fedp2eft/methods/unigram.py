@@ -45,10 +45,10 @@ def token_counts(task: CausalLM, model: Any, data: Encoded) -> tuple[Tensor, Ten
         for rows in data.by_length(1) if len(data) else ():
             batch = task.batch(data, rows)
             tokens = batch.pop("labels")[0, 1:]
-            told = tokens != IGNORED
+            response = tokens != IGNORED
             logits = model(**batch, use_cache=False).logits[0, :-1]
-            found[0] += torch.bincount(tokens[told], minlength=found.shape[1]).cpu()
-            found[1] += logits[told].float().softmax(dim=1).sum(dim=0).cpu()
+            found[0] += torch.bincount(tokens[response], minlength=found.shape[1]).cpu()
+            found[1] += logits[response].float().softmax(dim=1).sum(dim=0).cpu()
     return found[0], found[1]
 
 

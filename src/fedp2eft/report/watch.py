@@ -25,7 +25,7 @@ class WatchReporter:
     """Receives progress, passes it to another reporter, and rewrites report.html now and then.
 
     Args:
-        inner: Who else is told.
+        inner: Receives the progress, too.
         folder: The run or comparison folder.
     """
 

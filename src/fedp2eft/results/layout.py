@@ -152,7 +152,7 @@ def long_table(comparison: Comparison, base: str, pool: str) -> Table:
     """Return (rank, method) × all metrics, differences and costs of one pool."""
     rows = []
     for rank, method, line in budgets(comparison, base, pool):
-        cells = numbers(line, rank) if line else [MISSING] * len(COLUMNS)
+        cells = column_texts(line, rank) if line else [MISSING] * len(COLUMNS)
         rows.append([str(rank), method, *cells])
     title = f"{_title(comparison)}, base {base}, pool {pool}"
     return Table(title, ["rank", "method", *COLUMNS], rows)
@@ -173,8 +173,8 @@ def language_table(comparison: Comparison, base: str, pool: str) -> Table:
 def further_table(comparison: Comparison, base: str, pool: str) -> Table | None:
     """Return (rank, method) × a causal LM's other metrics; None if nothing has any."""
     lines = list(budgets(comparison, base, pool))
-    told = [line.further_means for _, _, line in lines if line]
-    names = [name for name in METRICS if any(name in means for means in told)]
+    present = [line.further_means for _, _, line in lines if line]
+    names = [name for name in METRICS if any(name in means for means in present)]
     if not names:
         return None
     rows = []
@@ -207,7 +207,7 @@ def _title(comparison: Comparison) -> str:
     return f"{comparison.metric.name.capitalize()} ({unit(comparison.metric)})"
 
 
-def numbers(line: Line, rank: int) -> list[str]:
+def column_texts(line: Line, rank: int) -> list[str]:
     """Return what a line shows at a budget under `COLUMNS`."""
     cost, metric = line.cost, METRICS[line.metric]
     return [

@@ -126,8 +126,8 @@ def as_csv(comparison: Comparison) -> str:
     per token, costs in optimizer steps, seconds and bytes.
     """
     metric = _column(comparison.metric.name)
-    told = [line.further_means for line in comparison.lines]
-    further = [name for name in METRICS if any(name in means for means in told)]
+    present = [line.further_means for line in comparison.lines]
+    further = [name for name in METRICS if any(name in means for means in present)]
     places = list(product(comparison.bases, comparison.pools))
     languages = sorted({name for place in places for name in comparison.languages(*place)})
     head = (

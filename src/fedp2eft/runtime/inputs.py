@@ -70,6 +70,6 @@ def rows_digest(data: ClientData, client: Client) -> str:
     used = list(dict.fromkeys(name for name in columns if name))
     table = data.table.select_columns(used)
     rows = [table[[int(i) for i in indices]] for indices in (client.train, client.test)]
-    told = [client.language, client.pool, *([part[name] for name in used] for part in rows)]
-    text = json.dumps(told, ensure_ascii=False, default=str)
+    content = [client.language, client.pool, *([part[name] for name in used] for part in rows)]
+    text = json.dumps(content, ensure_ascii=False, default=str)
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -121,8 +121,8 @@ class CausalLM(Task):
         """
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        told = labels != IGNORED
-        wanted = labels.shape[1] - int(told.any(dim=0).int().argmax()) + 1
+        response = labels != IGNORED
+        wanted = labels.shape[1] - int(response.any(dim=0).int().argmax()) + 1
         # A model that is asked for too many gives all; one that knows its logits already does too.
         out = run(model, inputs, use_cache=False, logits_to_keep=wanted)
         logits: Tensor = out.logits[:, -wanted:]

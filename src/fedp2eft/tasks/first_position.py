@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedp2eft.tasks.frozen_blocks import plain
+
 # Classifiers that read the first position alone, with blocks of BERT's shape.
 _READS_FIRST = ("bert", "camembert", "roberta", "xlm-roberta")
 
@@ -48,9 +50,7 @@ def only_first_position(model: nn.Module, starts: Tensor | None = None) -> Itera
 
 def reads_first(model: nn.Module) -> Any | None:
     """Return the encoder of a classifier that reads only its first position, else None."""
-    whole: Any = model
-    if hasattr(whole, "get_base_model"):  # an adapter's wrapper
-        whole = whole.get_base_model()
+    whole = plain(model)
     if getattr(getattr(whole, "config", None), "model_type", None) not in _READS_FIRST:
         return None
     encoder = whole.base_model

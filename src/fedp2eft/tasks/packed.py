@@ -187,12 +187,12 @@ def response_logits(
     lengths = data.lengths[order]
     # The first token of a row has nothing before it to be predicted from.
     first = np.repeat(np.maximum(data.starts[order], 1), lengths)
-    told = torch.from_numpy(inputs["position_ids"][0].numpy() >= first).nonzero().squeeze(1)
+    response = torch.from_numpy(inputs["position_ids"][0].numpy() >= first).nonzero().squeeze(1)
     _register()
     whole = plain(model)
     with with_values(whole.config, _attn_implementation=ATTENTION):
-        out = run(model, inputs, packing=packing, use_cache=False, logits_to_keep=told - 1)
-    return out.logits[0], inputs["input_ids"][0][told], order
+        out = run(model, inputs, packing=packing, use_cache=False, logits_to_keep=response - 1)
+    return out.logits[0], inputs["input_ids"][0][response], order
 
 
 @cache

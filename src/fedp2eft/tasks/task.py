@@ -66,11 +66,11 @@ class Scores:
             share = f"Accuracy {self.accuracy:.1%} ({self.correct} of {self.examples})"
             return f"{share}, loss {self.loss:.4f}"
         counted = f"{self.tokens} tokens of {self.examples} rows"
-        told = f"Response loss {self.loss:.4f} ({counted}), perplexity {self.perplexity:.4g}"
+        text = f"Response loss {self.loss:.4f} ({counted}), perplexity {self.perplexity:.4g}"
         means = [
             f"{name} {value / self.examples:.4f}" for name, value in (self.texts or {}).items()
         ]
-        return "\n".join([told, *([f"Generated: {', '.join(means)}"] if means else [])])
+        return "\n".join([text, *([f"Generated: {', '.join(means)}"] if means else [])])
 
     def facts(self) -> dict[str, float | None]:
         """Return what a card reports of them, by name; None if no row was scored."""

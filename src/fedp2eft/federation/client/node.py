@@ -84,10 +84,10 @@ def keep_base(workspace: Workspace, message: Message) -> str:
             the server's, or the disk is full.
     """
     record, model = wire.the_arrays(message), hash_weights(Path(workspace.source.path))
-    told = str(wire.the_config(message).get("model", ""))
-    if told != model:
+    expected = str(wire.the_config(message).get("model", ""))
+    if expected != model:
         raise TellableError(
-            f"its weights of {workspace.settings.model.name} are {model}, the server's {told}: "
+            f"its weights of {workspace.settings.model.name} are {model}, the server's {expected}: "
             "fetch the same revision on both (model.revision)."
         )
     s = workspace.settings.base

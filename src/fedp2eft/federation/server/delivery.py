@@ -52,8 +52,8 @@ def deliver_base(
     failures = Failures.on(grid, s.peers, reporter, run.faults)
 
     def check(member: Member, reply: Message) -> None:
-        told = str(reply.content.config_records.get(wire.ABOUT, ConfigRecord()).get("base", ""))
-        require(told == wanted, f"it keeps {shortened(told)}, not {wanted}.")
+        kept = str(reply.content.config_records.get(wire.ABOUT, ConfigRecord()).get("base", ""))
+        require(kept == wanted, f"it keeps {shortened(kept)}, not {wanted}.")
 
     what = "taking the base"
     reporter.start("deliver", len(missing), 0)

@@ -89,14 +89,14 @@ def prepare(
         privacy: Whether answers are summed securely; they are not if absent.
     """
     method, kind = at.method, METHODS[at.method]
-    told = Instruction(at, _parameters(shared, kind), ArrayRecord(), label_prior=label_prior)
+    instruction = Instruction(at, _parameters(shared, kind), ArrayRecord(), label_prior=label_prior)
     if kind.surveys and not any(member.pool == SEEN for member in members):
         raise UserError(f"Method {method} needs seen clients, and there are none: leave it out.")
     prepared: dict[str, Tensor] = {}
     for number, survey in enumerate(kind.surveys):
-        told = replace(told, prepared=wire.to_arrays(prepared), question=number)
+        instruction = replace(instruction, prepared=wire.to_arrays(prepared), question=number)
         clients = asked(survey, members)
-        messages = [told.message(node, wire.SURVEY) for node in clients]
+        messages = [instruction.message(node, wire.SURVEY) for node in clients]
         what = f"survey of {method}"
         if privacy and privacy.secure:
             secure = SecureSum(grid, list(clients.values()), privacy, timeout, what, failures, True)
@@ -113,7 +113,7 @@ def prepare(
         answers = alike_answers(replies, what, failures)
         failures.check(len(answers), len(messages), what)
         prepared |= survey.combine(summed(answers), len(answers))
-    return replace(told, prepared=wire.to_arrays(prepared), question=0)
+    return replace(instruction, prepared=wire.to_arrays(prepared), question=0)
 
 
 def kept_answers(
@@ -136,15 +136,15 @@ def kept_answers(
     return Instruction(at, parameters, prepared, label_prior=label_prior)
 
 
-def keep_answers(run: Path, told: Instruction, phi: str | None) -> None:
+def keep_answers(run: Path, instruction: Instruction, phi: str | None) -> None:
     """Keep what the surveys gave; arguments as in `kept_answers`."""
-    if told.prepared:
-        write_survey(run, told.at, phi, as_lists(told))
+    if instruction.prepared:
+        write_survey(run, instruction.at, phi, as_lists(instruction))
 
 
-def as_lists(told: Instruction) -> dict[str, Any]:
+def as_lists(instruction: Instruction) -> dict[str, Any]:
     """Return what the surveys gave, as nested lists by name."""
-    answers = wire.any_arrays(told.prepared, f"The survey of {told.at.method}")
+    answers = wire.any_arrays(instruction.prepared, f"The survey of {instruction.at.method}")
     return {name: value.tolist() for name, value in answers.items()}
 
 
@@ -187,7 +187,7 @@ def _kind(record: ArrayRecord) -> tuple[object, ...]:
 
 def personalize(
     grid: Grid,
-    told: Instruction,
+    instruction: Instruction,
     members: list[Member],
     timeout: float,
     failures: Failures = FIRST_ENDS,
@@ -196,12 +196,12 @@ def personalize(
 
     Args:
         grid: The engine.
-        told: Method, budget and what it starts from.
+        instruction: Method, budget and what it starts from.
         members: The clients to personalize.
         timeout: Seconds without any reply after which no more are waited for.
         failures: Receives clients that fail. Without it, the first one raises.
     """
-    messages = [told.message(member.node, wire.PERSONALIZE) for member in members]
+    messages = [instruction.message(member.node, wire.PERSONALIZE) for member in members]
     by_node = {member.node: member for member in members}
     what = "personalization"
     for member, scores in read_replies(
@@ -273,8 +273,8 @@ def personalize_all(
         if not clients:
             continue
         phi = digests.get(METHODS[at.method].shared or "")
-        told = _told(grid, run, shared, at, phi, members, failures)
-        for member, metrics in personalize(grid, told, clients, timeout, failures):
+        instruction = _instruction(grid, run, shared, at, phi, members, failures)
+        for member, metrics in personalize(grid, instruction, clients, timeout, failures):
             about = {"client": member.client, "language": member.language, "pool": member.pool}
             if phi:
                 about["phi"] = phi
@@ -285,7 +285,7 @@ def personalize_all(
     _keep_with_psg(run, digests, wanted)
 
 
-def _told(
+def _instruction(
     grid: Grid,
     run: RunFolder,
     shared: Shared,
@@ -296,13 +296,14 @@ def _told(
 ) -> Instruction:
     """Return a method's instruction; answers that are kept are asked for once."""
     keep, s = METHODS[at.method].kept, run.settings
-    told = kept_answers(run.path, shared, at, phi, run.label_prior) if keep else None
-    if told is None:
-        timeout = s.federation.timeout
-        told = prepare(grid, shared, at, members, timeout, failures, run.label_prior, s.privacy)
-        if keep:
-            keep_answers(run.path, told, phi)
-    return told
+    kept = kept_answers(run.path, shared, at, phi, run.label_prior) if keep else None
+    if kept is not None:
+        return kept
+    timeout = s.federation.timeout
+    made = prepare(grid, shared, at, members, timeout, failures, run.label_prior, s.privacy)
+    if keep:
+        keep_answers(run.path, made, phi)
+    return made
 
 
 def _keep_with_psg(run: RunFolder, digests: Mapping[str, str], wanted: Sequence[AtBudget]) -> None:

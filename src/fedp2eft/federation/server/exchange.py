@@ -153,8 +153,8 @@ def roster(grid: Grid, timeout: float, failures: Failures = FIRST_ENDS) -> list[
     nodes = list(grid.get_node_ids())
     unknown = {node: Member(node, f"on node {node}", "", "", 0) for node in nodes}
     messages = [Message(RecordDict(), node, DESCRIBE) for node in nodes]
-    told = read_replies(grid, messages, unknown, timeout, "at the start", _described, failures)
-    members = [member for _, member in told]
+    described = read_replies(grid, messages, unknown, timeout, "at the start", _described, failures)
+    members = [member for _, member in described]
     times = Counter(member.client for member in members)
     for name in sorted(name for name, number in times.items() if number > 1):
         claim = ", ".join(str(m.node) for m in members if m.client == name)
