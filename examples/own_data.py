@@ -4,7 +4,7 @@
 
 ROWS has the columns `client`, `language`, `pool` (seen or unseen), `text` and `label`;
 docs/own-data.md has the others that it may have. Without it one is written from the package
-descriptions: two clients a language of German and French, and two unseen ones. MODEL is any
+descriptions: two clients each in German and French, and two unseen ones. MODEL is any
 encoder, a folder or a hub id. It takes about a minute and a half of one core.
 """
 

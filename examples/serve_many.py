@@ -7,7 +7,7 @@ The base model is in memory once, and every row of a batch names the adapter tha
 The folders are `portable`: all modules at one rank and the scale folded in, as mixed batches want
 them. It takes about ten seconds, most of them for starting up.
 
-A causal LM's adapters are served by vLLM from the same folders, one name a client:
+A causal LM's adapters are served by vLLM from the same folders, one name per client:
 
     vllm serve RUN/base --enable-lora --max-lora-rank 16 --max-loras 8 \\
       --lora-modules ru=RUN/adapters/ru-seen-00/fedp2eft-r2 de=RUN/adapters/de-seen-00/fedp2eft-r2
