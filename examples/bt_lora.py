@@ -1,4 +1,4 @@
-"""BT-LoRA on any Hugging Face classifier, without a federation: the ranks are learned from the text alone.
+"""BT-LoRA on any Hugging Face classifier, without a federation: ranks learned from text alone.
 
     python examples/bt_lora.py [--model MODEL] [--rank 4] [--out FOLDER]
 

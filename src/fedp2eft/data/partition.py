@@ -55,8 +55,8 @@ def dirichlet_partition(
         clients: how many clients share the pool.
         alpha: concentration: small is skewed, large is alike.
         rng: the only source of chance; the same state gives the same split.
-        max_train: at most this many train rows a client.
-        max_test: at most this many test rows a client.
+        max_train: at most this many train rows per client.
+        max_test: at most this many test rows per client.
         proportions: "train" or "both"; the split is the same where no test rows run short.
 
     Returns:
