@@ -42,7 +42,7 @@ def test_a_survey_is_read_for_the_parameters_that_it_was_taken_with(tmp_path: Pa
 
 def test_a_survey_of_an_earlier_version_loads(tmp_path: Path) -> None:
     (tmp_path / "surveys").mkdir()
-    values = {"best": np.float32(3.0).reshape(()), "rows": np.float32([[0.1, 2.0]])}
+    values = {"best": np.array(3.0, np.float32), "rows": np.float32([[0.1, 2.0]])}
     save_file(values, tmp_path / "surveys" / "lora-tuned-p2.safetensors")
     found = read_survey(tmp_path, AtBudget("lora-tuned", 2, "parameters"), "abc")
     assert found is not None

@@ -125,7 +125,8 @@ DATASETS: dict[str, DatasetEntry] = {
     ),
     "xnli": _preset(
         "xnli",
-        "natural language inference (3 classes), 2,000 train and 500 test rows per language and pool",
+        "natural language inference (3 classes), 2,000 train and 500 test rows per language and "
+        "pool",
         "CC BY-NC 4.0",
     ),
     "masakhanews": _preset(
