@@ -70,6 +70,12 @@ def alternate(runs: int, **modes: Callable[[], object]) -> dict[str, list[float]
     return seconds
 
 
+def upper_blocks(first: int, base: Any) -> str:
+    """Target modules: the linear layers of a BERT classifier from block `first` on."""
+    upper = "|".join(str(block) for block in range(first, base.config.num_hidden_layers))
+    return rf".*encoder\.layer\.({upper})\..*(query|key|value|dense)|.*pooler\.dense|classifier"
+
+
 def median(values: list[float]) -> float:
     return statistics.median(values)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from common import alternate, client_rows, machine, median, spread
+from common import alternate, client_rows, machine, median, spread, upper_blocks
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.client.descent import local_order
@@ -43,8 +43,7 @@ def main() -> None:
     test = rows.select(range(o.rows, len(rows)))
     dtype = resolve_precision(o.precision, "cpu")
     base = load_base(source, "classification", labels=LABELS, dtype=dtype, max_length=o.max_length)
-    upper = "|".join(str(block) for block in range(o.first, base.config.num_hidden_layers))
-    targets = rf".*encoder\.layer\.({upper})\..*(query|key|value|dense)|.*pooler\.dense|classifier"
+    targets = upper_blocks(o.first, base)
     bt = BTLora(base, AdapterSettings(r_max=16, target_modules=targets))
     s = LocalSettings(dropout=False, batch_size=o.batch_size, personalize_lr=1e-3)
     lam = torch.ones(len(bt.names), 16)

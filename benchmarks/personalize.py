@@ -1,10 +1,12 @@
 """One new client, from a file to a saved adapter, beside its fine-tuning steps alone.
 
-    python benchmarks/personalize.py [--rows 64] [--rank 8] [--tokens 0 1024] [--runs 5]
+    python benchmarks/personalize.py [--rows 64] [--rank 8] [--tokens 0 1024] [--runs 5] [--first 8]
 
 The model is loaded already. Everything else counts: reading and tokenizing the file, ξ, λ, choosing
 ranks, building the trimmed adapter, and writing the folder. `--tokens` are values of
-`generator.feature_tokens`, measured in turn (A B A B …); 0 is "all".
+`generator.feature_tokens`, measured in turn (A B A B …); 0 is "all". With `--first`, only the
+blocks from that one on are adapted, and ξ of all rows keeps the states that fine-tuning starts
+from, or does not ("apart"). Shares are of the steps of a client that has no ξ.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import client_rows, clock, machine, median, spread
+from common import client_rows, clock, machine, median, spread, upper_blocks
 from numpy.typing import NDArray
 
 from fedp2eft.adapters.btlora import BTLora
@@ -31,6 +34,7 @@ from fedp2eft.models.precision import resolve_precision
 from fedp2eft.settings.data import DataSettings
 from fedp2eft.settings.experiment import AdapterSettings, LocalSettings
 from fedp2eft.settings.profiles import PAPER
+from fedp2eft.tasks.frozen_blocks import _KEPT
 
 
 def main() -> None:
@@ -40,14 +44,18 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs="+", default=[0, 1024])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="lowest adapted block")
     options = parser.parse_args()
     task, _, source = client_rows(8, options.max_length)
+    task = replace(task, states_mib=512)
     tokenizer = load_tokenizer(source)
     dtype = resolve_precision("auto", "cpu")
     base = load_base(
         source, "classification", labels=LABELS, dtype=dtype, max_length=options.max_length
     )
     adapter = AdapterSettings()
+    if options.first:
+        adapter = AdapterSettings(target_modules=upper_blocks(options.first, base))
     bt = BTLora(base, adapter)
     psg = PSG(
         PSGConfig(
@@ -60,7 +68,11 @@ def main() -> None:
         languages=("de",), clients_per_language=1, max_train=options.rows, max_test=8
     )
     rows = federation.rows(federation.pool("unseen")[0].train)
-    seconds: dict[int, list[dict[str, float]]] = {n: [] for n in options.tokens}
+    # What ξ is taken from, and whether it keeps states.
+    modes = {f"at most {n} tokens" if n else "all rows": (n, True) for n in options.tokens}
+    if options.first:
+        modes = {"all rows, apart": (0, False), "all rows": (0, True)}
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in modes}
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "client.jsonl"
         file.write_text(
@@ -70,15 +82,17 @@ def main() -> None:
             )
         )
 
-        def one_client(tokens: int, folder: Path) -> dict[str, float]:
+        def one_client(tokens: int, keeps: bool, folder: Path) -> dict[str, float]:
             """Seconds of the steps alone, and of all that is beside them."""
             marks: list[float] = []
+            _KEPT.clear()
             start = clock()
             client = client_from_file(file, DataSettings(labels=list(LABELS), test_fraction=0.0))
             chosen = client.clients[0].train
             data = task.encode(tokenizer, [client.rows(chosen)["text"]], client.label_ids(chosen))
             read = clock()
-            xi = features(bt, task, data.sample(tokens, 0) if tokens else data, s, PAPER)
+            of = task if keeps else replace(task, states_mib=0)
+            xi = features(bt, of, data.sample(tokens, 0) if tokens else data, s, PAPER)
             heard = clock()
             lam, keep = structure(psg, xi, options.rank)
 
@@ -101,22 +115,25 @@ def main() -> None:
             }
 
         for run in range(options.runs + 1):
-            for tokens, found in seconds.items():
-                took = one_client(tokens, Path(scratch) / f"adapter-{run}-{tokens}")
+            for number, (name, mode) in enumerate(modes.items()):
+                took = one_client(*mode, Path(scratch) / f"adapter-{run}-{number}")
                 if run:  # the first turn warms up
-                    found.append(took)
+                    seconds[name].append(took)
     lengths = task.encode(tokenizer, [rows["text"]], [0] * len(rows["text"])).lengths
     print(machine())
     print(
         f"{options.rows} rows, {lengths.sum()} tokens, {lengths.mean():.0f} per row; "
         f"rank {options.rank}, {dtype}"
     )
-    for tokens, found in seconds.items():
-        print(f"ξ from {f'at most {tokens} tokens' if tokens else 'all rows'}:")
+    plain = [took["steps"] for took in next(iter(seconds.values()))]
+    for mode_name, found in seconds.items():
+        alone = plain if options.first else [took["steps"] for took in found]
+        print(f"ξ from {mode_name}:")
         for name in found[0]:
-            share = median([took[name] / took["steps"] for took in found])
+            share = median([took[name] / steps for took, steps in zip(found, alone, strict=True)])
             print(f"  {name}: {spread([took[name] for took in found])}, {share:.1%} of the steps")
-        over = median([sum(took.values()) / took["steps"] - 1 for took in found])
+        totals = [sum(took.values()) for took in found]
+        over = median([total / steps - 1 for total, steps in zip(totals, alone, strict=True)])
         print(f"  on top of the steps: {over:.1%}")
 
 
