@@ -82,6 +82,7 @@ def test_the_sdist_builds_the_same_wheel(built, tmp_path: Path):
     assert not [name for name in names if "/runs/" in name or "/.venv/" in name]
     [source] = tmp_path.iterdir()
     assert (source / "tests" / Path(__file__).name).exists()
+    assert (source / ".github/workflows/ci.yml").exists()  # tests/test_workflows.py reads it
     again, _ = build(source, tmp_path / "again")
     assert content(again) == content(wheel)
 

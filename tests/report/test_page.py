@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ from fedp2eft.errors import UserError
 from fedp2eft.files import read_json, read_lines, write_json
 from fedp2eft.report import page as page_module
 from fedp2eft.report.charts import training_charts
+from fedp2eft.report.facts import facts
 from fedp2eft.report.page import page
 from fedp2eft.report.small import Chart
 from fedp2eft.report.source import read_report
@@ -295,6 +297,20 @@ def test_the_page_says_the_same_each_time(finished, tmp_path):
     left, right = ((tmp_path / name / "c" / "report.html").read_text() for name in ("a", "b"))
     strip = re.compile(r"\bf\d+-")  # figures are counted over a process
     assert strip.sub("", left) == strip.sub("", right)
+
+
+def test_one_round_is_no_plural(finished):
+    report = read_report(finished.folder)
+    s = report.settings
+    one = replace(
+        s,
+        base=replace(s.base, rounds=1),
+        federation=replace(s.federation, rounds=1, clients_per_round=1),
+    )
+    told = dict(facts(replace(report, settings=one)))
+    assert told["PSG"] == "1 round of 1 client"
+    assert told["base training"].endswith(", 1 round")
+    assert dict(facts(report))["PSG"] == "3 rounds of 2 clients"
 
 
 def test_show_prints_the_essentials(finished, capsys):

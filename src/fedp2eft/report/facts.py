@@ -22,10 +22,11 @@ def facts(report: ReportData) -> Iterator[tuple[str, str]]:
     if pools:
         yield "clients", ", ".join(f"{pools[pool]} {pool}" for pool in c.pools if pool in pools)
     yield "base model", f"{s.model.name} ({s.model.task})"
-    yield "base training", f"{_words(c.bases)}, {s.base.rounds} rounds"
+    yield "base training", f"{_words(c.bases)}, {_counted(s.base.rounds, 'round')}"
     yield "adapter", f"{s.adapter.target_modules}, r_max {s.adapter.r_max}"
     yield "budgets", f"r = {_words(c.ranks)}, in {s.evaluation.budget}"
-    yield "PSG", f"{s.federation.rounds} rounds of {s.federation.clients_per_round} clients"
+    per_round = _counted(s.federation.clients_per_round, "client")
+    yield "PSG", f"{_counted(s.federation.rounds, 'round')} of {per_round}"
     yield "seeds", _words(c.seeds)
     if s.privacy.on:
         p = s.privacy
@@ -35,6 +36,10 @@ def facts(report: ReportData) -> Iterator[tuple[str, str]]:
     for versions in c.versions:
         if versions:
             yield "versions", ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def _counted(number: int, of: str) -> str:
+    return f"{number} {of}" + ("" if number == 1 else "s")
 
 
 def costs(report: ReportData) -> Iterator[list[str]]:
