@@ -104,7 +104,7 @@ def test_a_budget_in_parameters_is_the_runs(finished, world: World, tmp_path: Pa
             "use fedp2eft train, or one of prior, lora, fedp2eft, adalora, bt-lora, gradient, "
             r"fedp2eft-structure, fedp2eft-scale, fedp2eft-random\.$",
         ),
-        ("lora-tuned", "Method lora-tuned starts from"),
+        ("lora-tuned", "Method lora-tuned needs federated training of its own"),
         ("fedp2eft-layerwise", "needs a PSG trained with adapter.layerwise: true"),
         ("base", "Method base makes no adapter"),
         ("lara", "Did you mean 'lora'"),

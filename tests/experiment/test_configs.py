@@ -47,7 +47,8 @@ def test_every_training_of_a_comparison_can_be_started(path: Path) -> None:
     cells = plan(settings)
     evaluation, varied = settings.evaluation, settings.compare
     budgets = sum(len(evaluation.ranks) if METHODS[m].ranked else 1 for m in evaluation.methods)
-    places = len(varied.bases) * len(varied.seeds) * len(evaluation.pools)
+    bases = varied.bases or [settings.base.kind]
+    places = len(bases) * len(varied.seeds) * len(evaluation.pools)
     assert len(cells) == len({cell.name for cell in cells}) == places * budgets
     for training in {cell.training for cell in cells if cell.training.seed == varied.seeds[0]}:
         made = settings_of(settings, training)

@@ -378,7 +378,10 @@ def test_a_repeated_round_is_spent_twice_where_clients_add_the_noise(
         ({"epsilon": 0.0}, "privacy.epsilon must be above 0, not 0.0"),
         ({"quantile": 1.0}, "privacy.quantile must be between 0 and 1, not 1.0"),
         ({"noise": "client"}, "needs clipping: fixed and clip_on: client"),
-        ({"noise": "client", "clip_on": "client", "sampling": "secret"}, "sampling is seeded"),
+        (
+            {"noise": "client", "clip_on": "client", "sampling": "secret"},
+            "set privacy.sampling: seeded",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], says: str) -> None:

@@ -101,7 +101,7 @@ def test_a_text_without_tokens_is_read_alike_alone_and_in_a_batch(folders):
     rows = task.encode(tokenizer, [["", *TEXTS]], [0] * 4)
     assert rows.lengths.min() == 1
     torch.testing.assert_close(task.logits(model, rows, 1), task.logits(model, rows, 4))
-    with pytest.raises(UserError, match=r"no token of any text \(the first: ' '\)"):
+    with pytest.raises(UserError, match=r"no token for any text \(the first: ' '\)"):
         task.encode(tokenizer, [[" ", ""]], [0, 1])
 
 

@@ -199,9 +199,9 @@ SHOWN: dict[str, str] = {
     "privacy.sampling": "federation/test_dp.py::test_a_secret_sample_is_another_each_time",
     "privacy.secure_sums": "federation/test_secure_rounds.py::test_a_run_with_secure_sums_is_the_"
     "plain_one",
-    "privacy.secure_neighbors": "federation/test_secure_sums.py::test_neighbors_are_mutual_and_as_"
+    "privacy.secure_neighbors": "federation/test_secure_masks.py::test_neighbors_are_mutual_and_as_"
     "many_as_asked",
-    "privacy.secure_threshold": "federation/test_secure_sums.py::test_the_threshold_is_a_share_of_"
+    "privacy.secure_threshold": "federation/test_secure_masks.py::test_the_threshold_is_a_share_of_"
     "the_neighbors",
     "privacy.secure_clip": "federation/test_secure_rounds.py::test_changes_and_weights_are_cut_and_"
     "counted",
