@@ -28,8 +28,8 @@ from fedp2eft.federation.server.evaluation import (
     personalize,
     prepare,
 )
-from fedp2eft.federation.server.exchange import Member, roster
-from fedp2eft.federation.server.held_out import hold_out
+from fedp2eft.federation.server.exchange import Member
+from fedp2eft.federation.server.held_out import members_of
 from fedp2eft.federation.server.labels import needs_label_prior
 from fedp2eft.federation.server.phases import know_label_prior, train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
@@ -171,8 +171,7 @@ class _Site:
 
     @cached_property
     def members(self) -> list[Member]:
-        found = roster(self.engine.grid, self.settings.federation.timeout)
-        return hold_out(found, self.settings)
+        return members_of(self.engine.grid, self.settings)
 
     @cached_property
     def shared(self) -> Shared:
@@ -208,7 +207,7 @@ class _Site:
         if not (base / "base" / "config.json").exists():
             settings = settings_of(self.comparison, self.training, base_only=True)
             with local_engine(settings, base, self.reporter) as engine:
-                members = hold_out(roster(engine.grid, settings.federation.timeout), settings)
+                members = members_of(engine.grid, settings)
                 with closing(RunFolder(base, settings)) as run:
                     check_inputs(base, engine.workspace)
                     train_base(engine.grid, run, engine.workspace, members, self.reporter)

@@ -7,12 +7,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
+from flwr.serverapp import Grid
+
 from fedp2eft.data.clients import SEEN
 from fedp2eft.errors import require
-from fedp2eft.federation.server.exchange import Member
+from fedp2eft.federation.server.admission import FIRST_ENDS, Failures
+from fedp2eft.federation.server.exchange import Member, roster
 from fedp2eft.methods import Survey
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
+
+
+def members_of(grid: Grid, settings: Settings, failures: Failures = FIRST_ENDS) -> list[Member]:
+    """Ask every node who it is (`roster`), and mark the held-out clients."""
+    return hold_out(roster(grid, settings.federation.timeout, failures), settings)
 
 
 def hold_out(members: Sequence[Member], settings: Settings) -> list[Member]:

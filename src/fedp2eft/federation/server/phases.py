@@ -15,8 +15,8 @@ from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.delivery import deliver_base
 from fedp2eft.federation.server.distributed import Distributed
 from fedp2eft.federation.server.evaluation import personalize_all
-from fedp2eft.federation.server.exchange import Member, roster
-from fedp2eft.federation.server.held_out import hold_out, training_base
+from fedp2eft.federation.server.exchange import Member
+from fedp2eft.federation.server.held_out import members_of, training_base
 from fedp2eft.federation.server.labels import learn_label_prior, needs_label_prior
 from fedp2eft.federation.server.presence import wait_for_nodes
 from fedp2eft.federation.server.privacy import Private
@@ -41,7 +41,7 @@ def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) 
     """
     wait_for_nodes(grid, run.settings.federation, reporter)
     failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
-    members = hold_out(roster(grid, run.settings.federation.timeout, failures), run.settings)
+    members = members_of(grid, run.settings, failures)
     train_base(grid, run, workspace, members, reporter)
     know_label_prior(grid, run, workspace, members, reporter)
     shared = train_shared(grid, run, workspace, members, reporter)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -123,12 +124,12 @@ def after_half(client: ClientSide, chosen: Candidate, tried: Candidate, steps: i
     ]
     side = plain(client)
     # Held-out labels are not in the label prior that they are compared under.
-    task, data = with_prior(replace(side, train=side.train.select(first))).task, side.train
-    base = unadapted(side)
-    found = {Candidate("base"): base.rows(side.task, rest)}
+    task = with_prior(replace(side, train=side.train.select(first))).task
+    held = side.train.select(rest)
+    base, rows = unadapted(replace(side, train=held)), np.arange(len(held))
+    found = {Candidate("base"): base.rows(side.task, rows)}
     if has_classes(client):
-        found[Candidate("prior")] = base.rows(task, rest)
-    held = data.select(rest)
+        found[Candidate("prior")] = base.rows(task, rows)
 
     def after(step: int, model: nn.Module) -> None:
         if step != steps:
