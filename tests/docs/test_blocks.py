@@ -18,20 +18,10 @@ from fedp2eft.bases import BASES
 from fedp2eft.methods import METHODS
 from fedp2eft.settings.reading import settings_from
 from fedp2eft.settings.words import load_words
-from tiny import tiny
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
 SHELL = ("fedp2eft", "make", "pip", "python", "flwr", "FEDP2EFT_")
-
-
-def namespace_of(page: Path) -> dict[str, Any]:
-    """What the text around a page's Python says is there."""
-    if page.name != "README.md":
-        return {}
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    batch = {"input_ids": ids, "attention_mask": ids > 0, "labels": torch.tensor([0, 1])}
-    return {"model": tiny("bert"), "batch": batch, "rows": [0, 1]}
 
 
 def run(block: Block, namespace: dict[str, Any]) -> None:
@@ -74,7 +64,6 @@ def test_every_block_of_a_page_works(
     monkeypatch.chdir(desk)
     namespace: dict[str, Any] = {}
     for block in blocks_of(page):
-        namespace |= namespace_of(page)  # an earlier block may have had names for other things
         if block.reason:
             with capsys.disabled():
                 print(f"\n{block.where} not run: {block.reason}")
