@@ -134,3 +134,27 @@ def test_heat_map_is_switched(opened):
 def test_it_prints(opened, tmp_path):
     opened.pdf(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_paper_is_white_and_shows_what_cannot_be_chosen_on_it(browser, file):
+    """All clients' results, what is folded, the key to the methods' marks, the texts' clients."""
+
+    def all_seen(query: str) -> list[bool]:
+        return browser.run(
+            f"[...document.querySelectorAll('{query}')].map(part => part.checkVisibility())"
+        )
+
+    browser.open(file, dark=True)
+    browser.ask(
+        "Emulation.setEmulatedMedia", media="print",
+        features=[{"name": "prefers-color-scheme", "value": "dark"}],
+    )  # fmt: skip
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert all_seen("[data-scores]") == [True, True]
+    assert set(all_seen("details.fold, details.fold table, #budget summary")) == {True}
+    browser.run("document.querySelector('#methods input').checked = false")
+    assert all_seen("#methods label") == [False] + [True] * (len(all_seen("#methods label")) - 1)
+    assert not any(all_seen("#methods input, #methods button, select"))
+    assert all_seen("#generations summary") == [True]
+    assert browser.run("document.documentElement.scrollWidth") <= 1200

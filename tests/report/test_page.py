@@ -344,3 +344,23 @@ def test_the_small_charts_show_the_numbers(tmp_path: Path) -> None:
     assert float(bar.get("y")) == pytest.approx(middle, abs=0.06)
     assert "M138.0 6.0h0" in str(chart.svg())
     assert {"<b>", "x", "y", "0", "50"} <= {text.text for text in svg.iter("text")}
+
+
+@pytest.mark.parametrize(
+    ("names", "turned"),
+    [
+        (["de", "ja", "ru"], False),
+        (["zh_CN"] * 8, True),
+        (["pcm"] * 10, True),
+        (["中文名"] * 10, True),
+    ],
+)
+def test_names_under_a_small_chart_have_room(names: list[str], turned: bool) -> None:
+    """Names that do not fit side by side are turned, and what is turned ends inside the chart."""
+    size = (72 * max(2.6, 1.2 + 0.26 * len(names)), 72 * 1.9)
+    chart = Chart("a", size, (-0.6, len(names) - 0.4), (0.0, 1.0), names, ("", "%"))
+    under = [part for part in chart.parts if any(f">{name}<" in part for name in names)]
+    assert len(under) == len(names)
+    assert all(("rotate" in part) == turned for part in under)
+    letters = {"pcm": 20.0, "zh_CN": 27.0, "中文名": 27.0}.get(names[0], 0.0)  # in DejaVu Sans
+    assert chart.up(0) + 5 + letters <= size[1]

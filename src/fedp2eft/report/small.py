@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import isfinite
+from unicodedata import east_asian_width
 
 from markupsafe import Markup, escape
 from matplotlib.colors import to_hex
@@ -38,9 +39,10 @@ class Chart:
         names: Sequence[str] | None, titles: tuple[str, str],
     ) -> None:  # fmt: skip
         self.label, self.size, self._x, self._y = label, size, x, y
-        turned = names is not None and len(names) > 8
-        below = 6 + 5.2 * max(map(len, names), default=0) if names and turned else 14
         self._left, self._right = 42.0, size[0] - 4
+        widest = max(map(_width, names or ()), default=0.0)
+        turned = widest > (self._right - self._left) / (x[1] - x[0]) - 3
+        below = 6 + widest if turned else 14
         self._top, self._bottom = 6.0, size[1] - below - (12 if titles[0] else 0)
         self.parts = ['<g font-family="sans-serif" font-size="9" fill="#000">']
         for value in _ticks(y):
@@ -164,6 +166,12 @@ def client_chart(report: ReportData, method: str, points: Points, both: Range) -
             chart.dots(pairs, to_hex(shade(ranks, rank)))
     chart.line((both[0], both[0]), (both[1], both[1]), 'stroke-dasharray="3 2"')
     return chart.svg()
+
+
+def _width(text: str) -> float:
+    """Return the most that a text of size 9 takes in usual sans-serif fonts."""
+    wide = sum(letter in "mwMW" or east_asian_width(letter) in "WF" for letter in text)
+    return 9 * (wide + 0.64 * (len(text) - wide))
 
 
 def _ticks(span: Range) -> list[float]:
