@@ -5,7 +5,7 @@
 
 Every target of tests/fuzz/targets.py runs in a process of its own, forked from one that has
 imported everything. Only a one-line `UserError` may come out of one; anything else ends its run,
-and the input is kept as OUT/<target>/crash-*. Corpora stay in OUT, so a second start goes on from
+and the input is kept as OUT/<target>/crash-*. Corpora stay in OUT, so a second start resumes from
 the first one's coverage. Prints a table and writes it to OUT/counts.jsonl.
 """
 

@@ -137,8 +137,8 @@ def main() -> None:
             sys.executable, __file__, "--measure", "--clients", str(clients),
             "--rounds", str(options.rounds), "--rows", str(options.rows),
         ]  # fmt: skip
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found[clients] = json.loads(told.splitlines()[-1])
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found[clients] = json.loads(printed.splitlines()[-1])
     print(machine())
     for clients, seen in found.items():
         print(f"{clients} clients, {options.rows} training rows each:")

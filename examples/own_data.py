@@ -58,7 +58,7 @@ def main() -> None:
             "evaluation": {"methods": ["base", "lora", "fedp2eft"], "ranks": [4]},
         }
     )  # fmt: skip
-    results = fedp2eft.train(settings, options.run)  # started again, it goes on or is done at once
+    results = fedp2eft.train(settings, options.run)  # started again, it resumes
     for row in results.rows:
         print(f"{row.pool:7s} {row.method:9s} rank {row.rank or '–'}: {row.mean:.1%}")
     for adapter in sorted(options.run.glob("adapters/*/*/adapter_config.json")):

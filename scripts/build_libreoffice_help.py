@@ -128,7 +128,7 @@ def build(
             found[language] = mine
     if ENGLISH not in found:
         raise UserError(
-            "Untranslated paragraphs are told by the English pages: add libreoffice-help-en-us."
+            "Untranslated paragraphs are found by the English pages: add libreoffice-help-en-us."
         )
     rows = list(_rows(found))
     if pages is not None:

@@ -54,7 +54,7 @@ def builder(name: str, key: ec.EllipticCurvePrivateKey, days: int) -> x509.Certi
 
 
 def authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """The certificate authority of a folder, made where there is none."""
+    """The certificate authority of a folder, made if absent."""
     key_file, file = folder / "ca.key", folder / "ca.pem"
     if file.exists():
         key = serialization.load_pem_private_key(key_file.read_bytes(), None)

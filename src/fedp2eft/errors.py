@@ -19,7 +19,7 @@ class UserError(Exception):
         return visible(super().__str__())
 
 
-class TellableError(UserError):
+class ShareableError(UserError):
     """A mistake whose text holds nothing of a client's data: it may travel to the server whole."""
 
 

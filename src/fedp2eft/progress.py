@@ -1,4 +1,4 @@
-"""Where a run says how far it is: a log line by default, progress bars in a terminal."""
+"""Where a run reports its progress: a log line by default, progress bars in a terminal."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def report_to(reporter: Reporter) -> Iterator[None]:
         _current.pop()
 
 
-def each_of(steps: int, tell: Callable[[float], None] | None) -> Callable[[float], None]:
-    """Return a callback for each of so many steps, which gets its loss; `tell` gets their share."""
+def each_of(steps: int, report: Callable[[float], None] | None) -> Callable[[float], None]:
+    """Return a callback for each of so many steps (it gets the loss); `report` gets their share."""
     done = 0
 
     def on_step(_loss: float) -> None:
         nonlocal done
         done += 1
-        if tell:
-            tell(done / max(1, steps))
+        if report:
+            report(done / max(1, steps))
 
     return on_step

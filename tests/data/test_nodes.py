@@ -9,7 +9,7 @@ import pytest
 
 from fedp2eft.data.nodes import clients_of_node, data_without_clients
 from fedp2eft.data.registry import load_clients
-from fedp2eft.errors import TellableError, UserError
+from fedp2eft.errors import ShareableError, UserError
 from fedp2eft.settings.data import DataSettings
 
 SETTINGS = DataSettings(dataset="nodes", labels=["b", "a"], seed=5)
@@ -96,7 +96,7 @@ def test_the_server_knows_columns_and_classes() -> None:
     ],
 )
 def test_mistakes_may_be_told_to_the_server(config: dict[str, str], says: str) -> None:
-    with pytest.raises(TellableError, match=says):
+    with pytest.raises(ShareableError, match=says):
         clients_of_node(config, SETTINGS)
 
 
@@ -107,7 +107,7 @@ def test_mistakes_may_be_told_to_the_server(config: dict[str, str], says: str) -
 def test_mistakes_that_quote_rows_may_not(rows: Path, more: dict[str, str], says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
         clients_of_node(node(rows, **more), SETTINGS)
-    assert not isinstance(error.value, TellableError)
+    assert not isinstance(error.value, ShareableError)
 
 
 def test_classes_must_be_agreed() -> None:

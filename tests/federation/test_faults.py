@@ -26,7 +26,7 @@ from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.checkpoints import load_checkpoint
 from fedp2eft.federation.server.exchange import roster
-from fedp2eft.federation.server.faults import Faults, told
+from fedp2eft.federation.server.faults import Faults, summary_line
 from fedp2eft.federation.server.presence import wait_for_nodes
 from fedp2eft.federation.server.rounds import run_rounds
 from fedp2eft.federation.server.run_folder import RunFolder
@@ -233,7 +233,7 @@ def test_a_client_that_always_fails_is_quarantined_and_named(tmp_path: Path) -> 
     assert "3 times" in said
     summary = Faults(tmp_path, 3).summarise()
     assert summary["clients"] == {BAD: {"quarantined": 1, "refused": 3}}
-    assert told(summary) == f"Faults: 1 quarantined, 3 refused ({BAD}); see faults.jsonl."
+    assert summary_line(summary) == f"Faults: 1 quarantined, 3 refused ({BAD}); see faults.jsonl."
     # starting again gives it another chance
     train(tmp_path, failing(lambda _: False, asked), 8, 20)
     assert asked == [1, 2, 3, 7, 8]
@@ -360,7 +360,7 @@ def test_faults_are_counted_over_all_starts(tmp_path: Path) -> None:
     counts = {"failed": 2, "late": 2, "lost": 2, "quarantined": 2, "started-again": 2}
     summary = Faults(tmp_path, 2).summarise()
     assert summary["counts"] == counts
-    assert told(Faults(tmp_path / "..", 2).summarise()) == "Faults: none."
+    assert summary_line(Faults(tmp_path / "..", 2).summarise()) == "Faults: none."
 
 
 def test_a_failure_that_stops_the_run_is_no_fault_of_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from summing import QUESTION, Federation, close, dropping, few, secure
 from summing import of as summing_settings
 
-from fedp2eft.errors import TellableError, UserError
+from fedp2eft.errors import ShareableError, UserError
 from fedp2eft.federation.client import sums as client_sums
 from fedp2eft.federation.wire.keys import UNMASK, neighbors, threshold
 from fedp2eft.federation.wire.messages import ARRAYS
@@ -60,7 +60,7 @@ def test_too_many_clients_for_the_modulus_are_an_error() -> None:
 
 @pytest.mark.parametrize("bad", [[np.nan], [np.inf], [1.0, 2.0]])
 def test_what_is_no_number_is_not_sent(bad) -> None:
-    with pytest.raises(TellableError, match="NaN or infinity, or has other shapes"):
+    with pytest.raises(ShareableError, match="NaN or infinity, or has other shapes"):
         Block((1,), 1.0).encode(bad, 3)
 
 
@@ -68,7 +68,7 @@ def test_what_is_no_number_is_not_sent(bad) -> None:
 
 
 def bytes_that_arrive(folder: Path) -> np.ndarray:
-    """All masked numbers that a server received in a sum of zeros."""
+    """All masked values that a server received in a sum of zeros."""
     layout = {"w": Block((4000,), 1.0, 32), "n": Block((500,), 1.0)}
     federation = Federation(folder, [{"w": np.zeros(4000), "n": np.zeros(500)}] * 4, layout)
     found = federation.sum()

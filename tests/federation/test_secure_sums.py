@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from summing import QUESTION, STAGES, Fate, Federation, close, dropping, few, secure
 
-from fedp2eft.errors import TellableError, UserError
+from fedp2eft.errors import ShareableError, UserError
 from fedp2eft.federation.client import sums as client_sums
 from fedp2eft.federation.client.sums import give_keys, give_masked, give_shares, unmask
 from fedp2eft.federation.hooks import begin_run
@@ -293,7 +293,7 @@ def test_shares_are_given_once() -> None:
     answer = alone.unmask([0, 1, 2], [3])
     assert (len(answer["seeds"]), len(answer["keys"])) == (3, 1)
     assert SECURE not in alone.contexts[0].state
-    with pytest.raises(TellableError, match="not the next one"):
+    with pytest.raises(ShareableError, match="not the next one"):
         alone.unmask([0, 1, 2, 3], [])
 
 
@@ -310,16 +310,16 @@ def test_shares_are_given_once() -> None:
 def test_no_client_gives_another_away(alive: list[int], dropped: list[int]) -> None:
     alone = Alone()
     alone.masked()
-    with pytest.raises(TellableError, match="would give a client away"):
+    with pytest.raises(ShareableError, match="would give a client away"):
         alone.unmask(alive, dropped)
-    with pytest.raises(TellableError, match="not the next one"):
+    with pytest.raises(ShareableError, match="not the next one"):
         alone.unmask([0, 1, 2, 3], [])  # nor is there a second try
 
 
 def test_too_few_are_not_unmasked() -> None:
     alone = Alone()
     alone.masked()
-    with pytest.raises(TellableError, match="2 clients are left, and unmasking takes 3"):
+    with pytest.raises(ShareableError, match="2 clients are left, and unmasking takes 3"):
         alone.unmask([0, 1], [2, 3])
 
 
@@ -327,12 +327,12 @@ def test_a_client_answers_only_the_next_message_of_its_sum() -> None:
     alone = Alone()
     keys = [alone.keys(i) for i in range(4)]
     alone.shares(0, keys)
-    with pytest.raises(TellableError, match="not the next one"):
+    with pytest.raises(ShareableError, match="not the next one"):
         alone.shares(0, keys)
-    with pytest.raises(TellableError, match="not the next one"):
+    with pytest.raises(ShareableError, match="not the next one"):
         alone.shares(1, keys, session="other")
     question = Message(RecordDict(), 2, QUESTION)
-    with pytest.raises(TellableError, match="only leaves in a sum"):
+    with pytest.raises(ShareableError, match="only leaves in a sum"):
         give_masked(question, alone.contexts[0], alone.s, Part({}), lambda _: {})
 
 
@@ -350,16 +350,16 @@ def test_a_client_answers_only_the_next_message_of_its_sum() -> None:
 def test_neighbors_that_cannot_be_are_refused(changes: dict[str, Any], says: str) -> None:
     alone = Alone()
     keys = [alone.keys(i) for i in range(4)]
-    with pytest.raises(TellableError, match=says):
+    with pytest.raises(ShareableError, match=says):
         alone.shares(0, keys, **changes)
 
 
 def test_few_clients_or_no_agreement_are_refused() -> None:
-    with pytest.raises(TellableError, match="hides nobody"):
+    with pytest.raises(ShareableError, match="hides nobody"):
         Alone().keys(0, clients=2)
     alone = Alone()
-    with pytest.raises(TellableError, match="1 neighbors are left"):
+    with pytest.raises(ShareableError, match="1 neighbors are left"):
         alone.masked(**{"from": [1], "boxes": [b""], "proofs": [b""]})
     alone.s = type(alone.s)()
-    with pytest.raises(TellableError, match=r"privacy.secure_sums is off"):
+    with pytest.raises(ShareableError, match=r"privacy.secure_sums is off"):
         alone.keys(0)

@@ -14,8 +14,8 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedp2eft.client.side import ClientSide
-from fedp2eft.errors import TellableError, UserError
-from fedp2eft.federation.client.mods import tell_errors
+from fedp2eft.errors import ShareableError, UserError
+from fedp2eft.federation.client.mods import send_errors
 from fedp2eft.federation.local import LocalGrid
 from fedp2eft.federation.wire.messages import DESCRIBE, PERSONALIZE, to_arrays
 from fedp2eft.runtime import phases, workspace
@@ -131,7 +131,7 @@ LABEL = "unspeakable"
 
 
 def answered(error: Exception, caplog: pytest.LogCaptureFixture) -> str:
-    """What a server hears of an error on a client that is another process."""
+    """What a server receives of an error on a client that is another process."""
 
     def handle(_message: Message, _context: Context) -> Message:
         raise error
@@ -139,7 +139,7 @@ def answered(error: Exception, caplog: pytest.LogCaptureFixture) -> str:
     LocalGrid(ClientApp(), [], {})  # an engine gives messages their sender
     message = Message(RecordDict(), 2, TRAIN_PSG)
     with caplog.at_level(logging.ERROR):
-        reply = tell_errors(message, Context(1, 2, {}, RecordDict(), {}), handle)
+        reply = send_errors(message, Context(1, 2, {}, RecordDict(), {}), handle)
     assert reply.has_error()
     return str(reply.error.reason)
 
@@ -153,19 +153,19 @@ def answered(error: Exception, caplog: pytest.LogCaptureFixture) -> str:
     ],
 )
 def test_an_error_that_may_quote_data_stays_on_the_client(error: Exception, caplog) -> None:
-    heard = answered(error, caplog)
-    assert LABEL not in heard
-    assert "its own log says" in heard
+    received = answered(error, caplog)
+    assert LABEL not in received
+    assert "see its own log" in received
     assert LABEL in caplog.text
 
 
 def test_an_error_without_data_is_told_whole(caplog) -> None:
     text = "φ from the server: w holds NaN or infinity."
-    assert answered(TellableError(text), caplog) == text
+    assert answered(ShareableError(text), caplog) == text
 
 
 def test_the_local_engine_tells_everything() -> None:
-    app = ClientApp(mods=[tell_errors])
+    app = ClientApp(mods=[send_errors])
 
     @app.query("describe")
     def describe(_message: Message, _context: Context) -> Message:

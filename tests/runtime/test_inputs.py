@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedp2eft.errors import TellableError, UserError
+from fedp2eft.errors import ShareableError, UserError
 from fedp2eft.experiment.compare import compare
 from fedp2eft.experiment.train import train
 from fedp2eft.federation.client.state import release_state, shared_state
@@ -163,7 +163,7 @@ def test_a_supernode_keeps_its_own_digest(world: World, tmp_path: Path):
         assert list(json.loads((folder / INPUTS_FILE).read_text())["clients"]) == ["fr-00"]
         release_state()
         write_jsonl(path, rows[:-1])
-        with pytest.raises(TellableError, match=r"client fr-00 are others than when this run was"):
+        with pytest.raises(ShareableError, match=r"client fr-00 are others than when this run was"):
             shared_state(settings, folder, node)
     finally:
         release_state()

@@ -22,7 +22,7 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
 class NotPerRowError(Exception):
-    """A layer's input is not one block of values per row, so rows cannot be told apart."""
+    """A layer's input is not one block of values per row, so rows cannot be separated."""
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def _gates_read_once(model: nn.Module) -> Callable[[], AbstractContextManager[No
     """PEFT reads each gated A more than once per forward; what this opens computes it once.
 
     Not under gradient checkpointing: the second forward, in the backward pass, must do exactly what
-    the first did. (Asked once a run: transformers looks through all modules to answer.)
+    the first did. (Asked once per run: transformers looks through all modules to answer.)
     """
     if getattr(model, "is_activation_checkpointing", False):
         return nullcontext

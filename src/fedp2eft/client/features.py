@@ -51,7 +51,7 @@ class _Moments:
         return self.mean, math.sqrt(variance + EPSILON)
 
 
-class _Listener:
+class _Recorder:
     """Takes the moments of every linear layer's input while it is open.
 
     Attributes:
@@ -76,7 +76,7 @@ class _Listener:
         padded = mask is not None and not bool(mask.all())
         self.places = mask.flatten().nonzero().squeeze(1) if mask is not None and padded else None
 
-    def _hear(self, row: int, x: Tensor) -> None:
+    def _record(self, row: int, x: Tensor) -> None:
         if not x.numel():  # an expert that no token was sent to
             return
         if self._last is None or self._last[0] is not x:
@@ -91,14 +91,14 @@ class _Listener:
         return x.flatten(0, -2).index_select(0, self.places)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         def hook_for(row: int) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor | None]:
-            def hear(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
-                self._hear(row, inputs[0])
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+                self._record(row, inputs[0])
                 # Nobody reads the logits, and those of all positions would be most of the work.
                 return inputs[0][:, -1:] if module is self._head else None
 
-            return hear
+            return hook
 
         handles = [
             module.register_forward_pre_hook(hook_for(row))
@@ -125,17 +125,17 @@ def client_features(
         model: The frozen base, adapters off.
         linears: (name, module) of the M linear layers, in module order.
         batches: The client's training rows as model inputs.
-        masked: Leave padding positions out (layers that see one vector a row have none).
+        masked: Leave padding positions out (layers that see one vector per row have none).
 
     Returns:
         Float32 tensor of 2M values on the CPU.
     """
     # A classifier has no head over the vocabulary.
-    listener = _Listener(linears, getattr(model, "get_output_embeddings", lambda: None)())
-    with in_mode(model, training=False), torch.inference_mode(), listener.listening():
+    recorder = _Recorder(linears, getattr(model, "get_output_embeddings", lambda: None)())
+    with in_mode(model, training=False), torch.inference_mode(), recorder.recording():
         for batch in batches:
             inputs = {key: value for key, value in batch.items() if key != "labels"}
-            listener.expect(inputs["attention_mask"].bool() if masked else None)
+            recorder.expect(inputs["attention_mask"].bool() if masked else None)
             model(**inputs)
-    pairs = [value for moments in listener.moments for value in moments.pair()]
+    pairs = [value for moments in recorder.moments for value in moments.pair()]
     return torch.tensor(pairs, dtype=torch.float32)

@@ -98,10 +98,10 @@ class ClientSide:
 
     def part(self, number: int, parts: int) -> ClientSide:
         """Return this client in one of several parts of its work, counted from 0."""
-        tell = self.progress
-        if tell is None:
+        report = self.progress
+        if report is None:
             return self
-        return replace(self, progress=lambda share: tell((number + share) / parts))
+        return replace(self, progress=lambda share: report((number + share) / parts))
 
     def trial(self, share: float) -> ClientSide:
         """Return this client with a share of its train rows, held out by label, as its test rows.
@@ -138,12 +138,12 @@ class ClientSide:
         settings = settings or self.settings
         order = self.order(settings) if order is None else order
         scores: list[Scores] = []
-        tell, taken = self.each_of(len(order)), 0
+        report, taken = self.each_of(len(order)), 0
 
         def on_step(loss: float) -> None:
             nonlocal taken
             taken += 1
-            tell(loss)
+            report(loss)
             if after:
                 after(taken, self.bt.model)
 

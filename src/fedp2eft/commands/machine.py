@@ -1,6 +1,6 @@
 """What this machine has, and what a run on it will therefore use.
 
-Nothing in here fails because a part is absent or broken: that is what it says.
+Nothing in here fails because a part is absent or broken: that is what it reports.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def quickstart(
     """Run the whole pipeline on real text in a few minutes.
 
     It uses Debian package descriptions in German, Japanese and Russian, multilingual-e5-small, and
-    seen and unseen clients. At the start it says how long this machine will take.
+    seen and unseen clients. At the start it prints how long it will take on this machine.
 
     Args:
         run: The run folder.

@@ -60,9 +60,9 @@ def _counts(data: ClientData, clients: Sequence[Client]) -> dict[str, int]:
 
 
 def repeats(data: ClientData) -> list[str]:
-    """Return lines about texts that are there more than once; none where there are none.
+    """Return lines about texts that occur more than once; an empty list if none does.
 
-    A test row with a copy among train rows does not tell what a model has learned: of the same
+    A test row with a copy among train rows does not show what a model has learned: of the same
     client it was seen in personalization, of another client in the federation's training.
     """
     columns = [data.table[name][:] for name in data.text_columns]

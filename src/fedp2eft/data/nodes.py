@@ -11,7 +11,7 @@ from fedp2eft.data.ablation import without_text
 from fedp2eft.data.clients import SEEN, ClientData, check_client_name
 from fedp2eft.data.files import clients_from_files
 from fedp2eft.data.partition import hold_out
-from fedp2eft.errors import TellableError, UserError, nearest
+from fedp2eft.errors import ShareableError, UserError, nearest
 from fedp2eft.settings.data import ClientFile, DataSettings
 
 NODES = "nodes"
@@ -65,27 +65,27 @@ def clients_of_node(config: Mapping[str, Value], settings: DataSettings) -> Clie
         UserError: The config names no client or file, or the file is not as it should be.
     """
     for key in sorted(set(config) - set(KNOWN)):
-        raise TellableError(
+        raise ShareableError(
             f"The node config has an unknown key {key!r}.{nearest(key, list(KNOWN))} "
             f"Known: {', '.join(KNOWN)}."
         )
     for key in ("client", "path"):
         if key not in config:
-            raise TellableError(f"The node config names no {key}: add {key}='…'.")
+            raise ShareableError(f"The node config names no {key}: add {key}='…'.")
     text = {key: str(value) for key, value in config.items()}
     name = text["client"]
     check_client_name(name)
     changes: dict[str, Any] = {"path": None}
     changes["text_columns"] = text.get("text-columns", ",".join(settings.text_columns)).split(",")
     if len(changes["text_columns"]) != len(settings.text_columns):
-        raise TellableError(
+        raise ShareableError(
             f"text-columns of the node config names {len(changes['text_columns'])} columns; the "
             f"experiment has {len(settings.text_columns)}: {', '.join(settings.text_columns)}."
         )
     for key in ("label-column", "target-column"):
         if key in text:
             if getattr(settings, key.replace("-", "_")) is None:
-                raise TellableError(f"The node config names a {key}; the experiment has none.")
+                raise ShareableError(f"The node config names a {key}; the experiment has none.")
             changes[key.replace("-", "_")] = text[key]
     data_without_clients(settings)  # the classes are agreed on, or this raises
     given = {f.name: text.get(f.name.replace("_", "-")) for f in fields(ClientFile)}

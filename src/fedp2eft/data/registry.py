@@ -20,7 +20,7 @@ from fedp2eft.settings.data import DataSettings
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """What `fedp2eft data` says of a data set, and how to load it.
+    """What `fedp2eft data` shows about a data set, and how to load it.
 
     Attributes:
         description: one line.
@@ -103,7 +103,7 @@ DATASETS: dict[str, DatasetEntry] = {
         (*_COLUMNS[1:], *_FILES_ONLY, *_HUB_ONLY, *_SPLIT[1:], "partition"),
     ),
     "files": DatasetEntry(
-        "your own JSON, CSV, TSV or Parquet: one file a client, or one with a column client",
+        "your own JSON, CSV, TSV or Parquet: one file per client, or one with a column client",
         (),
         "yours",
         clients_from_files,

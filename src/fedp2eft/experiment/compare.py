@@ -81,7 +81,7 @@ def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = 
         check_private(name, settings)
     cells = plan(settings)
     for training in {cell.training for cell in cells}:
-        settings_of(settings, training)  # an unknown base is said before anything is computed
+        settings_of(settings, training)  # an unknown base is reported before anything is computed
     _open(folder, settings)
     groups: dict[SharedTraining, list[Cell]] = defaultdict(list)
     for cell in cells:

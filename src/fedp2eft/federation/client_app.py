@@ -23,8 +23,8 @@ from fedp2eft.client.descent import steps_taken
 from fedp2eft.client.phase import Phase, Turn
 from fedp2eft.client.side import ClientSide, check_size
 from fedp2eft.data.nodes import NODES
-from fedp2eft.errors import TellableError, UserError
-from fedp2eft.federation.client.mods import end_with_supernode, keep_private, tell_errors
+from fedp2eft.errors import ShareableError, UserError
+from fedp2eft.federation.client.mods import end_with_supernode, keep_private, send_errors
 from fedp2eft.federation.client.node import keep_base, kept_base, own_folder
 from fedp2eft.federation.client.state import ClientState, release_state, shared_state
 from fedp2eft.federation.client.sums import give_masked, serve_sums
@@ -64,7 +64,7 @@ from fedp2eft.settings.experiment import check_rank
 from fedp2eft.settings.reading import settings_of_run
 from fedp2eft.tasks.label_prior import label_counts, predicted_counts, with_classes
 
-app = ClientApp(mods=[end_with_supernode, tell_errors])
+app = ClientApp(mods=[end_with_supernode, send_errors])
 serve_sums(app)
 logger = logging.getLogger(__name__)
 
@@ -91,10 +91,10 @@ def client_name(context: Context, workspace: Workspace) -> str:
         return workspace.client(str(node["client"])).name
     names = sorted(workspace.clients)
     if "partition-id" not in node:
-        raise TellableError("The node config names no client: add client='NAME'.")
+        raise ShareableError("The node config names no client: add client='NAME'.")
     number, nodes = int(node["partition-id"]), int(node.get("num-partitions", len(names)))
     if nodes != len(names) or not 0 <= number < len(names):
-        raise TellableError(
+        raise ShareableError(
             f"The experiment has {len(names)} clients and the federation {nodes} SuperNodes: "
             f"start it with --federation-config 'num-supernodes={len(names)}'."
         )
@@ -113,7 +113,7 @@ def describe(message: Message, context: Context) -> Message:
     about = ConfigRecord({"client": client.name, "language": client.language, "pool": client.pool})
     if workspace.node is not None:
         about["base"] = kept_base(workspace)
-    # With secure sums N is a weight that only a sum tells.
+    # With secure sums N is a weight that only a sum reveals.
     rows = 0 if workspace.settings.privacy.secure else len(client.train)
     counts = MetricRecord({EXAMPLES: rows, "num-tests": len(client.test)})
     return Message(RecordDict({ABOUT: about, METRICS: counts}), reply_to=message)
@@ -187,7 +187,7 @@ def train_psg_ahead(messages: Sequence[Message], contexts: Sequence[Context]) ->
         ]
         state.ahead.train(state.workspace, messages, turns)
     except UserError:
-        return  # the handler says it, of the client whose mistake it is
+        return  # the handler reports it, for the client whose mistake it is
 
 
 @app.query("labels")

@@ -1,7 +1,7 @@
 """What this package uses of Flower beyond its public interface: all of it, with the reason.
 
 Any of these may change without notice, so flwr is pinned to one minor version (pyproject.toml), and
-tests/federation/test_hooks.py says which of them a new version lacks.
+tests/federation/test_hooks.py lists which of them a new version lacks.
 
 Of Flower 1.41, and what it is used for:
 
@@ -148,7 +148,7 @@ def end_with_parent() -> None:
 
     Flower 1.41 only checks whether its parent's process number is in use. Where nobody waits for
     the parent (the first process of many containers does not), it stays in use for ever: the orphan
-    would go on polling a SuperLink that is gone, and keep the run folder locked.
+    would keep polling a SuperLink that is gone, and keep the run folder locked.
     """
     if "--parent-pid" not in sys.argv[:-1]:
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedp2eft.federation.client.mods import end_with_supernode, tell_errors
+from fedp2eft.federation.client.mods import end_with_supernode, send_errors
 from fedp2eft.federation.client.sums import serve_sums
 from fedp2eft.federation.wire.keys import KEYS, SHARES, UNMASK
 
@@ -26,5 +26,5 @@ class LightApp(ClientApp):
         return whole(message, context)
 
 
-app = LightApp(mods=[end_with_supernode, tell_errors])
+app = LightApp(mods=[end_with_supernode, send_errors])
 serve_sums(app)

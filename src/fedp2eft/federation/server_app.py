@@ -13,7 +13,7 @@ from fedp2eft.errors import UserError
 from fedp2eft.federation.client.state import shared_state
 from fedp2eft.federation.hooks import end_with_parent
 from fedp2eft.federation.local import LocalGrid
-from fedp2eft.federation.server.faults import told
+from fedp2eft.federation.server.faults import summary_line
 from fedp2eft.federation.server.phases import serve
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.server.tracking import Trackers
@@ -55,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
         if not isinstance(grid, LocalGrid):
             log_to_stderr()
             logger.info("Run folder: %s", folder.resolve())
-        at_the_end.callback(tell_faults, run)
+        at_the_end.callback(report_faults, run)
         if again:
             run.faults.happened("started-again")
         workspace = shared_state(experiment, folder).workspace
@@ -68,11 +68,11 @@ def main(grid: Grid, context: Context) -> None:
         run.trackers.results(results)
 
 
-def tell_faults(run: RunFolder) -> None:
+def report_faults(run: RunFolder) -> None:
     """Report the number of faults of each kind, if any."""
     faults = run.faults.summarise()
     if faults["counts"]:
-        current().note(told(faults))
+        current().note(summary_line(faults))
 
 
 def log_to_stderr() -> None:

@@ -81,7 +81,7 @@ def adalora(client: ClientSide, rank: int) -> Outcome:
     """Fine-tune P, E and Q while ranks are dropped to r·L, and score the result."""
     s, settings = client.own, client.settings
     order = client.order(settings)
-    tell = client.each_of(len(order))
+    report = client.each_of(len(order))
     schedule = Schedule.of(rank, math.ceil(len(order) / settings.accumulate), s)
     with client.bt.bare() as base:
         model = wrap(base, client.bt, schedule, s.orth)
@@ -98,7 +98,7 @@ def adalora(client: ClientSide, rank: int) -> Outcome:
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
             model.base_model.update_and_allocate(step)
-            tell(loss)
+            report(loss)
 
         optimizer = adamw([{"params": weights, "lr": s.lr}])
         descend(

@@ -288,7 +288,7 @@ def _check_report(
 ) -> None:
     """Refuse a folder in which anything is missing, except a head if it is not `complete`.
 
-    Blocks that the config has no place for are said: they are weights that nobody computes with.
+    Blocks that the config has no place for are an error: nobody computes with those weights.
     """
     for name, found, wanted in report["mismatched_keys"]:
         if not name.startswith(model.base_model_prefix + "."):

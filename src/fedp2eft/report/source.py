@@ -1,4 +1,4 @@
-"""What a folder of a run or comparison holds, read for a report; what is missing is said."""
+"""What a folder of a run or comparison holds, read for a report; what is missing is reported."""
 
 from __future__ import annotations
 

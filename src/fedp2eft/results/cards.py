@@ -165,8 +165,8 @@ def _run_card(
 
 def _languages(config: PSGConfig) -> list[str]:
     """Return the seen clients' languages."""
-    told = config.origin.get("languages")
-    return [str(name) for name in told] if isinstance(told, list) else []
+    names = config.origin.get("languages")
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _add_scores(data: ModelCardData, name: str, config: PSGConfig, rows: Sequence[Row]) -> None:

@@ -18,7 +18,7 @@ from fedp2eft.results.layout import unit
 from fedp2eft.results.metrics import METRICS, Metric
 from fedp2eft.results.summary import Comparison, Line
 
-# Okabe and Ito's colours, told apart with any colour vision; marks and lines tell rounds apart.
+# Okabe and Ito's colours, distinct with any colour vision; marks and lines distinguish rounds.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", ":", "-.")
 MARKS = "osD^vPX*<>hdp8H"
@@ -115,7 +115,7 @@ def draw_accuracy(ax: Axes, comparison: Comparison, base: str, pool: str) -> Non
             artist.set_gid(f"method-{number}-{part}")
         for bars in drawn[2]:
             bars.set_alpha(0.4)
-    # Two or three seeds give intervals so long that nothing else could be told apart.
+    # Two or three seeds give intervals so long that nothing else could be read.
     means = [scale * line.mean.mean for line in comparison.lines if _is_of(line, base, pool)]
     if means:
         room = max(max(means) - min(means), 0.02 * abs(max(means)), 1e-3)

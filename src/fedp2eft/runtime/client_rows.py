@@ -19,7 +19,7 @@ from fedp2eft.data.clients import Client, ClientData
 from fedp2eft.data.nodes import Value as NodeValue
 from fedp2eft.data.nodes import clients_of_node
 from fedp2eft.data.registry import load_clients
-from fedp2eft.errors import TellableError
+from fedp2eft.errors import ShareableError
 from fedp2eft.files import read_json
 from fedp2eft.models.loading import load_config, load_tokenizer
 from fedp2eft.models.precision import choose_device
@@ -106,7 +106,7 @@ class ClientRows:
     def client(self, name: str) -> Client:
         """Return one client; an unknown name is a `UserError`."""
         if name not in self.clients:
-            raise TellableError(f"This process has no client {name!r}.")
+            raise ShareableError(f"This process has no client {name!r}.")
         return self.clients[name]
 
     def texts_and_answers(self, name: str, split: str) -> tuple[list[Sequence[Any]], Sequence[Any]]:
@@ -166,7 +166,7 @@ class ClientRows:
         values = torch.tensor(known)
         whole = abs(float(values.sum()) - 1) < 1e-3 and bool((values > 0).all())
         if not len(known) == len(q) == len(self.labels) or not whole:
-            raise TellableError(
+            raise ShareableError(
                 f"The label prior is not a distribution over {len(self.labels)} classes."
             )
         self._label_prior = values
@@ -186,5 +186,5 @@ class ClientRows:
     def q(self) -> Tensor:
         """`label_prior`; a `UserError` if it is not known."""
         if self.label_prior is None:
-            raise TellableError("The server did not send the label prior of the seen clients.")
+            raise ShareableError("The server did not send the label prior of the seen clients.")
         return self.label_prior

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedp2eft.data.clients import Client, ClientData
-from fedp2eft.errors import TellableError, UserError
+from fedp2eft.errors import ShareableError, UserError
 from fedp2eft.files import read_json, write_json
 from fedp2eft.models.sources import model_digest
 from fedp2eft.runtime.workspace import Workspace
@@ -39,7 +39,7 @@ def check_inputs(folder: Path, workspace: Workspace) -> None:
     if isinstance(kept, dict):
         changed = _changed(kept, found, workspace.settings.model.name)
         # A SuperNode reports it to the server: it holds no more than a client's name.
-        raise (TellableError if workspace.node is not None else UserError)(
+        raise (ShareableError if workspace.node is not None else UserError)(
             f"{changed} than when {'this run' if workspace.node is not None else folder} was "
             "begun: put them back as they were, or name another run folder."
         )
@@ -62,7 +62,7 @@ def _changed(kept: dict[str, Any], found: dict[str, Any], model: str) -> str:
 
 
 def rows_digest(data: ClientData, client: Client) -> str:
-    """Return 16 hex digits that tell a client's rows, their order and their split from any others.
+    """Return a digest of a client's rows, their order and their split, 16 hex digits.
 
     Only columns that are used count, with the client's language and pool.
     """

@@ -24,7 +24,7 @@ from fedp2eft.client.phase import Phase
 from fedp2eft.client.side import ClientSide
 from fedp2eft.client.training import features
 from fedp2eft.data.nodes import Value as NodeValue
-from fedp2eft.errors import TellableError, UserError
+from fedp2eft.errors import ShareableError, UserError
 from fedp2eft.generator import PSG, PSGConfig
 from fedp2eft.methods import Method
 from fedp2eft.models.fit import longest_input
@@ -165,7 +165,7 @@ class Workspace(ClientRows):
             return self.source
         folder = self.run / "base"
         if self.node is not None and not folder.is_dir():
-            raise TellableError("It has not received the run's base model: start the run again.")
+            raise ShareableError("It has not received the run's base model: start the run again.")
         return ModelSource(str(folder), str(folder), hash_weights(folder))
 
     @cached_property

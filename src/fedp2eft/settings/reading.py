@@ -84,12 +84,11 @@ def settings_of_run(config: Mapping[str, Any]) -> Settings:
     Args:
         config: Has `settings` (YAML or JSON) or `config` (path of a YAML file; see `app_file`).
     """
-    sections = tuple(types_of(settings_class()))
     if text := config.get("settings"):
-        return _settings_of_text(str(text), "The run config's settings", sections)
+        return _settings_of_text(str(text), "The run config's settings")
     if path := config.get("config"):
         file = app_file(str(path))
-        return _settings_of_text(_text_of(file), str(file), sections)
+        return _settings_of_text(_text_of(file), str(file))
     raise UserError("The run config names no experiment: add config='configs/….yaml'.")
 
 
@@ -203,7 +202,7 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _settings_of_text(text: str, source: str, _sections: tuple[str, ...]) -> Settings:
+def _settings_of_text(text: str, source: str) -> Settings:
     """Return settings, cached until a method adds a section: every message asks for them."""
     return _settings(_mapping(text, source), None, source)
 
@@ -246,7 +245,7 @@ _SECTIONS: dict[str, type] = {}
 
 
 def add_section(name: str, kind: type) -> None:
-    """Make a dataclass a section of every experiment's settings: `fedl2p.rank`, `--adalora.lr`.
+    """Make a dataclass a section of every experiment's settings, and of the options.
 
     Args:
         name: The section's.
@@ -260,6 +259,7 @@ def add_section(name: str, kind: type) -> None:
     if taken not in (None, kind):
         raise UserError(f"The settings have a section {name!r} already: choose another name.")
     _SECTIONS[name] = kind
+    _settings_of_text.cache_clear()
 
 
 def settings_class() -> type[Settings]:

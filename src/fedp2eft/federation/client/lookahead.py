@@ -69,7 +69,7 @@ class LookAhead:
                 xi, own = workspace.features(turn.client), workspace.task_of(turn.client)
                 client = CohortClient(data, xi, psg_order(turn), own)
             except UserError:
-                continue  # its own handler says so
+                continue  # its own handler reports it
             if the_arrays(message) == arrays:
                 ready.append((message.metadata.message_id, client))
         while len(ready) > 1 and self._most != 1 and not self._alone:

@@ -9,7 +9,7 @@ from math import isfinite, log, sqrt
 from flwr.app import Context, Error, Message
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 
-from fedp2eft.errors import TellableError, UserError
+from fedp2eft.errors import ShareableError, UserError
 from fedp2eft.federation.hooks import CLIENT_APP_RAISED, CLIP_NORM, end_with_parent, noise_from
 from fedp2eft.federation.local import is_local
 from fedp2eft.federation.wire.messages import the_config
@@ -27,25 +27,25 @@ def end_with_supernode(message: Message, context: Context, handle: Handler) -> M
     return handle(message, context)
 
 
-def tell_errors(message: Message, context: Context, handle: Handler) -> Message:
+def send_errors(message: Message, context: Context, handle: Handler) -> Message:
     """Send an error to the server as one line that holds nothing of the client's data.
 
     The text of an error may quote a row or a label. Outside the server's own process only a
-    `TellableError` goes out as it is. Of any other, the server receives only its kind, and the
+    `ShareableError` goes out as it is. Of any other, the server receives only its kind, and the
     client's own log has the rest.
     """
     if is_local():
         return handle(message, context)  # all data is the user's own: the engine reports it in full
     try:
         return handle(message, context)
-    except TellableError as error:
+    except ShareableError as error:
         text = str(error)
     except UserError as error:
         logger.error("%s", error)
-        text = "it cannot go on; its own log says why."
+        text = "it cannot continue; see its own log."
     except Exception as error:
         logger.exception("%s failed.", message.metadata.message_type)
-        text = f"it failed ({type(error).__name__}); its own log says where."
+        text = f"it failed ({type(error).__name__}); see its own log."
     return Message(Error(CLIENT_APP_RAISED, text), reply_to=message)
 
 
@@ -66,13 +66,13 @@ def keep_private(message: Message, context: Context, handle: Handler) -> Message
         clip = fixedclipping_mod if s.clipping == "fixed" else adaptiveclipping_mod
         return clip(message, context, handle)
     except ZeroDivisionError as error:  # Flower divides by the norm of the change
-        raise TellableError("φ did not change, so there is nothing to clip.") from error
+        raise ShareableError("φ did not change, so there is nothing to clip.") from error
 
 
 def check_norm(message: Message, settings: PrivacySettings) -> None:
     """Raise `UserError` unless the norm that the server asks for is one to agree to."""
     norm = the_config(message).get(CLIP_NORM)
     if not isinstance(norm, float) or not isfinite(norm) or norm <= 0:
-        raise TellableError("The server sent no clip norm.")
+        raise ShareableError("The server sent no clip norm.")
     if settings.clipping == "fixed" and norm != settings.clip_norm:
-        raise TellableError(f"The server asks for clip norm {norm}, not privacy.clip_norm.")
+        raise ShareableError(f"The server asks for clip norm {norm}, not privacy.clip_norm.")

@@ -24,7 +24,7 @@ from flwr.app import Message
 
 from fedp2eft.data.clients import check_client_name
 from fedp2eft.data.nodes import Value
-from fedp2eft.errors import TellableError
+from fedp2eft.errors import ShareableError
 from fedp2eft.federation.server.run_folder import free_settings
 from fedp2eft.federation.wire import messages as wire
 from fedp2eft.files import read_json, sweep, write_text
@@ -48,7 +48,7 @@ def own_folder(node: Mapping[str, Value], settings: Settings, run: str) -> Path:
         UserError: The node config names no folder, or it cannot be written.
     """
     if "keep" not in node:
-        raise TellableError(
+        raise ShareableError(
             "The node config names no folder for the base model and adapters: add keep='…'."
         )
     fixed = asdict(settings)
@@ -86,7 +86,7 @@ def keep_base(workspace: Workspace, message: Message) -> str:
     record, model = wire.the_arrays(message), hash_weights(Path(workspace.source.path))
     expected = str(wire.the_config(message).get("model", ""))
     if expected != model:
-        raise TellableError(
+        raise ShareableError(
             f"its weights of {workspace.settings.model.name} are {model}, the server's {expected}: "
             "fetch the same revision on both (model.revision)."
         )

@@ -46,7 +46,7 @@ def shared_state(
         node: The node config of a SuperNode that reads its own client's file.
 
     Raises:
-        TellableError: A SuperNode's rows or model are not those that its run began with.
+        ShareableError: A SuperNode's rows or model are not those that its run began with.
     """
     key: _Key = (settings, run, node)
     if not _kept or _kept[0][0] != key:

@@ -2,8 +2,8 @@
 
     keys     its two public keys
     shares   shares of its seed and of its mask key, each encrypted for one neighbor
-    (the question itself) its numbers, quantized and masked: by its seed, and with every neighbor
-    unmask   shares of the seeds of those whose numbers arrived, and of the keys of those that
+    (the question itself) its values, quantized and masked: by its seed, and with every neighbor
+    unmask   shares of the seeds of those whose values arrived, and of the keys of those that
              dropped out: of no client both
 
 What it must remember from one message to the next is in the node's state, which Flower keeps on the
@@ -18,7 +18,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedp2eft.errors import TellableError
+from fedp2eft.errors import ShareableError
 from fedp2eft.federation.wire.keys import (
     FEWEST,
     SECURE,
@@ -63,10 +63,10 @@ def give_keys(message: Message, context: Context, settings: PrivacySettings) -> 
     """Begin a sum: answer new public keys; any sum before is forgotten."""
     asked = _record(message)
     if not settings.secure:
-        raise TellableError("The server begins a secure sum, and privacy.secure_sums is off.")
+        raise ShareableError("The server begins a secure sum, and privacy.secure_sums is off.")
     clients, index = int(asked["clients"]), int(asked["index"])
     if clients < FEWEST or not 0 <= index < clients:
-        raise TellableError(f"A sum over {clients} clients hides nobody: {FEWEST} or more.")
+        raise ShareableError(f"A sum over {clients} clients hides nobody: {FEWEST} or more.")
     (mask_secret, mask_public), (box_secret, box_public) = new_key(), new_key()
     _keep(
         context,
@@ -91,11 +91,11 @@ def give_shares(message: Message, context: Context, settings: PrivacySettings) -
     least = threshold(settings, state["clients"])
     others = set(peers) - {own}
     if len(others) != len(peers) or not others <= set(range(state["clients"])):
-        raise TellableError("The server names neighbors that cannot be.")
+        raise ShareableError("The server names neighbors that cannot be.")
     if any(len(set(found)) != len(peers) for found in keys.values()):
-        raise TellableError("The server names the same public key for two neighbors.")
+        raise ShareableError("The server names the same public key for two neighbors.")
     if len(peers) + 1 < least:
-        raise TellableError(f"{len(peers)} neighbors are left, and a sum takes {least - 1}.")
+        raise ShareableError(f"{len(peers)} neighbors are left, and a sum takes {least - 1}.")
     seed, holders = new_seed(), [own, *peers]
     parts = zip(
         split(seed, least, len(holders)),
@@ -135,7 +135,7 @@ def give_masked(
     part: Part,
     layout_of: Callable[[int], Layout],
 ) -> Message:
-    """Answer a question with numbers that only their sum over clients tells.
+    """Answer a question with masked values: only their sum over clients can be read.
 
     Args:
         message: The question; it holds the neighbors' encrypted shares.
@@ -145,7 +145,7 @@ def give_masked(
         layout_of: How, by the same names, over a given number of clients.
 
     Raises:
-        TellableError: The server asks outside of a sum, or too few neighbors are left.
+        ShareableError: The server asks outside of a sum, or too few neighbors are left.
     """
     asked, state = _record(message), _state(message, context, "shares")
     session, own, clients = state["session"], state["index"], state["clients"]
@@ -154,9 +154,9 @@ def give_masked(
     there = {peer: (box, proofs) for peer, box, proofs in zip(*given, strict=True)}
     least = threshold(settings, clients)
     if not set(there) <= set(places):
-        raise TellableError("The server names neighbors that cannot be.")
+        raise ShareableError("The server names neighbors that cannot be.")
     if len(there) + 1 < least:
-        raise TellableError(f"{len(there)} neighbors are left, and a sum takes {least - 1}.")
+        raise ShareableError(f"{len(there)} neighbors are left, and a sum takes {least - 1}.")
     # 1. Read what the neighbors entrust. A box that is not what its owner proves is reported; the
     #    owner's mask stays in the sum, for others may hold good shares of it.
     held: dict[int, Shares] = {own: Shares(*state["own-shares"])}
@@ -201,7 +201,7 @@ def unmask(message: Message, context: Context, settings: PrivacySettings) -> Mes
     """Answer shares of seeds and of mask keys, and forget the sum: it is asked once.
 
     Raises:
-        TellableError: The server asks for both secrets of a client, or with too few clients left.
+        ShareableError: The server asks for both secrets of a client, or with too few clients left.
     """
     asked, state = _record(message), _state(message, context, "masked")
     del context.state[SECURE]
@@ -209,9 +209,9 @@ def unmask(message: Message, context: Context, settings: PrivacySettings) -> Mes
     known, least = {*state["neighbors"], state["index"]}, threshold(settings, state["clients"])
     both = alive + dropped
     if len(set(both)) != len(both) or set(both) != known or state["index"] not in alive:
-        raise TellableError("The server asks for shares that would give a client away.")
+        raise ShareableError("The server asks for shares that would give a client away.")
     if len(alive) < least:
-        raise TellableError(f"{len(alive)} clients are left, and unmasking takes {least}.")
+        raise ShareableError(f"{len(alive)} clients are left, and unmasking takes {least}.")
     held = {
         owner: Shares(seed, key)
         for owner, seed, key in zip(
@@ -234,7 +234,7 @@ def unmask(message: Message, context: Context, settings: PrivacySettings) -> Mes
 def _record(message: Message) -> Record:
     found = message.content.config_records.get(SECURE)
     if found is None:
-        raise TellableError(
+        raise ShareableError(
             "privacy.secure_sums is on, and the server asks for what only leaves in a sum."
         )
     return found
@@ -244,7 +244,7 @@ def _state(message: Message, context: Context, stage: str) -> dict[str, Any]:
     """Return the state of the sum that a message belongs to, if that message is the next one."""
     kept = context.state.config_records.get(SECURE, ConfigRecord())
     if kept.get("stage") != stage or kept["session"] != _record(message).get("session"):
-        raise TellableError("This message is not the next one of a secure sum of this client.")
+        raise ShareableError("This message is not the next one of a secure sum of this client.")
     return dict(kept)
 
 

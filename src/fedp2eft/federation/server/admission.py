@@ -85,7 +85,7 @@ class Failures:
         self._count(client, reason, kind, "Left out")
 
     def blame(self, client: str, reason: str, kind: Kind = "refused") -> None:
-        """Count the fault of a client whose numbers are in already: it is not left out.
+        """Count the fault of a client whose reply is in the sum already: it is not left out.
 
         Raises:
             UserError: The reason, where a failure ends the run.
@@ -95,7 +95,7 @@ class Failures:
         self._count(client, reason, kind, "Fault")
 
     def blaming(self) -> Failures:
-        """Return failures of clients whose numbers are in already: `blame` for each."""
+        """Return failures of clients whose reply is in the sum already: `blame` for each."""
         made = copy(self)
         made.leave_out = made.blame  # type: ignore[method-assign]
         return made

@@ -112,7 +112,7 @@ class Averaging:
         members: The clients that may be sampled, by name.
         size: How many are sampled.
         strategy: Averages.
-        entries: How many numbers the parameters have; known before the first round.
+        entries: Number of entries of all parameters; known before the first round.
         bit: A metric of 0 or 1 that clients report to it beside the phase's.
     """
 
@@ -167,7 +167,7 @@ class Averaging:
         return arrays, facts | ({"examples-cut": cut} if cut else {})
 
     def before_unmasking(self, names: Sequence[str]) -> None:
-        """Take note of whose numbers are in a secure sum, before anything is learned of it."""
+        """Take note of whose values are in a secure sum, before anything is learned of it."""
 
     def of_sum(
         self, round_: int, sent: Mapping[str, Tensor], sums: Mapping[str, Any], weight: int

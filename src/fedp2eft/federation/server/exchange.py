@@ -139,7 +139,7 @@ def read_replies(
 def roster(grid: Grid, timeout: float, failures: Failures = FIRST_ENDS) -> list[Member]:
     """Ask every node who it is; sorted by client name.
 
-    A name that two nodes give is neither's: nobody can tell which of them is the client.
+    A name that two nodes give is neither's: either of them may be the client.
 
     Args:
         grid: The engine.

@@ -21,7 +21,7 @@ MEANING: dict[str, str] = {
 
 
 class Faults:
-    """Keeps faults.jsonl of a run folder, and says which clients are no longer asked.
+    """Keeps faults.jsonl of a run folder, and which clients are no longer asked.
 
     Args:
         run: The run folder.
@@ -74,7 +74,7 @@ class Faults:
         }
 
 
-def told(summary: dict[str, Any]) -> str:
+def summary_line(summary: dict[str, Any]) -> str:
     """Return a summary in one line."""
     counts = summary["counts"]
     if not counts:

@@ -27,7 +27,7 @@ from fedp2eft.results.cards import origin_of
 from fedp2eft.runtime.phases import BASE, shared_phases
 from fedp2eft.runtime.workspace import Workspace
 
-logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO repeats what our reporter says
+logging.getLogger("flwr").setLevel(logging.WARNING)  # its INFO repeats what our reporter prints
 
 
 def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for enough SuperNodes: says so, and gives up after a set time."""
+"""Waiting for enough SuperNodes: reports it, and gives up after a set time."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Private(Averaging):
 
     Attributes:
         strategy: Clips and adds noise around the mean.
-        bit: The metric that tells whether a client clipped, where the norm adapts to that.
+        bit: The metric by which a client reports whether it clipped, where the norm adapts to that.
 
     Raises:
         UserError: dp-accounting is not installed.
@@ -191,7 +191,7 @@ class Private(Averaging):
     def limits(self, offers: Sequence[Offer], failures: Failures, what: str) -> list[Offer]:
         """Return the offers that may be averaged; a client's own change alone decides.
 
-        A limit that hangs on the other clients' changes would tell of them.
+        A limit that depends on the other clients' changes would reveal something of them.
         """
         kept = []
         for offer in offers:

@@ -8,46 +8,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedp2eft.client.phase import VALIDATION_LOSS, Phase
 from fedp2eft.errors import UserError
-from fedp2eft.federation.server.admission import Failures, Offer, mean_metrics, offer_of
+from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.aggregation import Averaging
+from fedp2eft.federation.server.averages import Round, average
 from fedp2eft.federation.server.checkpoints import Checkpoint
-from fedp2eft.federation.server.exchange import Member, read_replies
 from fedp2eft.federation.server.presence import wait_for_members
 from fedp2eft.federation.server.run_folder import RunFolder
-from fedp2eft.federation.server.sums import SecureSum, fixed
 from fedp2eft.federation.wire.compression import DOWN, pack
-from fedp2eft.federation.wire.layouts import CAPPED, METRICS, WEIGHT, phase_layout
 from fedp2eft.federation.wire.messages import (
     ARRAYS,
     CONFIG,
     from_arrays,
-    nbytes,
-    the_arrays,
     the_config,
     with_label_prior,
 )
 from fedp2eft.progress import Reporter
-
-
-@dataclass(frozen=True)
-class _Round:
-    """A round that is under way: its number and name, what was sent to whom, and who failed."""
-
-    number: int
-    what: str
-    messages: Sequence[Message]
-    sent: Mapping[str, Tensor]
-    failures: Failures
 
 
 def run_rounds(
@@ -96,9 +80,8 @@ def run_rounds(
             message.content[CONFIG] = with_label_prior(the_config(message), run.label_prior)
         # 2. Each of them trains on its own rows; average: θ ← Σ_k w_k·θ_k over those in time.
         failures = Failures.on(grid, s.peers, reporter, run.faults)
-        average = _summed if s.privacy.secure else _averaged
-        this = _Round(round_, what, messages, parameters, failures)
-        averaged, metrics = average(grid, run, phase, aggregator, this)
+        asked = Round(round_, what, messages, parameters, failures)
+        averaged, metrics = average(grid, run, phase, aggregator, asked)
         parameters = _checked(averaged, first, what)
         # 3. Keep the round: it counts as soon as its checkpoint is written.
         if failures.reasons:
@@ -122,70 +105,6 @@ def _stalled(watched: Sequence[float], phase: Phase, run: RunFolder) -> str | No
 def has_stalled(losses: Sequence[float], patience: int) -> bool:
     """Return whether the last `patience` losses are all no lower than the lowest before."""
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
-
-
-def _averaged(
-    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: _Round
-) -> tuple[ArrayRecord | None, dict[str, Any]]:
-    """Return the average of the clients' replies, and the round's metrics."""
-    # 1. Check every reply by itself.
-    failures, what, asked = this.failures, this.what, len(this.messages)
-    offers = _offers(grid, run, phase, aggregator, this)
-    bytes_up = sum(offer.nbytes for offer in offers)
-    # 2. Leave out what must not count, looking at the replies together.
-    offers = aggregator.limits(offers, failures, what)
-    for offer in offers:
-        failures.usable(offer.client)
-    failures.check(len(offers), asked, what)
-    # 3. Average over the clients that are left.
-    averaged, facts = aggregator.aggregate(this.number, offers)
-    bytes_down = asked and asked * nbytes(the_arrays(this.messages[0]))
-    counts = {"clients": len(offers), "bytes-down": bytes_down, "bytes-up": bytes_up}
-    return averaged, mean_metrics(offers) | facts | counts
-
-
-def _summed(
-    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: _Round
-) -> tuple[ArrayRecord | None, dict[str, Any]]:
-    """Do the same by a secure sum: the server sees no reply, and can check none by itself."""
-    privacy, timeout = run.settings.privacy, run.settings.federation.timeout
-    what, sent = this.what, this.sent
-    by_node = {member.node: member for member in aggregator.members}
-    asked = [by_node[message.metadata.dst_node_id] for message in this.messages]
-    layout = phase_layout(phase, sent, privacy, len(asked))
-    secure = SecureSum(grid, asked, privacy, timeout, what, this.failures)
-    found = secure.run(this.messages, fixed(layout), aggregator.before_unmasking)
-    weight = round(float(found.values[WEIGHT][0]))
-    if not len(found.clients) <= weight <= len(found.clients) * layout[WEIGHT].limit:
-        raise UserError(
-            f"The sum of {what} has {weight} examples of {len(found.clients)} clients, which "
-            "cannot be: a client sent what is no part of it. Start again to repeat the round."
-        )
-    averaged, facts = aggregator.of_sum(this.number, sent, found.values, weight)
-    metrics = dict(zip(phase.metrics, (found.values[METRICS] / weight).tolist(), strict=True))
-    capped = round(float(found.values[CAPPED][0]))
-    facts |= {"examples-cut": capped} if capped else {}
-    facts |= {"entries-cut": found.cut} if found.cut else {}
-    counts = {"bytes-down": found.bytes_down, "bytes-up": found.bytes_up}
-    return averaged, metrics | facts | {"clients": len(found.clients)} | counts
-
-
-def _offers(
-    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: _Round
-) -> list[Offer]:
-    """Return the usable replies, in the order of the clients' names.
-
-    Sums of floats depend on their order: the names fix it.
-    """
-    sent, what, failures = this.sent, this.what, this.failures
-    members = {member.node: member for member in aggregator.members}
-    wire, timeout = phase.wire_of(run.settings), run.settings.federation.timeout
-
-    def check(member: Member, reply: Message) -> Offer:
-        return offer_of(member.client, reply, sent, wire, phase.metrics, aggregator.bit)
-
-    replies = read_replies(grid, this.messages, members, timeout, what, check, failures)
-    return sorted((offer for _, offer in replies), key=lambda offer: offer.client)
 
 
 def _checked(

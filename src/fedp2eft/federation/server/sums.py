@@ -2,8 +2,8 @@
 
     1. keys     every client's public keys, passed on to its neighbors
     2. shares   every client's encrypted shares, passed on to their holders
-    3. the question itself: numbers quantized and masked, added up as they come
-    4. unmask   of clients whose numbers are in, shares of the seed of their own mask; of those that
+    3. the question itself: values quantized and masked, added up as they come
+    4. unmask   of clients whose values are in, shares of the seed of their own mask; of those that
                 dropped out since 2, shares of the key of their masks with neighbors
 
 A client may drop out at any stage, as long as enough of every client's neighbors are left. The
@@ -148,7 +148,7 @@ class SecureSum:
 
         Args:
             messages: The question to each client.
-            layout_of: How numbers are quantized.
+            layout_of: How values are quantized.
             before_unmasking: Called with the names of those in the sum, before anything is learned.
 
         Raises:
@@ -217,7 +217,7 @@ class SecureSum:
         sums: dict[Any, tuple[dict[str, NDArray[Any]], Layout, list[int]]] = {}
         asked = {self._index[m.metadata.dst_node_id]: m for m in messages}
         contents = {i: self._with_boxes(i, asked[i]) for i in self._dealt}
-        what = f"{self._what}, masked numbers"
+        what = f"{self._what}, masked values"
         for i, reply in self._exchange(contents, what):
             try:
                 arrays, layout = self._masked(reply, layout_of, what)
@@ -230,15 +230,15 @@ class SecureSum:
                 for name, array in arrays.items():
                     total[name] += array
             those.append(i)
-            told = reply.content.config_records.get(SECURE, ConfigRecord()).get("unreadable", [])
-            self._complaints(i, told)
+            about = reply.content.config_records.get(SECURE, ConfigRecord())
+            self._complaints(i, about.get("unreadable", []))
         for _, _, those in sorted(sums.values(), key=lambda found: len(found[2]))[:-1]:
             for i in those:
                 self._refuse(i, "its answer has other parameters than most")
         if not sums:
             self._failures.check(0, self.clients, self._what)
         total, layout, alive = max(sums.values(), key=lambda found: len(found[2]))
-        self._check_holders(alive, "have sent their numbers")
+        self._check_holders(alive, "have sent their values")
         return total, layout, sorted(alive)
 
     def _with_boxes(self, i: int, message: Message) -> Message:
@@ -267,9 +267,9 @@ class SecureSum:
             arrays[name] = read_array(record[name], kind, block.shape, f"{what}: {name}").copy()
         return arrays, layout
 
-    def _complaints(self, holder: int, told: Any) -> None:
-        """Keep who says whose shares cannot be read; which of the two is at fault, nobody knows."""
-        for owner in told if isinstance(told, list) else []:
+    def _complaints(self, holder: int, owners: Any) -> None:
+        """Note whose shares a client cannot read: either of the two may be at fault."""
+        for owner in owners if isinstance(owners, list) else []:
             if owner in self._dealt and holder in self._dealt[owner].boxes:
                 self._unreadable.add((holder, owner))
                 of, by = self._members[owner].client, self._members[holder].client
@@ -317,8 +317,8 @@ class SecureSum:
             for owner, share in zip(owners, given, strict=True):
                 share = share if isinstance(share, bytes) else b""
                 known = self._dealt[owner].proofs[holder]
-                told = proof(kind, self._session, owner, holder, share)
-                if told == known[32 * place : 32 * place + 32]:
+                computed = proof(kind, self._session, owner, holder, share)
+                if computed == known[32 * place : 32 * place + 32]:
                     shares[owner].append(share)
                 elif (holder, owner) not in self._unreadable:
                     wrong.append(self._members[owner].client)
@@ -339,8 +339,8 @@ class SecureSum:
             )
         secret = join(shares[: self._least])
         if kind == "seed":
-            told = proof("seed", self._session, owner, owner, secret)
-            right = told == self._dealt[owner].seed
+            computed = proof("seed", self._session, owner, owner, secret)
+            right = computed == self._dealt[owner].seed
         else:
             right = bool(secret) and public_of(secret) == self._keys[owner][0]
         if not right:

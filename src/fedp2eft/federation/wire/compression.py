@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from fedp2eft.errors import TellableError, UserError
+from fedp2eft.errors import ShareableError, UserError
 from fedp2eft.federation.wire.messages import check_names, from_arrays, read_array, to_arrays
 from fedp2eft.runtime.client_files import ClientFiles
 from fedp2eft.settings.experiment import Wire
@@ -35,7 +35,7 @@ def pack(parameters: Mapping[str, Tensor], wire: Wire) -> ArrayRecord:
     Args:
         parameters: fp32 tensors.
         wire: "fp32" as they are; "bf16" rounded to nearest even, as 16-bit patterns; "int8" in
-            steps of a 127th of the largest number of each row, with one fp32 scale a row.
+            steps of a 127th of the largest number of each row, with one fp32 scale per row.
     """
     if wire == "fp32":
         return to_arrays(parameters)
@@ -84,7 +84,7 @@ def unpack(
             rows = _rows(torch.from_numpy(packed.astype(np.float32)))
             number = (rows * torch.from_numpy(scale.copy())).reshape(value.shape)
         if not bool(torch.isfinite(number).all()):
-            raise TellableError(f"{whose}: {name} holds NaN or infinity.")
+            raise ShareableError(f"{whose}: {name} holds NaN or infinity.")
         parameters[name] = number
     return parameters
 

@@ -15,7 +15,7 @@ from hashlib import sha256
 from cryptography.fernet import InvalidToken
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedp2eft.errors import TellableError
+from fedp2eft.errors import ShareableError
 from fedp2eft.federation.hooks import (
     bytes_to_public_key,
     combine_shares,
@@ -89,12 +89,12 @@ def agreed(secret: bytes, public: bytes) -> bytes:
     """Return the key that two clients agree on, as `encrypt` takes it.
 
     Raises:
-        TellableError: The other's public key cannot be used.
+        ShareableError: The other's public key cannot be used.
     """
     try:
         return generate_shared_key(_private(secret), bytes_to_public_key(public))
     except (ValueError, TypeError, AttributeError) as error:
-        raise TellableError("A public key of a secure sum cannot be used.") from error
+        raise ShareableError("A public key of a secure sum cannot be used.") from error
 
 
 def usable(public: object) -> bool:
@@ -127,7 +127,7 @@ def join(shares: list[bytes]) -> bytes:
 
 
 def proof(kind: str, session: str, owner: int, holder: int, secret: bytes) -> bytes:
-    """Return what a share, or a seed, can be told from any other by; it gives nothing away of it.
+    """Return a hash that identifies a share or a seed without giving anything of it away.
 
     A share is as long as what it is of and uniform, so nobody can try out what was hashed.
     """

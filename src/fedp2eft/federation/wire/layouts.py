@@ -51,7 +51,7 @@ def noise_key(settings: PrivacySettings, *parts: int | str) -> bytes:
 
 
 def phase_noise(phase: Phase, settings: PrivacySettings, clients: int) -> Noise | None:
-    """Return the noise in a round's sum; None where there is none."""
+    """Return the noise in a round's sum; None if there is no noise."""
     if not (phase.private and settings.on):
         return None
     s = settings

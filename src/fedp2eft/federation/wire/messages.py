@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fedp2eft.errors import TellableError, UserError, shortened
+from fedp2eft.errors import ShareableError, UserError, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def from_arrays(record: ArrayRecord, like: Mapping[str, Tensor], whose: str) -> 
         for name, expected in like.items():
             value = read_array(record[name], np.float32, tuple(expected.shape), f"{whose}: {name}")
             if not np.isfinite(value).all():
-                raise TellableError(f"{whose}: {name} holds NaN or infinity.")
+                raise ShareableError(f"{whose}: {name} holds NaN or infinity.")
             parameters[name] = torch.from_numpy(value)
     return parameters
 
@@ -79,7 +79,7 @@ def check_names(record: ArrayRecord, expected: Iterable[str], whose: str) -> Non
     """Raise `UserError` unless the arrays have exactly these names."""
     odd = sorted(set(record) ^ set(expected))
     if odd:
-        raise TellableError(
+        raise ShareableError(
             f"{whose} has other parameters than expected (first: {shortened(odd[0])})."
         )
 
@@ -90,13 +90,13 @@ def read_array(
     """Return a foreign array, read-only; a `UserError` if its dtype or shape is another."""
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if len(array.data) > size + MOST_HEADER:
-        raise TellableError(f"{whose} has more bytes than {np.dtype(dtype)} {shape} takes.")
+        raise ShareableError(f"{whose} has more bytes than {np.dtype(dtype)} {shape} takes.")
     try:
         value = _in_place(array)
     except Exception as error:  # whatever a hostile peer can make numpy raise
-        raise TellableError(f"{whose} is not a readable array.") from error
+        raise ShareableError(f"{whose} is not a readable array.") from error
     if value.dtype != dtype or value.shape != shape:
-        raise TellableError(
+        raise ShareableError(
             f"{whose} is {shortened(str(value.dtype))[1:-1]} {value.shape}, "
             f"expected {np.dtype(dtype)} {shape}."
         )
@@ -144,7 +144,7 @@ def any_arrays(record: ArrayRecord, whose: str) -> dict[str, Tensor]:
     try:  # "meta": a shape from a peer takes no memory
         like = {n: torch.empty(tuple(a.shape), device="meta") for n, a in record.items()}
     except (RuntimeError, TypeError, ValueError) as error:
-        raise TellableError(f"{whose} has an array of no possible shape.") from error
+        raise ShareableError(f"{whose} has an array of no possible shape.") from error
     return from_arrays(record, like, whose)
 
 
@@ -220,7 +220,7 @@ def content_bytes(content: RecordDict) -> int:
 
 
 def base_id(digest: str, model: str) -> str:
-    """Return a name that tells a finished base from any other.
+    """Return a name that identifies a finished base.
 
     Args:
         digest: `array_digest` of what travelled.
@@ -230,7 +230,7 @@ def base_id(digest: str, model: str) -> str:
 
 
 def array_digest(record: ArrayRecord) -> str:
-    """Return 16 hex digits that tell these arrays from any others."""
+    """Return a digest of the arrays, 16 hex digits."""
     digest = sha256()
     for name in sorted(record):
         digest.update(name.encode() + record[name].data)

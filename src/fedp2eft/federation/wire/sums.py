@@ -18,12 +18,12 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from fedp2eft.errors import TellableError, UserError
+from fedp2eft.errors import ShareableError, UserError
 
 LEAST_STEPS = 256
 """Fewer steps per client are no quantization that anyone would want: an error instead."""
 TAIL = 12.0
-"""Standard deviations of noise that have room; more come once in 10³² numbers."""
+"""Standard deviations of noise that have room; more come once in 10³² draws."""
 LEAST_SIGMA = 0.5
 """In steps; below, the sum of discrete Gaussians is not accounted for (Theorem 1)."""
 CHUNK = 1 << 20
@@ -75,11 +75,13 @@ class Block:
             key: 32 bytes that the noise is drawn from.
 
         Raises:
-            TellableError: An entry is not finite, or the shape is another.
+            ShareableError: An entry is not finite, or the shape is another.
         """
         x = np.asarray(value, np.float64)
         if x.shape != self.shape or not np.isfinite(x).all():
-            raise TellableError("What was to be summed holds NaN or infinity, or has other shapes.")
+            raise ShareableError(
+                "What was to be summed holds NaN or infinity, or has other shapes."
+            )
         scale, room = self.scale(clients), self.limit - TAIL * self.noise
         cut = int((np.abs(x) > room).sum())
         steps = np.rint(np.clip(x, -room, room) * scale).astype(np.int64)
@@ -90,7 +92,7 @@ class Block:
         return steps.astype(KINDS[self.bits]), cut
 
     def decode(self, total: NDArray[Any], clients: int) -> NDArray[np.float64]:
-        """Return the sum as numbers."""
+        """Return the sum in float64."""
         signed: NDArray[Any] = total.view(_SIGNED[self.bits])
         return signed.astype(np.float64) / self.scale(clients)
 

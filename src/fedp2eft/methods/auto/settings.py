@@ -26,8 +26,8 @@ class AutoSettings:
             trains once per candidate and fold.
         guard: Whether a client checks the choice on held-out rows of its own.
         hold_out: "half": half of the rows are held out from the first half of the steps; an adapter
-            that passes goes on with them. It never costs more than one fine-tuning. "folds": each
-            of `folds` parts is held out once, and an adapter that passes is then fine-tuned on
+            that passes continues from there. It never costs more than one fine-tuning. "folds":
+            each of `folds` parts is held out once, and an adapter that passes is then fine-tuned on
             all rows. With 2 folds it costs twice as much.
         try_adapter: Whether the check tries the seen clients' best adapter where they chose none.
         min_rows: Training rows below which a client holds none out and follows the federation.
