@@ -362,5 +362,7 @@ def test_names_under_a_small_chart_have_room(names: list[str], turned: bool) -> 
     under = [part for part in chart.parts if any(f">{name}<" in part for name in names)]
     assert len(under) == len(names)
     assert all(("rotate" in part) == turned for part in under)
+    values = Chart("a", size, (0.0, 100.0), (0.0, 1.0), None, ("base model (%)", "%"))
+    assert not any("rotate" in part for part in values.parts if ">50<" in part)
     letters = {"pcm": 20.0, "zh_CN": 27.0, "中文名": 27.0}.get(names[0], 0.0)  # in DejaVu Sans
     assert chart.up(0) + 5 + letters <= size[1]

@@ -41,7 +41,7 @@ class Chart:
         self.label, self.size, self._x, self._y = label, size, x, y
         self._left, self._right = 42.0, size[0] - 4
         widest = max(map(_width, names or ()), default=0.0)
-        turned = widest > (self._right - self._left) / (x[1] - x[0]) - 3
+        turned = bool(names) and widest > (self._right - self._left) / (x[1] - x[0]) - 3
         below = 6 + widest if turned else 14
         self._top, self._bottom = 6.0, size[1] - below - (12 if titles[0] else 0)
         self.parts = ['<g font-family="sans-serif" font-size="9" fill="#000">']
