@@ -54,6 +54,11 @@ def shortened(text: str, most: int = 80) -> str:
     return repr(text if len(text) <= most else text[:most] + "…")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, without its closing full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+
+
 def nearest(word: str, known: list[str]) -> str:
     """Return `" Did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
     from difflib import get_close_matches

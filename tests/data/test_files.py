@@ -4,10 +4,12 @@ import json
 import logging
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fedp2eft.data.clients import ClientData
 from fedp2eft.data.describe import repeats
 from fedp2eft.data.files import client_from_file, clients_from_files
 from fedp2eft.errors import UserError
@@ -34,10 +36,16 @@ def refused(call, *messages):
         assert message in str(caught.value)
 
 
+def with_test_path(path: Path, test: Path, **settings) -> ClientData:
+    """One client with a second file of test rows."""
+    files = {"a": ClientFile(str(path), test_path=str(test))}
+    return clients_from_files(DataSettings(files=files, **settings))
+
+
 def test_one_file_is_one_client(file):
-    federation = client_from_file(file("my notes.v2.jsonl", ROWS), language="fr")
+    federation = client_from_file(file("my notes.v2.jsonl", ROWS))
     (client,) = federation.clients
-    assert (client.name, client.language, client.pool) == ("my-notes", "fr", "unseen")
+    assert (client.name, client.language, client.pool) == ("my-notes", "und", "unseen")
     assert (len(client.train), len(client.test)) == (32, 8)
     assert sorted([*client.train, *client.test]) == list(range(40))
     assert np.bincount(federation.label_ids(client.test)).tolist() == [2, 6]
@@ -67,7 +75,7 @@ def test_split_column_is_honoured(file):
 
 def test_test_path(file):
     path, test = file("a.jsonl", ROWS), file("t.jsonl", ROWS[:6])
-    (client,) = client_from_file(path, test_path=test).clients
+    (client,) = with_test_path(path, test).clients
     assert (len(client.train), client.test.tolist()) == (40, list(range(40, 46)))
 
 
@@ -279,10 +287,10 @@ def test_rows_to_score(file):
         (client,) = client_from_file(file("a.jsonl", given), only_test=True).clients
         assert (len(client.train), len(client.test)) == (0, count)
     path, test = file("a.jsonl", ROWS), file("t.jsonl", rows)
-    (client,) = client_from_file(path, test_path=test).clients
+    (client,) = with_test_path(path, test).clients
     assert (len(client.train), len(client.test)) == (40, 5)
     test = file("t.jsonl", rows[5:])
-    refused(lambda: client_from_file(path, test_path=test), "no row that its column split calls 't")
+    refused(lambda: with_test_path(path, test), "no row that its column split calls 't")
 
 
 def test_unique_draws_by_text(file):
@@ -299,7 +307,7 @@ def test_unique_draws_by_text(file):
     assert sorted([*client.train, *client.test]) == list(range(10))
     assert repeats(federation) == []
     tested = file("t.jsonl", [rows[3], {"text": "new", "label": "good"}])
-    (client,) = client_from_file(path, DataSettings(unique=True), test_path=tested).clients
+    (client,) = with_test_path(path, tested, unique=True).clients
     assert (len(client.train), client.test.tolist()) == (10, [41])
 
 

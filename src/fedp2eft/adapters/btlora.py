@@ -17,12 +17,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedp2eft.adapters.budget import keep_largest
-from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers, clamp_straight_through
+from fedp2eft.adapters.gates import (
+    AdaptedLayer,
+    adapted_layers,
+    add_adapter,
+    clamp_straight_through,
+)
 from fedp2eft.adapters.low_rank import fuse
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.errors import UserError
@@ -92,18 +97,11 @@ class BTLora:
             for name, module in base.named_modules()
             if isinstance(module, nn.Linear | Conv1D)
         )
-        training = base.training
         config = LoraConfig(
             r=s.r_max, lora_alpha=s.scaling * s.r_max, target_modules=s.target_modules
         )
-        try:
-            with torch.random.fork_rng(devices=[]):  # reset() replaces PEFT's first weights
-                self.model: PeftModel = get_peft_model(base, config, adapter_name=FULL)
-        except ValueError as error:
-            raise UserError(
-                f"The model cannot be adapted at {s.target_modules!r} (adapter.target_modules): "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        refusal = f"The model cannot be adapted at {s.target_modules!r} (adapter.target_modules)"
+        self.model = add_adapter(base, config, FULL, refusal)  # reset() gives it first weights
         self.layers = tuple(adapted_layers(self.model, FULL))
         self.names = tuple(layer.name for layer in self.layers)
         self.lam = nn.Parameter(torch.empty(len(self.layers), 1 if s.layerwise else s.r_max))
@@ -112,7 +110,6 @@ class BTLora:
         for row, layer in enumerate(self.layers):
             layer.gate(self.lam, row, clamp)
             fuse(layer.module)
-        self.model.train(training)  # PEFT's wrapper is in training mode whatever the base is in
         self._common_A = [common_A(layer.name, layer.A, s.seed) for layer in self.layers]
         self._B0: list[Tensor] | None = None
         self.reset()

@@ -24,7 +24,7 @@ from fedp2eft.adapters.export import (
     save_adapter,
 )
 from fedp2eft.adapters.weights import AdapterWeights
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, first_line
 from fedp2eft.files import read_json
 from fedp2eft.models.fit import class_names, is_generic, longest_input, vocabulary_size
 from fedp2eft.models.loading import load_base, load_config, load_tokenizer, save_model, stored_dtype
@@ -171,9 +171,8 @@ def with_adapter(base: Any, adapter: str | Path) -> Any:
             raise ValueError(f"{sorted(odd)[0]} is on one side only")
         return model
     except Exception as error:  # PEFT raises whatever a damaged or foreign folder leads to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"Adapter {adapter} is damaged or does not fit this base model ({reason})."
+            f"Adapter {adapter} is damaged or does not fit this base model ({first_line(error)})."
         ) from error
 
 

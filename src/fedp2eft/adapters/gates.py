@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from fedp2eft.errors import UserError, first_line
 
 PEFT_PREFIX = "base_model.model."
 
@@ -164,6 +167,33 @@ def _trained(holder: nn.Module, attribute: str) -> nn.Parameter:
         return original
     parameter: nn.Parameter = getattr(holder, attribute)
     return parameter
+
+
+def add_adapter(
+    base: nn.Module, config: PeftConfig, name: str, refusal: str, seed: int | None = None
+) -> PeftModel:
+    """Return PEFT's model of a base, in the mode that the base is in.
+
+    Args:
+        base: Gets the adapter's layers.
+        config: The adapter's.
+        name: The adapter's.
+        refusal: Beginning of the error.
+        seed: Of PEFT's first weights, where nothing replaces them; the global random state is left
+            as it was.
+
+    Raises:
+        UserError: PEFT has no such adapter for a layer of the base, or no layer is named.
+    """
+    training = base.training
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            model: PeftModel = get_peft_model(base, config, adapter_name=name)
+    except ValueError as error:
+        raise UserError(f"{refusal}: {first_line(error)}.") from error
+    return model.train(training)  # its wrapper is in training mode whatever the base is in
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> Iterator[AdaptedLayer]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from fedp2eft.adapters.btlora import common_A
-from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers
+from fedp2eft.adapters.gates import AdaptedLayer, adapted_layers, add_adapter
 from fedp2eft.bases.base import BaseTraining
-from fedp2eft.errors import UserError
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import BaseSettings, Settings
 
@@ -27,23 +26,16 @@ class FedIT(BaseTraining):
 
     def wrap(self, model: nn.Module, settings: Settings) -> nn.Module:
         """Return the model with LoRA on it."""
-        s, training = settings.base, model.training
+        s = settings.base
         config = LoraConfig(
             r=s.lora_rank,
             lora_alpha=s.lora_alpha,
             lora_dropout=s.lora_dropout,
             target_modules=s.target_modules or "all-linear",
         )
-        try:
-            with torch.random.fork_rng(devices=[]):  # start_afresh() replaces PEFT's first weights
-                wrapped: nn.Module = get_peft_model(model, config, adapter_name=ADAPTER)
-        except ValueError as error:
-            raise UserError(
-                f"LoRA cannot be put on {s.target_modules!r} (base.target_modules): "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        refusal = f"LoRA cannot be put on {s.target_modules!r} (base.target_modules)"
+        wrapped: nn.Module = add_adapter(model, config, ADAPTER, refusal)
         start_afresh(lora_layers(wrapped), derive_seed("base LoRA", settings.adapter.seed))
-        wrapped.train(training)  # PEFT's wrapper is in training mode whatever the model is in
         return wrapped
 
     def trained(self, model: nn.Module, settings: BaseSettings) -> dict[str, nn.Parameter]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from fedp2eft.errors import first_line
+
 Found = dict[str, Any]
 
 EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -125,7 +127,7 @@ def _torch() -> tuple[Found, list[Found]]:
             )
         return facts, gpus
     except Exception as error:  # a broken driver or a half-installed torch raises anything
-        return {"version": installed("torch"), "error": _one_line(error)}, []
+        return {"version": installed("torch"), "error": first_line(error)}, []
 
 
 def _command(name: str) -> str | None:
@@ -188,7 +190,7 @@ def _hub() -> Found:
         why = hub_silence()
         return {"reachable": why is None, "offline": False, "endpoint": ENDPOINT, "why": why}
     except Exception as error:
-        return {"reachable": False, "offline": False, "why": _one_line(error)}
+        return {"reachable": False, "offline": False, "why": first_line(error)}
 
 
 def _models(hub: Found) -> list[Found]:
@@ -225,7 +227,3 @@ def _safely(look: Callable[[], bool]) -> bool:
         return look()
     except Exception:
         return False
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,8 +16,8 @@ import numpy as np
 
 from fedp2eft.data.clients import SEEN, UNSEEN, Client, ClientData
 from fedp2eft.data.partition import local_validation_split, rng_for
-from fedp2eft.data.table import first_line, read_text
-from fedp2eft.errors import UserError, nearest
+from fedp2eft.data.table import read_text
+from fedp2eft.errors import UserError, first_line, nearest
 from fedp2eft.settings.data import DataSettings
 
 NAME = "fed-aya"

@@ -49,36 +49,28 @@ def client_from_file(
     path: str | Path,
     settings: DataSettings | None = None,
     *,
-    test_path: str | Path | None = None,
-    language: str = "und",
     only_test: bool = False,
 ) -> ClientData:
     """Load one file as one client, which joined after training (pool `unseen`).
 
-    Test rows are, in this order: those that a column `split` calls "test"; those of `test_path`;
-    `test_fraction` of the rows, drawn label by label. The file may have columns `client`,
-    `language` and `pool`, with one value each.
+    Test rows are those that a column `split` calls "test", or else `test_fraction` of the rows,
+    drawn label by label. The file may have columns `client`, `language` and `pool`, with one value
+    each.
 
     Args:
         path: JSON, CSV, TSV or Parquet; see `read_columns`.
         settings: columns, class names (see `class_name` for values that are ids), `test_fraction`,
             seed and `unique`.
-        test_path: another file whose rows are test rows: those that its column `split` calls
-            "test", or else all.
-        language: the language of its text; "und", ISO 639's code for an unknown one: as the file
-            says, if it does.
-        only_test: `path` is read as a `test_path`: the client does not train.
+        only_test: read test rows: those that its column `split` calls "test", or else all; the
+            client does not train.
 
     Raises:
         UserError: as `read_columns`; a label that `labels` does not hold; rows of two clients; no
             train rows, or none to test on where `only_test`.
     """
-    who = _stem(path)
-    spoken = None if language == "und" else language
-    parts = [_Part(str(path), who, spoken, test=only_test)]
-    if test_path is not None:
-        parts.append(_Part(str(test_path), who, spoken, test=True))
-    return _client_data(who, parts, settings or DataSettings(), trains=not only_test)
+    name = _stem(path)
+    part = _Part(str(path), name, test=only_test)
+    return _client_data(name, [part], settings or DataSettings(), trains=not only_test)
 
 
 def clients_from_files(settings: DataSettings) -> ClientData:

@@ -13,8 +13,7 @@ from fedp2eft.data.known import CONVERTED, HubSource
 from fedp2eft.data.labels import check_names, class_name, found_names
 from fedp2eft.data.languages import choose_languages, new_languages_of
 from fedp2eft.data.partition import distinct, partition_pools, rng_for
-from fedp2eft.data.table import first_line
-from fedp2eft.errors import UserError, nearest
+from fedp2eft.errors import UserError, first_line, nearest
 from fedp2eft.settings.data import DataSettings
 
 if TYPE_CHECKING:

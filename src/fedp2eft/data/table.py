@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedp2eft.data.delimited import Columns, Select, Table, clean, read_delimited
-from fedp2eft.errors import UserError, nearest
+from fedp2eft.errors import UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -300,8 +300,3 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
         }
     except (KeyError, TypeError, ValueError):
         return {}
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of another library's message, without its closing full stop."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")

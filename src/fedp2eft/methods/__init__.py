@@ -34,7 +34,6 @@ __all__ = [
     "check_task",
     "check_trained_for",
     "lazy",
-    "load",
     "method_named",
     "phases",
     "register",
@@ -134,11 +133,6 @@ def __getattr__(name: str) -> Any:
     from fedp2eft.client import side
 
     return getattr(side, name)
-
-
-def load() -> None:
-    """Load the methods of installed packages, so that their sections of the settings are known."""
-    METHODS.load()
 
 
 def method_named(name: str) -> Method:

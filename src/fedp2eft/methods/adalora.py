@@ -24,13 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import RankAllocator
 from torch import Tensor, nn
 
 from fedp2eft.adapters.btlora import BTLora
 from fedp2eft.adapters.budget import within
-from fedp2eft.adapters.gates import adapted_layers
+from fedp2eft.adapters.gates import adapted_layers, add_adapter
 from fedp2eft.adapters.weights import AdapterWeights, LayerWeights
 from fedp2eft.client.descent import adamw, descend, rows_loss
 from fedp2eft.client.side import ClientSide, Outcome
@@ -129,15 +129,8 @@ def wrap(base: nn.Module, bt: BTLora, schedule: Schedule, orth: float) -> PeftMo
         orth_reg_weight=orth,
         target_modules="|".join(map(re.escape, bt.names)),
     )
-    training = base.training
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed("adalora", bt.settings.seed))
-        try:
-            model: PeftModel = get_peft_model(base, config, adapter_name=NAME)
-        except ValueError as error:
-            line = str(error).splitlines()[0]
-            raise UserError(f"AdaLoRA cannot adapt this model: {line}") from error
-    return model.train(training)
+    seed = derive_seed("adalora", bt.settings.seed)
+    return add_adapter(base, config, NAME, "AdaLoRA cannot adapt this model", seed)
 
 
 class ParameterAllocator(RankAllocator):  # type: ignore[misc]

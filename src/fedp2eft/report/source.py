@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, first_line
 from fedp2eft.files import read_json, read_lines
 from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.cells import MACHINE_FILE, CellRecord, cell_record, is_client, read_cells
@@ -178,9 +178,8 @@ def _training(run: Path, name: str, notes: list[str], ask: bool) -> TrainingLog:
 
             lambdas = ask_again(run) if ask else read_lambdas(run)
     except Exception as error:  # data, hub or model may be out of reach now: the rest is shown
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         _log.debug("λ of %s", run, exc_info=True)
-        notes.append(f"{where}: its PSG could not be asked for λ again ({reason}).")
+        notes.append(f"{where}: its PSG could not be asked for λ again ({first_line(error)}).")
     return TrainingLog(name, dict(rounds), _structure(run / "structure.json"), lambdas)
 
 

@@ -7,7 +7,6 @@ name is in it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedp2eft.models.sources import OFFLINE_PARTS, ModelSource, is_hub_id
+from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -204,9 +204,10 @@ def _choices(config: PSGConfig) -> list[tuple[str, str]]:
 
     found = []
     for name, kept in config.choices.items():
-        if at := re.fullmatch(r"auto-([rp])(\d+)", name):
-            unit = " (in parameters)" if at[1] == "p" else ""
-            found.append((at[1], int(at[2]), unit, str(Candidate.of(kept["chosen"]))))
+        at = AtBudget.parse(name)
+        if at and at.method == "auto":
+            unit = " (in parameters)" if at.budget == "parameters" else ""
+            found.append((at.budget, at.rank, unit, str(Candidate.of(kept["chosen"]))))
     return [(f"{rank}{unit}", choice) for _, rank, unit, choice in sorted(found)]
 
 

@@ -264,7 +264,8 @@ def add_section(name: str, kind: type) -> None:
 
 def settings_class() -> type[Settings]:
     """Return `Settings` with the sections of all methods, built in or installed, as fields."""
-    import_module("fedp2eft.methods").load()  # by name: methods are above settings, and fill them
+    # By name: methods are above settings, and bring sections.
+    import_module("fedp2eft.methods").METHODS.load()
     return _extended(tuple(_SECTIONS.items()))
 
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedp2eft.errors import UserError
+from fedp2eft.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,9 @@ class Prompts:
                 **FIXED,
             )
         except Exception as error:  # templates raise what they like, of jinja's own kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"The chat template refuses a conversation: {reason}") from error
+            raise UserError(
+                f"The chat template refuses a conversation: {first_line(error)}."
+            ) from error
         return str(text)
 
     def _turn_end(self) -> int:

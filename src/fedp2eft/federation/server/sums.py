@@ -59,7 +59,6 @@ class Summed:
     Args:
         values: By name, float64.
         clients: Names of those in it, sorted.
-        asked: How many were asked, n.
         cut: How many entries the clients cut to their limits.
         bytes_up: From all clients, in all stages.
         bytes_down: To all clients.
@@ -67,7 +66,6 @@ class Summed:
 
     values: dict[str, NDArray[np.float64]]
     clients: list[str]
-    asked: int
     cut: int
     bytes_up: int
     bytes_down: int
@@ -163,7 +161,7 @@ class SecureSum:
         cut = round(float(values.pop(CUT)[0]))
         if cut < 0 or not all(np.isfinite(value).all() for value in values.values()):
             raise UserError(f"The sum of {self._what} is none: a client masked it otherwise.")
-        return Summed(values, names, self.clients, cut, self.bytes_up, self.bytes_down)
+        return Summed(values, names, cut, self.bytes_up, self.bytes_down)
 
     # ── stages ──────────────────────────────────────────────────────────────────────────────────
 
