@@ -26,6 +26,7 @@ from fedp2eft.federation.server.evaluation import personalize, prepare
 from fedp2eft.federation.server.exchange import roster
 from fedp2eft.federation.server.phases import train_base, train_shared
 from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.session import Session
 from fedp2eft.results.at_budget import AtBudget
 
 A_ROUND, PERSONALIZED = 30, 100
@@ -55,8 +56,9 @@ def measure(folder: Path, clients: int, rounds: int) -> dict[str, object]:
         before, start = resident(), clock()
         members = roster(engine.grid, 3600.0)
         asked, listed = clock() - start, resident()
-        train_base(engine.grid, run, engine.workspace, members, reporter)
-        shared = train_shared(engine.grid, run, engine.workspace, members, reporter)
+        session = Session(engine.grid, run, engine.workspace, members, reporter)
+        train_base(session)
+        shared = train_shared(session)
         trained = resident()
         start = clock()
         some = members[:PERSONALIZED]

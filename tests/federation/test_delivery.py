@@ -21,6 +21,7 @@ from fedp2eft.federation.server.delivery import deliver_base
 from fedp2eft.federation.server.exchange import roster
 from fedp2eft.federation.server.phases import train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.session import Session
 from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, TAKE_BASE, to_arrays
 from fedp2eft.models.sources import hash_weights
 from fedp2eft.runtime.phases import PSG_PHASE
@@ -77,9 +78,12 @@ class Nodes:
 
     def start(self, configs: list[dict[str, str]] | None = None) -> LocalGrid:
         grid = self.grid(configs)
-        members = roster(grid, 60.0)
-        train_base(grid, self.run, self.workspace, members, Notes())
+        train_base(self.session(grid))
         return grid
+
+    def session(self, grid: LocalGrid, notes: Notes | None = None) -> Session:
+        members = roster(grid, 60.0)
+        return Session(grid, self.run, self.workspace, members, notes or Notes())
 
     def close(self) -> None:
         self.run.close()
@@ -103,7 +107,8 @@ def test_every_node_has_the_servers_base_and_is_sent_it_once(
         grid = nodes.start()
         assert TAKE_BASE not in nodes.sent
         # and can train on it
-        train_phase(PSG_PHASE, grid, nodes.run, nodes.workspace, roster(grid, 60.0), Notes())
+        session = nodes.session(grid)
+        train_phase(PSG_PHASE, session, session.members)
     finally:
         nodes.close()
 
@@ -180,7 +185,8 @@ def test_a_node_that_keeps_another_base_than_it_was_sent_is_refused(
     nodes = Nodes(world, tmp_path, base__kind="none", peers__failures="continue")
     try:
         grid = nodes.grid()
-        members = roster(grid, 60.0)
+        notes = Notes()
+        session = nodes.session(grid, notes)
         nodes.workspace.save_base({})
         lied = []
         run_client = grid._run_client
@@ -193,8 +199,7 @@ def test_a_node_that_keeps_another_base_than_it_was_sent_is_refused(
             return reply
 
         monkeypatch.setattr(grid, "_run_client", lying)
-        notes = Notes()
-        deliver_base(grid, nodes.run, nodes.workspace, members, notes)
+        deliver_base(session)
         (note,) = notes.lines
         assert "it keeps 'xxx" in note
         assert len(note) < 300

@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from fedp2eft.data.clients import SEEN
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.engine import LocalEngine, environment, local_engine
 from fedp2eft.experiment.lambdas import keep_lambdas
@@ -33,6 +34,7 @@ from fedp2eft.federation.server.held_out import members_of
 from fedp2eft.federation.server.labels import needs_label_prior
 from fedp2eft.federation.server.phases import know_label_prior, train_base, train_phase
 from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.session import Session
 from fedp2eft.federation.wire.messages import array_digest, to_arrays
 from fedp2eft.files import read_json, write_json, write_text, write_whole
 from fedp2eft.methods import METHODS, check_private, check_task
@@ -210,27 +212,24 @@ class _Site:
                 members = members_of(engine.grid, settings)
                 with closing(RunFolder(base, settings)) as run:
                     check_inputs(base, engine.workspace)
-                    train_base(engine.grid, run, engine.workspace, members, self.reporter)
+                    train_base(Session(engine.grid, run, engine.workspace, members, self.reporter))
         with closing(RunFolder(self.run, self.settings)) as run:
             check_inputs(self.run, self.engine.workspace)
             for there in (path for part in LENT for path in sorted(base.glob(part))):
                 _lend(there, self.run / there.relative_to(base))
-            know_label_prior(
-                self.engine.grid, run, self.engine.workspace, self.members, self.reporter
-            )
+            engine = self.engine
+            session = Session(engine.grid, run, engine.workspace, self.members, self.reporter)
+            know_label_prior(session)
             for name in self._federations:
                 if not self._parameters(name).exists():
-                    self._train_federation(name, run)
+                    self._train_federation(name, session)
 
-    def _train_federation(self, name: str, run: RunFolder) -> None:
-        engine, s = self.engine, self.settings
-        phase = shared_phases()[name]
-        parameters = train_phase(
-            phase, engine.grid, run, engine.workspace, self.members, self.reporter
-        )
+    def _train_federation(self, name: str, session: Session) -> None:
+        seen = [member for member in session.members if member.pool == SEEN]
+        parameters = train_phase(shared_phases()[name], session, seen)
         if name == "psg":
-            clients = [member.client for member in self.members]
-            keep_lambdas(engine.workspace, self.run, clients, s.evaluation.ranks)
+            clients = [member.client for member in session.members]
+            keep_lambdas(session.workspace, self.run, clients, self.settings.evaluation.ranks)
         tensors = {key: value.contiguous() for key, value in parameters.items()}
         write_whole(self._parameters(name), partial(save_file, tensors))
 

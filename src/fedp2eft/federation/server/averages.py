@@ -15,10 +15,10 @@ from fedp2eft.errors import UserError
 from fedp2eft.federation.server.admission import Failures, Offer, mean_metrics, offer_of
 from fedp2eft.federation.server.aggregation import Averaging
 from fedp2eft.federation.server.exchange import Member, read_replies
-from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.server.sums import SecureSum, fixed
 from fedp2eft.federation.wire.layouts import CAPPED, METRICS, WEIGHT, phase_layout
 from fedp2eft.federation.wire.messages import nbytes, the_arrays
+from fedp2eft.settings.experiment import Settings
 
 Averaged = tuple[ArrayRecord | None, dict[str, Any]]
 """The average, None if there is none, and the metrics of the round."""
@@ -26,72 +26,81 @@ Averaged = tuple[ArrayRecord | None, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Round:
-    """A round that is under way: its number and name, what was sent to whom, and who failed."""
+    """A round that is under way.
 
+    Args:
+        grid: The engine.
+        settings: The experiment.
+        phase: What is trained.
+        aggregator: Averages.
+        number: Of the round, from 1.
+        messages: One to each client that was sampled.
+        sent: The parameters in them.
+        failures: Receives clients that fail.
+    """
+
+    grid: Grid
+    settings: Settings
+    phase: Phase
+    aggregator: Averaging
     number: int
-    what: str
     messages: Sequence[Message]
     sent: Mapping[str, Tensor]
     failures: Failures
 
+    @property
+    def what(self) -> str:
+        """Name it in an error."""
+        return f"round {self.number} of {self.phase.name}"
 
-def average(
-    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: Round
-) -> Averaged:
+    @property
+    def members(self) -> dict[int, Member]:
+        """Clients by node."""
+        return {member.node: member for member in self.aggregator.members}
+
+
+def average(this: Round) -> Averaged:
     """Collect what the clients trained, and average it over those that are usable.
-
-    Args:
-        grid: The engine.
-        run: Its settings say whether the server may read single replies.
-        phase: What is trained.
-        aggregator: Averages.
-        this: The round.
 
     Raises:
         UserError: Too few clients, or the first failure where a failure ends the run.
     """
-    way = _of_sum if run.settings.privacy.secure else _of_replies
-    return way(grid, run, phase, aggregator, this)
+    return _of_sum(this) if this.settings.privacy.secure else _of_replies(this)
 
 
-def _of_replies(
-    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: Round
-) -> Averaged:
+def _of_replies(this: Round) -> Averaged:
     """Average replies that the server reads one by one."""
     # 1. Check every reply by itself.
     failures, what, asked = this.failures, this.what, len(this.messages)
-    offers = _offers(grid, run, phase, aggregator, this)
+    offers = _offers(this)
     bytes_up = sum(offer.nbytes for offer in offers)
     # 2. Leave out what must not count, looking at the replies together.
-    offers = aggregator.limits(offers, failures, what)
+    offers = this.aggregator.limits(offers, failures, what)
     for offer in offers:
         failures.usable(offer.client)
     failures.check(len(offers), asked, what)
     # 3. Average over the clients that are left.
-    averaged, facts = aggregator.aggregate(this.number, offers)
+    averaged, facts = this.aggregator.aggregate(this.number, offers)
     bytes_down = asked and asked * nbytes(the_arrays(this.messages[0]))
     counts = {"clients": len(offers), "bytes-down": bytes_down, "bytes-up": bytes_up}
     return averaged, mean_metrics(offers) | facts | counts
 
 
-def _of_sum(
-    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: Round
-) -> Averaged:
+def _of_sum(this: Round) -> Averaged:
     """Average by a secure sum: the server sees no reply, and can check none by itself."""
-    privacy, timeout = run.settings.privacy, run.settings.federation.timeout
-    what, sent = this.what, this.sent
-    by_node = {member.node: member for member in aggregator.members}
-    asked = [by_node[message.metadata.dst_node_id] for message in this.messages]
-    layout = phase_layout(phase, sent, privacy, len(asked))
-    secure = SecureSum(grid, asked, privacy, timeout, what, this.failures)
-    found = secure.run(this.messages, fixed(layout), aggregator.before_unmasking)
+    privacy, timeout = this.settings.privacy, this.settings.federation.timeout
+    what, phase, members = this.what, this.phase, this.members
+    asked = [members[message.metadata.dst_node_id] for message in this.messages]
+    layout = phase_layout(phase, this.sent, privacy, len(asked))
+    secure = SecureSum(this.grid, asked, privacy, timeout, what, this.failures)
+    found = secure.run(this.messages, fixed(layout), this.aggregator.before_unmasking)
     weight = round(float(found.values[WEIGHT][0]))
     if not len(found.clients) <= weight <= len(found.clients) * layout[WEIGHT].limit:
         raise UserError(
             f"The sum of {what} has {weight} examples of {len(found.clients)} clients, which "
             "cannot be: a client sent what is no part of it. Start again to repeat the round."
         )
-    averaged, facts = aggregator.of_sum(this.number, sent, found.values, weight)
+    averaged, facts = this.aggregator.of_sum(this.number, this.sent, found.values, weight)
     metrics = dict(zip(phase.metrics, (found.values[METRICS] / weight).tolist(), strict=True))
     capped = round(float(found.values[CAPPED][0]))
     facts |= {"examples-cut": capped} if capped else {}
@@ -100,19 +109,18 @@ def _of_sum(
     return averaged, metrics | facts | {"clients": len(found.clients)} | counts
 
 
-def _offers(
-    grid: Grid, run: RunFolder, phase: Phase, aggregator: Averaging, this: Round
-) -> list[Offer]:
+def _offers(this: Round) -> list[Offer]:
     """Return the usable replies, in the order of the clients' names.
 
     Sums of floats depend on their order: the names fix it.
     """
-    sent, what, failures = this.sent, this.what, this.failures
-    members = {member.node: member for member in aggregator.members}
-    wire, timeout = phase.wire_of(run.settings), run.settings.federation.timeout
+    phase, bit, wire = this.phase, this.aggregator.bit, this.phase.wire_of(this.settings)
 
     def check(member: Member, reply: Message) -> Offer:
-        return offer_of(member.client, reply, sent, wire, phase.metrics, aggregator.bit)
+        return offer_of(member.client, reply, this.sent, wire, phase.metrics, bit)
 
-    replies = read_replies(grid, this.messages, members, timeout, what, check, failures)
+    replies = read_replies(
+        this.grid, this.messages, this.members, this.settings.federation.timeout, this.what,
+        check, this.failures,
+    )  # fmt: skip
     return sorted((offer for _, offer in replies), key=lambda offer: offer.client)

@@ -10,31 +10,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 
 from fedp2eft.errors import UserError, require, shortened
-from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.checkpoints import load_checkpoint
 from fedp2eft.federation.server.exchange import Member, read_replies
-from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.session import Session
 from fedp2eft.federation.wire import messages as wire
 from fedp2eft.models.sources import hash_weights
-from fedp2eft.progress import Reporter
-from fedp2eft.runtime.workspace import Workspace
 
 AT_ONCE = 16
 
 
-def deliver_base(
-    grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
-) -> None:
+def deliver_base(session: Session) -> None:
     """Have every client keep the base; those that keep it already are not asked.
 
     Raises:
         UserError: The base's parameters are not in the run folder any more, too few clients can
             take it, or the first that cannot, where a failure ends the run.
     """
-    s = run.settings
+    s, run, workspace, members = session.settings, session.run, session.workspace, session.members
     found = load_checkpoint(run.path / "checkpoints", "base")
     trained = s.base.rounds and workspace.base.travelling(workspace.trainable_base, s.base)
     workspace.release_trainable_base()
@@ -49,7 +43,7 @@ def deliver_base(
     missing = [member for member in members if member.base != wanted]
     if not missing:
         return
-    failures = Failures.on(grid, s.peers, reporter, run.faults)
+    failures, reporter = session.failures(), session.reporter
 
     def check(member: Member, reply: Message) -> None:
         kept = str(reply.content.config_records.get(wire.ABOUT, ConfigRecord()).get("base", ""))
@@ -64,7 +58,7 @@ def deliver_base(
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: ConfigRecord({"model": model})})
         messages = [Message(content, node, wire.TAKE_BASE) for node in some]
         timeout = s.federation.timeout
-        for member, _ in read_replies(grid, messages, some, timeout, what, check, failures):
+        for member, _ in read_replies(session.grid, messages, some, timeout, what, check, failures):
             taken += 1
             reporter.advance("deliver", member.client)
     failures.check(len(members) - len(missing) + taken, len(members), what)

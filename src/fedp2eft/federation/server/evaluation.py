@@ -21,13 +21,13 @@ from fedp2eft.federation.server.admission import FIRST_ENDS, Failures
 from fedp2eft.federation.server.exchange import Member, exchange, read_replies
 from fedp2eft.federation.server.held_out import asked
 from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.session import Session
 from fedp2eft.federation.server.sums import SecureSum
 from fedp2eft.federation.wire import messages as wire
 from fedp2eft.federation.wire.layouts import survey_layout
 from fedp2eft.files import write_folder
 from fedp2eft.generator import PSG
 from fedp2eft.methods import METHODS, Method
-from fedp2eft.progress import Reporter
 from fedp2eft.results.at_budget import AtBudget
 from fedp2eft.results.metrics import metric_of
 from fedp2eft.results.surveys import read_survey, write_survey
@@ -247,19 +247,17 @@ def _number(metrics: Mapping[str, int | float], name: str) -> float:
     return value
 
 
-def personalize_all(
-    grid: Grid, run: RunFolder, shared: Shared, members: list[Member], reporter: Reporter
-) -> None:
+def personalize_all(session: Session, shared: Shared) -> None:
     """Personalize every client of the chosen pools, for every missing method and budget."""
-    failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
-    evaluation, timeout = run.settings.evaluation, run.settings.federation.timeout
+    run, reporter, failures = session.run, session.reporter, session.failures()
+    evaluation, timeout = session.settings.evaluation, session.settings.federation.timeout
     digests = {
         name: wire.array_digest(wire.to_arrays(parameters)) for name, parameters in shared.items()
     }
     run.drop_cells_of_other_phi(
         {name: digests[kind.shared] for name, kind in METHODS.items() if kind.shared in digests}
     )
-    chosen = [member for member in members if member.pool in evaluation.pools]
+    chosen = [member for member in session.members if member.pool in evaluation.pools]
     wanted = [
         AtBudget(method, rank)
         for method in evaluation.methods
@@ -273,8 +271,8 @@ def personalize_all(
         if not clients:
             continue
         phi = digests.get(METHODS[at.method].shared or "")
-        instruction = _instruction(grid, run, shared, at, phi, members, failures)
-        for member, metrics in personalize(grid, instruction, clients, timeout, failures):
+        instruction = _instruction(session, shared, at, phi, failures)
+        for member, metrics in personalize(session.grid, instruction, clients, timeout, failures):
             about = {"client": member.client, "language": member.language, "pool": member.pool}
             if phi:
                 about["phi"] = phi
@@ -286,21 +284,17 @@ def personalize_all(
 
 
 def _instruction(
-    grid: Grid,
-    run: RunFolder,
-    shared: Shared,
-    at: AtBudget,
-    phi: str | None,
-    members: list[Member],
-    failures: Failures,
+    session: Session, shared: Shared, at: AtBudget, phi: str | None, failures: Failures
 ) -> Instruction:
     """Return a method's instruction; answers that are kept are asked for once."""
-    keep, s = METHODS[at.method].kept, run.settings
+    keep, run, s = METHODS[at.method].kept, session.run, session.settings
     kept = kept_answers(run.path, shared, at, phi, run.label_prior) if keep else None
     if kept is not None:
         return kept
-    timeout = s.federation.timeout
-    made = prepare(grid, shared, at, members, timeout, failures, run.label_prior, s.privacy)
+    made = prepare(
+        session.grid, shared, at, session.members, s.federation.timeout, failures,
+        run.label_prior, s.privacy,
+    )  # fmt: skip
     if keep:
         keep_answers(run.path, made, phi)
     return made

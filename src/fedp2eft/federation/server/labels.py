@@ -11,21 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedp2eft.errors import UserError
-from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.exchange import Member, read_replies
 from fedp2eft.federation.server.held_out import training_base
-from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.session import Session
 from fedp2eft.federation.server.sums import SecureSum, fixed
 from fedp2eft.federation.wire.layouts import LABELS, labels_layout, labels_noise
 from fedp2eft.federation.wire.messages import ARRAYS, CONFIG, from_arrays, the_arrays
 from fedp2eft.federation.wire.messages import LABELS as ASK_LABELS
 from fedp2eft.files import read_json, write_json
 from fedp2eft.methods import METHODS
-from fedp2eft.progress import Reporter
 from fedp2eft.runtime.client_rows import LABEL_PRIOR_FILE
 from fedp2eft.seeding import derive_seed
 from fedp2eft.settings.experiment import Settings
@@ -46,15 +43,14 @@ def needs_label_prior(settings: Settings) -> bool:
     )
 
 
-def learn_label_prior(
-    grid: Grid, run: RunFolder, classes: int, members: list[Member], reporter: Reporter
-) -> list[float]:
+def learn_label_prior(session: Session) -> list[float]:
     """Return q, from the run folder or the seen clients' answers.
 
     With differential privacy every client answers with frequencies, whose norm is at most 1, and
     the sum gets noise of the standard deviation z: one more mechanism in the account.
     """
-    path, s = run.path / LABEL_PRIOR_FILE, run.settings
+    path, s = session.run.path / LABEL_PRIOR_FILE, session.settings
+    classes = len(session.workspace.labels)
     kept: Mapping[str, Any] = read_json(path) or {}
     if "q" in kept:
         return [float(value) for value in kept["q"]]
@@ -71,7 +67,7 @@ def learn_label_prior(
 
     if s.privacy.on and not s.privacy.secure:
         spend(asked=1)
-    total = _asked(grid, run, source, classes, members, reporter, spend)
+    total = _asked(session, source, classes, spend)
     if s.privacy.on and s.privacy.noise == "server":
         total += noise(s.privacy, classes, "server")
     # Noise can leave less than nothing of a class.
@@ -80,19 +76,10 @@ def learn_label_prior(
     return q.tolist()
 
 
-def _asked(
-    grid: Grid,
-    run: RunFolder,
-    source: str,
-    classes: int,
-    members: list[Member],
-    reporter: Reporter,
-    spend: Callable[..., None],
-) -> Tensor:
+def _asked(session: Session, source: str, classes: int, spend: Callable[..., None]) -> Tensor:
     """Return the sum of the seen clients' answers."""
-    s, what = run.settings, "label prior"
-    failures = Failures.on(grid, s.peers, reporter, run.faults)
-    seen = {member.node: member for member in training_base(members)}
+    s, what, grid, failures = session.settings, "label prior", session.grid, session.failures()
+    seen = {member.node: member for member in training_base(session.members)}
     if not seen:
         raise UserError("No seen client is in the federation to ask for its label counts.")
     content = RecordDict({CONFIG: ConfigRecord({"source": source})})

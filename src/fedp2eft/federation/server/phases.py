@@ -22,6 +22,7 @@ from fedp2eft.federation.server.presence import wait_for_nodes
 from fedp2eft.federation.server.privacy import Private
 from fedp2eft.federation.server.rounds import run_rounds
 from fedp2eft.federation.server.run_folder import RunFolder
+from fedp2eft.federation.server.session import Session
 from fedp2eft.progress import Reporter
 from fedp2eft.results.cards import origin_of
 from fedp2eft.runtime.phases import BASE, shared_phases
@@ -42,68 +43,53 @@ def serve(grid: Grid, run: RunFolder, workspace: Workspace, reporter: Reporter) 
     wait_for_nodes(grid, run.settings.federation, reporter)
     failures = Failures.on(grid, run.settings.peers, reporter, run.faults)
     members = members_of(grid, run.settings, failures)
-    train_base(grid, run, workspace, members, reporter)
-    know_label_prior(grid, run, workspace, members, reporter)
-    shared = train_shared(grid, run, workspace, members, reporter)
-    personalize_all(grid, run, shared, members, reporter)
+    session = Session(grid, run, workspace, members, reporter)
+    train_base(session)
+    know_label_prior(session)
+    personalize_all(session, train_shared(session))
 
 
-def know_label_prior(
-    grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
-) -> None:
+def know_label_prior(session: Session) -> None:
     """Learn q if something needs it, and send it with every message from here on."""
-    if not needs_label_prior(run.settings):
-        return
-    run.label_prior = learn_label_prior(grid, run, len(workspace.labels), members, reporter)
-    workspace.know_label_prior(run.label_prior)
+    if needs_label_prior(session.settings):
+        session.run.label_prior = learn_label_prior(session)
+        session.workspace.know_label_prior(session.run.label_prior)
 
 
-def train_base(
-    grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
-) -> None:
+def train_base(session: Session) -> None:
     """Train the base on the seen clients; the base model is in `run.base` afterwards.
 
     Clients with folders of their own have it too; what they are sent is kept for later ones.
     """
-    if not (run.base / "config.json").exists():
-        if run.settings.base.logit_adjustment != "none":
-            know_label_prior(grid, run, workspace, members, reporter)
-        train_phase(BASE, grid, run, workspace, training_base(members), reporter)
-    if run.settings.data.dataset == NODES:
-        deliver_base(grid, run, workspace, members, reporter)
+    if not (session.run.base / "config.json").exists():
+        if session.settings.base.logit_adjustment != "none":
+            know_label_prior(session)
+        train_phase(BASE, session, training_base(session.members))
+    if session.settings.data.dataset == NODES:
+        deliver_base(session)
     else:
-        run.drop_checkpoints(BASE.name)
+        session.run.drop_checkpoints(BASE.name)
 
 
-def train_shared(
-    grid: Grid, run: RunFolder, workspace: Workspace, members: list[Member], reporter: Reporter
-) -> dict[str, dict[str, Tensor]]:
+def train_shared(session: Session) -> dict[str, dict[str, Tensor]]:
     """Train what the chosen methods start from; the PSG always. Parameters by phase."""
-    return {
-        phase.name: train_phase(phase, grid, run, workspace, members, reporter)
-        for phase in shared_phases(run.settings.evaluation.methods).values()
-    }
+    seen = [member for member in session.members if member.pool == SEEN]
+    chosen = shared_phases(session.settings.evaluation.methods).values()
+    return {phase.name: train_phase(phase, session, seen) for phase in chosen}
 
 
-def train_phase(
-    phase: Phase,
-    grid: Grid,
-    run: RunFolder,
-    workspace: Workspace,
-    members: list[Member],
-    reporter: Reporter,
-) -> dict[str, Tensor]:
-    """Train a phase on the seen clients, and write what it ends with into the run folder.
+def train_phase(phase: Phase, session: Session, seen: list[Member]) -> dict[str, Tensor]:
+    """Train a phase on some seen clients, and write what it ends with into the run folder.
 
     Returns:
         Its last parameters; those before round 1 if it has no rounds.
     """
-    s, seen = run.settings, [member for member in members if member.pool == SEEN]
+    run, workspace, s = session.run, session.workspace, session.settings
     parameters = {name: value.detach() for name, value in phase.first(workspace).items()}
     if parameters and s.value(phase.rounds):
         aggregator = aggregator_of(run, phase, seen)
         first = {name: value.clone() for name, value in parameters.items()}
-        parameters = run_rounds(grid, run, phase, aggregator, first, reporter)
+        parameters = run_rounds(session.grid, run, phase, aggregator, first, session.reporter)
     facts = origin_of(s, workspace.source) | {
         "languages": sorted({member.language for member in seen}),
         "clients": len(seen),

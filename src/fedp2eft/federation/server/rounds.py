@@ -71,7 +71,7 @@ def run_rounds(
             reporter.note(f"{phase.name}: stopped after round {round_ - 1}{why}")
             break
         wait_for_members(grid, aggregator.members, s.federation, reporter)
-        start, what = time.perf_counter(), f"round {round_} of {phase.name}"
+        start = time.perf_counter()
         # 1. Sample clients, and send them the parameters.
         messages = aggregator.configure(round_, parameters, grid, run.faults.quarantined)
         arrays = pack(parameters, DOWN[phase.wire_of(s)])
@@ -80,9 +80,9 @@ def run_rounds(
             message.content[CONFIG] = with_label_prior(the_config(message), run.label_prior)
         # 2. Each of them trains on its own rows; average: θ ← Σ_k w_k·θ_k over those in time.
         failures = Failures.on(grid, s.peers, reporter, run.faults)
-        asked = Round(round_, what, messages, parameters, failures)
-        averaged, metrics = average(grid, run, phase, aggregator, asked)
-        parameters = _checked(averaged, first, what)
+        this = Round(grid, s, phase, aggregator, round_, messages, parameters, failures)
+        averaged, metrics = average(this)
+        parameters = _checked(averaged, first, this.what)
         # 3. Keep the round: it counts as soon as its checkpoint is written.
         if failures.reasons:
             metrics["left-out"] = dict(sorted(failures.reasons.items()))
