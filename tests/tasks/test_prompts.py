@@ -68,7 +68,7 @@ def test_a_conversation_that_the_template_refuses_is_one_line():
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
     )
-    with pytest.raises(UserError, match=r"^The chat template refuses a conversation: no system$"):
+    with pytest.raises(UserError, match=r"^The chat template refuses a conversation: no system\.$"):
         Prompts(tokenizer).prompt([{"role": "system", "content": "a"}])
 
 
