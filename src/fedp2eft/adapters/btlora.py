@@ -110,6 +110,7 @@ class BTLora:
         for row, layer in enumerate(self.layers):
             layer.gate(self.lam, row, clamp)
             fuse(layer.module)
+        self.model.train(base.training)  # the gates, too
         self._common_A = [common_A(layer.name, layer.A, s.seed) for layer in self.layers]
         self._B0: list[Tensor] | None = None
         self.reset()
