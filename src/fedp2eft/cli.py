@@ -6,8 +6,12 @@ import codecs
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from fedp2eft.commands.catalogue import COMMANDS, GROUPS, function_of, overview, parser_of
@@ -31,8 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     # spinning makes every step several times slower, and no spinning wastes the second core.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     _write_what_the_terminal_knows()
+    pressed: list[int] = []
     try:
-        _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+        with _noting(pressed):
+            _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except InterruptedRunError as error:
         print(f"fedp2eft: {error}", file=sys.stderr)
         return 130
@@ -44,7 +50,33 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except Exception:
+        if not pressed:
+            raise
+        # A library that is interrupted while it is imported may raise an error of its own instead.
+        print("fedp2eft: Interrupted.", file=sys.stderr)
+        return 130
     return 0
+
+
+@contextmanager
+def _noting(pressed: list[int]) -> Iterator[None]:
+    """Note every Ctrl-C, which raises KeyboardInterrupt as before."""
+    usual = signal.getsignal(signal.SIGINT)
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or usual is not signal.default_int_handler:
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 PLAIN = {"–": "-", "—": "-", "…": ".", "²": "2", "·": ".", "×": "x", "±": "+/-"}
