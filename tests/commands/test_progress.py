@@ -96,6 +96,19 @@ def test_a_bar_says_who_is_at_work(phase):
         assert bars.tasks[0].fields["text"] == "de-seen-00 50%"
 
 
+def test_what_a_survey_computes_is_shown_by_the_phase_that_asks():
+    with Progress(console=Console(file=io.StringIO(), force_terminal=True)) as bars:
+        reporter = BarReporter(bars)
+        reporter.part("personalize", 0.5, "de-seen-00")  # before any phase: nothing to show it in
+        reporter.start("compare", 3, 0)
+        reporter.start("psg", 1, 1)
+        reporter.start("compare", 3, 1)
+        reporter.part("personalize", 0.5, "de-seen-00")
+        assert [task.description for task in bars.tasks] == ["cells", "PSG"]
+        assert [task.fields["text"] for task in bars.tasks] == ["de-seen-00 50%", ""]
+        assert bars.tasks[0].completed == 1
+
+
 def test_bars_where_the_output_is_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     with progress() as reporter:

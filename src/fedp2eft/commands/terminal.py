@@ -44,14 +44,17 @@ class BarReporter:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
         self._whole: dict[str, int] = {}
+        self._latest = ""
 
     def start(self, phase: str, total: int, done: int) -> None:
-        """Show a bar for the phase."""
-        name = _title(phase)
-        self._whole[phase] = done
-        self._tasks[phase] = self._progress.add_task(
-            name, total=total, completed=done, text="", start=True
-        )
+        """Show a bar for the phase, or resume the one that it has."""
+        self._whole[phase], self._latest = done, phase
+        if phase in self._tasks:
+            self._progress.update(self._tasks[phase], total=total, completed=done, text="")
+        else:
+            self._tasks[phase] = self._progress.add_task(
+                _title(phase), total=total, completed=done, text="", start=True
+            )
 
     def advance(self, phase: str, text: str) -> None:
         """Advance by one unit."""
@@ -60,8 +63,10 @@ class BarReporter:
 
     def part(self, phase: str, fraction: float, text: str) -> None:
         """Say which client is at work."""
-        if phase in self._tasks:
-            self._progress.update(self._tasks[phase], text=f"{text} {fraction:.0%}")
+        # Fine-tuning for a survey has no bar of its own: it belongs to the phase that asks.
+        task = self._tasks.get(phase, self._tasks.get(self._latest))
+        if task is not None:
+            self._progress.update(task, text=f"{text} {fraction:.0%}")
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import cached_property, partial
 from pathlib import Path
@@ -88,11 +89,15 @@ def compare(settings: Settings, folder: str | Path, reporter: Reporter | None = 
     groups: dict[SharedTraining, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.training].append(cell)
-    reporter.start("compare", len(cells), len(cells) - len(_left(folder, cells)))
+
+    def show() -> None:
+        reporter.start("compare", len(cells), len(cells) - len(_left(folder, cells)))
+
+    show()
     waited = False
     while missing := _left(folder, cells):
         trainings = dict.fromkeys(cell.training for cell in missing)
-        worked = [_work(folder, settings, t, groups[t], reporter) for t in trainings]
+        worked = [_work(folder, settings, t, groups[t], reporter, show) for t in trainings]
         if not any(worked):
             if not waited:
                 reporter.note("Another process is at work on what is left; waiting for it.")
@@ -126,8 +131,18 @@ def _work(
     training: SharedTraining,
     cells: list[Cell],
     reporter: Reporter,
+    show: Callable[[], None],
 ) -> bool:
-    """Do what no other process holds of one training and its cells; False if there is nothing."""
+    """Do what no other process holds of one training and its cells; False if there is nothing.
+
+    Args:
+        folder: The comparison folder.
+        settings: The comparison.
+        training: The training.
+        cells: Its cells.
+        reporter: Receives progress.
+        show: Says how many cells are done; called when a training has shown its own phases.
+    """
     worked = False
     with ExitStack() as stack:
         site = _Site(stack, folder, settings, training, reporter)
@@ -137,6 +152,7 @@ def _work(
                     return False
                 if not site.trained:
                     site.train()
+                    show()
                     worked = True
         for cell in _left(folder, cells):
             with claim(folder, cell.name) as mine:
