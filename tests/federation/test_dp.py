@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fedp2eft.federation.server.privacy import Private
 from fedp2eft.federation.server.run_folder import RunFolder
 from fedp2eft.federation.wire.messages import ARRAYS
 from fedp2eft.runtime.phases import PSG_PHASE
-from fedp2eft.settings.experiment import FederationSettings, Settings
+from fedp2eft.settings.experiment import AdapterSettings, FederationSettings, Settings
 from fedp2eft.settings.peers import AggregationSettings, PeerSettings, PrivacySettings
 
 QUIET = 1e-9  # a noise multiplier that leaves what is under the noise to be seen
@@ -399,6 +400,16 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
             AggregationSettings(), PeerSettings(), "int8"
         )
     PrivacySettings().check(AggregationSettings("krum"), PeerSettings(), "int8")
+
+
+def test_noise_lowers_the_bound_of_lambda() -> None:
+    noisy = PrivacySettings(clipping="fixed", lambda_max=4.0)
+    assert Settings(privacy=noisy).adapter.lambda_max == 4.0
+    low = AdapterSettings(lambda_max=2.0)
+    assert Settings(privacy=noisy, adapter=low).adapter.lambda_max == 2.0
+    assert Settings(privacy=replace(noisy, clipping="off")).adapter.lambda_max == 1000.0
+    with pytest.raises(UserError, match=r"adapter.lambda_min \(5.0\) must be above 0 and below"):
+        Settings(privacy=noisy, adapter=AdapterSettings(lambda_min=5.0))
 
 
 def test_dp_accounting_is_asked_for_by_name(tmp_path: Path, monkeypatch) -> None:

@@ -82,6 +82,7 @@ OTHER: dict[str, Any] = {
     "aggregation.tau": 0.5,
     "privacy.clipping": "adaptive",
     "privacy.noise_multiplier": 2.0,
+    "privacy.lambda_max": 0.4,
     "privacy.clip_norm": 0.01,
     "privacy.quantile": 0.9,
     "privacy.clip_lr": 1.0,

@@ -37,7 +37,8 @@ class AdapterSettings:
         target_modules: PEFT's `target_modules`. "all-linear" adapts every linear layer except a
             causal LM's output head.
         lambda_min: Lower bound of λ in the penalties and the forward pass.
-        lambda_max: Upper bound of λ in the penalties and the forward pass.
+        lambda_max: Upper bound of λ in the penalties and the forward pass; under differential
+            privacy the lower one of this and privacy.lambda_max.
         layerwise: Use one λ per layer instead of one per rank.
         seed: Seed of the common A. Must be the same for all clients.
     """
@@ -396,6 +397,9 @@ class Settings:
             object.__setattr__(self, "evaluation", evaluation)
         for rank in self.evaluation.ranks:
             check_rank(rank, self.adapter.r_max)
+        if self.privacy.on and self.adapter.lambda_max > self.privacy.lambda_max:
+            adapter = replace(self.adapter, lambda_max=self.privacy.lambda_max)
+            object.__setattr__(self, "adapter", adapter)
         self.privacy.check(self.aggregation, self.peers, self.federation.wire)
         self._check_label_prior()
         require(

@@ -110,6 +110,8 @@ class PrivacySettings:
             With secure_sums, "client" is a share of the noise: together the clients of a round add
             as much as the server would, and nobody is trusted with it.
         noise_multiplier: Standard deviation of the noise, as a multiple of the clip norm.
+        lambda_max: Upper bound of λ and λ̂ under noise, in place of a higher adapter.lambda_max:
+            noise in φ makes λ̂ large, and with it the steps of every adapter.
         clip_norm: Clip norm; with adaptive clipping, its initial value.
         quantile: Share of clients that adaptive clipping keeps below the norm.
         clip_lr: Learning rate of adaptive clipping.
@@ -141,6 +143,7 @@ class PrivacySettings:
     clip_on: Literal["server", "client"] = "server"
     noise: Literal["server", "client"] = "server"
     noise_multiplier: float = 1.0
+    lambda_max: float = 10.0
     clip_norm: float = 0.1
     quantile: float = 0.5
     clip_lr: float = 0.2
@@ -157,7 +160,7 @@ class PrivacySettings:
 
     def __post_init__(self) -> None:
         bounds = {
-            "above 0": "noise_multiplier clip_norm clip_lr epsilon secure_clip",
+            "above 0": "noise_multiplier lambda_max clip_norm clip_lr epsilon secure_clip",
             "1 or more": "secure_max_examples",
             "2 or more": "secure_neighbors",
         }
