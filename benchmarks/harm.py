@@ -4,10 +4,10 @@
 
 Repeats the personalization of a finished comparison (its base models, PSG and surveys) and scores
 every client twice: on the even and on the odd ones of its test rows. A method that harms a client
-does so on both. So of the clients that it leaves worse on one half, the table gives the mean gain
-on the other half, beside the gain of all clients. The covariance of the two halves' gains is the
-variance of the true gains; with their mean it gives the share of clients that are truly worse off
-if true gains are normal. Intervals: 95 %, bootstrap over clients.
+does so on both. So the table gives the share of clients that a method leaves worse on one half, on
+both, and on both if the halves had nothing to do with each other; and of the clients worse on one
+half the mean gain on the other half, beside the gain of all. Intervals: 95 %, bootstrap over
+clients.
 
 One file per seed, pool and method goes to RUN/harm; files that are there are not computed again.
 """
@@ -41,6 +41,9 @@ from fedp2eft.settings.reading import settings_of_folder
 from fedp2eft.tasks.task import Scores
 
 DRAWS = 2000
+HEADER = """\
+| pool | method | worse | on one half | on both | by chance | other half's gain | gain of all |
+|---|---|--:|--:|--:|--:|--:|--:|"""
 
 
 class Halved(ClientSide):
@@ -86,15 +89,21 @@ def measure(workspace: Workspace, run: Path, pool: str, at: AtBudget) -> list[di
 
 
 def summary(clients: list[dict[str, Any]]) -> str:
-    """Return a table row: worse, the other half's gain of these and of all, truly worse."""
+    """Return a table row; columns as in `HEADER`."""
     rows, base, method = (
         np.array([client[key] for client in clients], dtype=float)
         for key in ("rows", "base", "method")
     )
     gains = 100 * (method - base) / rows
-    whole = (method.sum(axis=1) < base.sum(axis=1)).mean()
-    cells = [f"{100 * whole:.0f} %", *(interval(gains, f) for f in (others_gain, mean, truly))]
-    return " | ".join(cells)
+    worse = gains < 0
+    shares = [
+        (method.sum(axis=1) < base.sum(axis=1)).mean(),
+        worse.mean(),
+        worse.all(axis=1).mean(),
+        worse.mean(axis=0).prod(),
+    ]
+    cells = [f"{100 * share:.1f} %" for share in shares]
+    return " | ".join([*cells, interval(gains, others_gain), interval(gains, mean)])
 
 
 def others_gain(gains: NDArray[np.float64]) -> float:
@@ -108,18 +117,12 @@ def mean(gains: NDArray[np.float64]) -> float:
     return float(gains.mean())
 
 
-def truly(gains: NDArray[np.float64]) -> float:
-    """Return the share of clients whose true gain is negative, in percent, if gains are normal."""
-    variance = float(np.cov(gains.T)[0, 1])
-    if variance <= 0:
-        return 0.0 if gains.mean() > 0 else 100.0
-    return 50 * math.erfc(float(gains.mean()) / math.sqrt(2 * variance))
-
-
 def interval(gains: NDArray[np.float64], value: Callable[[NDArray[np.float64]], float]) -> str:
-    """Return a value of all clients and its bootstrap interval."""
+    """Return a value of all clients and its bootstrap interval; a dash if none has it."""
     rng = np.random.default_rng(0)
     drawn = [value(gains[rng.integers(len(gains), size=len(gains))]) for _ in range(DRAWS)]
+    if math.isnan(value(gains)):
+        return "–"
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return f"{value(gains):.1f} [{low:.1f}, {high:.1f}]"
 
@@ -157,8 +160,7 @@ def main() -> None:
                     opened = opened or open_run(o.run, comparison, seed)
                     write_json(path, measure(*opened, pool, at))
                 found.setdefault((pool, method), []).extend(read_json(path))
-    print("| pool | method | worse | other half's gain of these | gain of all | truly worse, % |")
-    print("|---|---|--:|--:|--:|--:|")
+    print(HEADER)
     for (pool, method), clients in found.items():
         print(f"| {pool} | `{method}` | {summary(clients)} |")
 
