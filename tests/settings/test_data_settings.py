@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import getdoc
 
 import datasets
 import numpy as np
@@ -112,7 +113,8 @@ def test_entries_are_whole():
 def test_every_setting_is_documented():
     for settings in (DataSettings, ClientFile):
         for item in fields(settings):
-            assert f"        {item.name}: " in (settings.__doc__ or ""), item.name
+            # getdoc: Python 3.13 takes the indentation out of docstrings.
+            assert f"\n    {item.name}: " in (getdoc(settings) or ""), item.name
 
 
 def test_settings_are_light():
