@@ -69,7 +69,15 @@ def right(client: ClientSide, at: AtBudget) -> list[int]:
     return Halved.seen[-1]
 
 
-def measure(workspace: Workspace, run: Path, pool: str, at: AtBudget) -> list[dict[str, Any]]:
+def base_scores(workspace: Workspace, pool: str) -> dict[str, list[int]]:
+    """Return what the base model gets right of each half of every client's test rows."""
+    names = [member.name for member in workspace.data.pool(pool)]
+    return {name: right(workspace.side(name), AtBudget("base", 0)) for name in names}
+
+
+def measure(
+    workspace: Workspace, run: Path, pool: str, at: AtBudget, base: dict[str, list[int]]
+) -> list[dict[str, Any]]:
     """Return each client's rows and right answers, by half: the base model's and the method's."""
     method, found = METHODS[at.method], []
     kept = read_survey(run, at) if method.surveys else {}
@@ -82,7 +90,7 @@ def measure(workspace: Workspace, run: Path, pool: str, at: AtBudget) -> list[di
         found.append({
             "client": member.name,
             "rows": [-(-rows // 2), rows // 2],
-            "base": right(client, AtBudget("base", 0)),
+            "base": base[member.name],
             "method": right(client, at),
         })  # fmt: skip
     return found
@@ -119,10 +127,10 @@ def mean(gains: NDArray[np.float64]) -> float:
 
 def interval(gains: NDArray[np.float64], value: Callable[[NDArray[np.float64]], float]) -> str:
     """Return a value of all clients and its bootstrap interval; a dash if none has it."""
-    rng = np.random.default_rng(0)
-    drawn = [value(gains[rng.integers(len(gains), size=len(gains))]) for _ in range(DRAWS)]
     if math.isnan(value(gains)):
         return "–"
+    rng = np.random.default_rng(0)
+    drawn = [value(gains[rng.integers(len(gains), size=len(gains))]) for _ in range(DRAWS)]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return f"{value(gains):.1f} [{low:.1f}, {high:.1f}]"
 
@@ -153,12 +161,14 @@ def main() -> None:
     for seed in o.seeds or comparison.compare.seeds:
         opened = None
         for pool in o.pools:
+            base = None
             for method in o.methods:
                 at = AtBudget(method, rank if METHODS[method].ranked else 0)
                 path = o.run / "harm" / f"s{seed}-{pool}-{at}.json"
                 if not path.exists():
                     opened = opened or open_run(o.run, comparison, seed)
-                    write_json(path, measure(*opened, pool, at))
+                    base = base or base_scores(opened[0], pool)
+                    write_json(path, measure(*opened, pool, at, base))
                 found.setdefault((pool, method), []).extend(read_json(path))
     print(HEADER)
     for (pool, method), clients in found.items():
