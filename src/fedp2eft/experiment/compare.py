@@ -17,7 +17,6 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from fedp2eft.data.clients import SEEN
 from fedp2eft.errors import UserError
 from fedp2eft.experiment.engine import LocalEngine, environment, local_engine
 from fedp2eft.experiment.lambdas import keep_lambdas
@@ -241,8 +240,7 @@ class _Site:
                     self._train_federation(name, session)
 
     def _train_federation(self, name: str, session: Session) -> None:
-        seen = [member for member in session.members if member.pool == SEEN]
-        parameters = train_phase(shared_phases()[name], session, seen)
+        parameters = train_phase(shared_phases()[name], session, session.seen)
         if name == "psg":
             clients = [member.client for member in session.members]
             keep_lambdas(session.workspace, self.run, clients, self.settings.evaluation.ranks)

@@ -8,7 +8,6 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedp2eft.client.phase import Phase
-from fedp2eft.data.clients import SEEN
 from fedp2eft.data.nodes import NODES
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.aggregation import Averaging
@@ -73,9 +72,8 @@ def train_base(session: Session) -> None:
 
 def train_shared(session: Session) -> dict[str, dict[str, Tensor]]:
     """Train what the chosen methods start from; the PSG always. Parameters by phase."""
-    seen = [member for member in session.members if member.pool == SEEN]
     chosen = shared_phases(session.settings.evaluation.methods).values()
-    return {phase.name: train_phase(phase, session, seen) for phase in chosen}
+    return {phase.name: train_phase(phase, session, session.seen) for phase in chosen}
 
 
 def train_phase(phase: Phase, session: Session, seen: list[Member]) -> dict[str, Tensor]:

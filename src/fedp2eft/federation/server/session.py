@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flwr.serverapp import Grid
 
+from fedp2eft.data.clients import SEEN
 from fedp2eft.federation.server.admission import Failures
 from fedp2eft.federation.server.exchange import Member
 from fedp2eft.federation.server.run_folder import RunFolder
@@ -31,6 +32,11 @@ class Session:
     workspace: Workspace
     members: list[Member]
     reporter: Reporter
+
+    @property
+    def seen(self) -> list[Member]:
+        """The seen clients, held-out ones too."""
+        return [member for member in self.members if member.pool == SEEN]
 
     @property
     def settings(self) -> Settings:
