@@ -16,7 +16,7 @@ from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import personalize
 from fedp2eft.data.partition import rng_for
 from fedp2eft.errors import DivergedError
-from fedp2eft.methods.auto.candidate import FREE, KINDS, Candidate
+from fedp2eft.methods.auto.candidate import BY_COST, FREE, WITHOUT_PRIOR, Candidate
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
@@ -28,10 +28,12 @@ from fedp2eft.tasks.label_prior import adjusted
 
 
 def candidates(own: AutoSettings, rank: int, classes: bool) -> list[Candidate]:
-    """Return all candidates, cheapest first; those without classes do without the label prior."""
+    """Return all candidates, cheapest first; without classes none that is about the label prior."""
     ranks = sorted({rank, *(r for r in own.ranks if r < rank)})
-    kinds = sorted(set(own.kinds), key=KINDS.index)
-    free = [Candidate(kind) for kind in kinds if kind in FREE and (classes or kind != "prior")]
+    kinds = sorted(set(own.kinds), key=BY_COST.index)
+    if not classes:
+        kinds = [kind for kind in kinds if kind not in ("prior", "lora-without-prior")]
+    free = [Candidate(kind) for kind in kinds if kind in FREE]
     trained = [kind for kind in kinds if kind not in FREE]
     choices = product(sorted(set(own.epochs)), trained, ranks, sorted(set(own.lrs)))
     return free + [Candidate(kind, lr, epochs, r) for epochs, kind, r, lr in choices]
@@ -54,6 +56,11 @@ def with_prior(client: ClientSide) -> ClientSide:
     return replace(client, task=adjusted(client.task, client.train, client.q))
 
 
+def side_for(client: ClientSide, candidate: Candidate) -> ClientSide:
+    """Return the client with its label prior on its logits, if the candidate has one."""
+    return plain(client) if candidate.kind in WITHOUT_PRIOR else with_prior(client)
+
+
 def fit(client: ClientSide, candidate: Candidate, **how: Any) -> Outcome:
     """Return scores and adapter of one client with a candidate; without ranks if none is trained.
 
@@ -65,7 +72,7 @@ def fit(client: ClientSide, candidate: Candidate, **how: Any) -> Outcome:
     Raises:
         DivergedError: The fine-tuning diverged.
     """
-    side = plain(client) if candidate.kind == "base" else with_prior(client)
+    side = side_for(client, candidate)
     if candidate.kind in FREE:
         with side.bt.off():
             scores = side.score(side.bt.model)
@@ -91,7 +98,7 @@ def settings_for(client: ClientSide, candidate: Candidate) -> LocalSettings:
 
 def _structure(client: ClientSide, candidate: Candidate) -> tuple[Tensor, Tensor]:
     """Return λ and kept ranks, both L × r_max."""
-    if candidate.kind == "lora":
+    if candidate.kind in ("lora", "lora-without-prior"):
         return uniform(client.bt, candidate.rank)
     lam, keep = predicted(client, candidate.rank)
     return (torch.ones_like(lam) if candidate.kind == "structure" else lam), keep
@@ -135,8 +142,7 @@ def held_out(
         for number, candidate in enumerate(tried):
             if candidate.kind in FREE:
                 assert base is not None
-                task = client.task if candidate.kind == "base" else with_prior(fold).task
-                found[number, part] = base.rows(task, part)
+                found[number, part] = base.rows(side_for(fold, candidate).task, part)
                 continue
             found[number, part] = _trained(fold.part(done, jobs), candidate)
             done += 1
@@ -174,7 +180,7 @@ def unadapted(client: ClientSide) -> Unadapted:
 
 def _trained(fold: ClientSide, candidate: Candidate) -> Tensor:
     """Return the log-likelihood of a fold's held-out rows after fine-tuning on the others."""
-    side = with_prior(fold)
+    side = side_for(fold, candidate)
     settings = settings_for(side, candidate)
     lam, keep = _structure(side, candidate)
     order, measured = side.order(settings), []

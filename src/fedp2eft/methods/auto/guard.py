@@ -36,8 +36,8 @@ from fedp2eft.methods.auto.candidates import (
     plain,
     row_likelihoods,
     settings_for,
+    side_for,
     unadapted,
-    with_prior,
 )
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.progress import current
@@ -97,6 +97,11 @@ def to_try(client: ClientSide, chosen: Candidate, adapter: Candidate) -> Candida
     return None if tried.kind in FREE else tried
 
 
+def untrained(client: ClientSide) -> list[Candidate]:
+    """Return what a client can have without training: the base, and its label prior."""
+    return [Candidate("base"), *([Candidate("prior")] if has_classes(client) else [])]
+
+
 def half_steps(client: ClientSide, candidate: Candidate) -> int:
     """Return the optimizer steps that a fine-tuning takes on the first half of the rows alone."""
     rows = len(folds(client, 2)[0])
@@ -122,14 +127,12 @@ def after_half(client: ClientSide, chosen: Candidate, tried: Candidate, steps: i
         for rows in (first, rest)
         for batch in local_order(len(rows), epochs, size, client.seed)
     ]
-    side = plain(client)
+    held = client.train.select(rest)
+    base, rows = unadapted(replace(plain(client), train=held)), np.arange(len(held))
     # Held-out labels are not in the label prior that they are compared under.
-    task = with_prior(replace(side, train=side.train.select(first))).task
-    held = side.train.select(rest)
-    base, rows = unadapted(replace(side, train=held)), np.arange(len(held))
-    found = {Candidate("base"): base.rows(side.task, rows)}
-    if has_classes(client):
-        found[Candidate("prior")] = base.rows(task, rows)
+    half = replace(client, train=client.train.select(first))
+    found = {each: base.rows(side_for(half, each).task, rows) for each in untrained(client)}
+    task = side_for(half, tried).task
 
     def after(step: int, model: nn.Module) -> None:
         if step != steps:
@@ -162,8 +165,7 @@ def decide(client: ClientSide, chosen: Candidate, tried: Candidate | None) -> Ca
             f"(auto.min_rows is {own.min_rows}): it follows the federation's choice, {chosen}."
         )
         return chosen
-    others = [Candidate("base"), *([Candidate("prior")] if has_classes(client) else [])]
-    others += [tried] if tried else []
+    others = [*untrained(client), *([tried] if tried else [])]
     compared = [*(each for each in others if each != chosen), chosen]
     found = held_out(client, compared, folds(client, own.folds))
     return preferred(dict(zip(compared, found, strict=True)), chosen, own.noise)
