@@ -17,7 +17,8 @@ from fedp2eft.settings.experiment import AdapterSettings
 from fedp2eft.tasks import packed
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
-from fedp2eft.tasks.packed import Block, _Attention, pack
+from fedp2eft.tasks.packed import pack
+from fedp2eft.tasks.packed_attention import Block, _Attention
 from tiny import (
     CLASSES,
     ENCODERS,

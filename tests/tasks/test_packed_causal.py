@@ -19,6 +19,7 @@ from fedp2eft.tasks import packed
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
 from fedp2eft.tasks.frozen_blocks import DECODERS
+from fedp2eft.tasks.packed import shared_tokens
 from tiny import LONGEST, VOCABULARY, disturb, tiny, tiny_rows
 
 TASK = CausalLM(pad_id=0, max_length=LONGEST, vocabulary=VOCABULARY)
@@ -31,7 +32,15 @@ def causal_rows(lengths: list[int], seed: int = 0) -> Encoded:
     return replace(data, starts=starts, labels=np.zeros_like(data.labels))
 
 
+def beginning_alike(data: Encoded, tokens: int) -> Encoded:
+    """The rows with the same so many tokens before each."""
+    same = [int(token) for token in np.arange(tokens) % 7 + 1]
+    rows = [same + row.tolist() for row in np.split(data.tokens, data.offsets[1:-1])]
+    return Encoded.from_rows(rows, data.labels, starts=data.starts + tokens)
+
+
 DATA = causal_rows([5, 14, 3, 5, 14, 6, 13, 2])
+ALIKE = beginning_alike(causal_rows([5, 9, 3, 5, 9, 6, 8, 2]), 5)
 
 
 def decoder(kind: str, attention: str = "eager") -> nn.Module:
@@ -47,10 +56,11 @@ def decoder(kind: str, attention: str = "eager") -> nn.Module:
     return model.double().eval()
 
 
+@pytest.mark.parametrize("data", [DATA, ALIKE], ids=["any rows", "rows that begin alike"])
 @pytest.mark.parametrize("block_tokens", [0, 4, 1000])  # rows of one length, of some, all rows
 @pytest.mark.parametrize("kind", DECODERS)
 def test_loss_and_every_gradient_are_those_of_padded_rows(
-    kind: str, block_tokens: int, monkeypatch
+    kind: str, block_tokens: int, data: Encoded, monkeypatch
 ) -> None:
     monkeypatch.setattr(packed, "BLOCK_TOKENS", block_tokens)
     bt = BTLora(decoder(kind), AdapterSettings(r_max=4))
@@ -58,9 +68,9 @@ def test_loss_and_every_gradient_are_those_of_padded_rows(
     bt.reset(0.5)
     disturb(bt)
     leaves, found = [*bt.A, *bt.B, bt.lam], []
-    loss_of = TASK.packed_loss(bt.model, DATA)
+    loss_of = TASK.packed_loss(bt.model, data)
     assert loss_of is not None
-    for loss in (loss_of(ROWS), TASK.loss(bt.model, TASK.batch(DATA, ROWS))):
+    for loss in (loss_of(ROWS), TASK.loss(bt.model, TASK.batch(data, ROWS))):
         found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for mine, whole in zip(*found, strict=True):
         torch.testing.assert_close(mine, whole, rtol=1e-5, atol=1e-6)  # norms are float32
@@ -69,13 +79,17 @@ def test_loss_and_every_gradient_are_those_of_padded_rows(
 
 @settings(max_examples=25, deadline=None)
 @given(
-    lengths=st.lists(st.integers(2, LONGEST), min_size=1, max_size=12),
+    lengths=st.lists(st.integers(2, LONGEST - 4), min_size=1, max_size=12),
     seed=st.integers(0, 99),
     most=st.sampled_from([1, 20, 1000]),
+    alike=st.integers(0, 4),
 )
-def test_any_rows_score_as_padded_ones(lengths: list[int], seed: int, most: int) -> None:
-    model, data = decoder("llama"), causal_rows(lengths, seed)
+def test_any_rows_score_as_padded_ones(
+    lengths: list[int], seed: int, most: int, alike: int
+) -> None:
+    model, data = decoder("llama"), beginning_alike(causal_rows(lengths, seed), alike)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(packed, "BLOCK_TOKENS", 2)
         patch.setattr(CausalLM, "most_tokens", most)
         loss_of, parts_of = rows_loss(TASK, model, data)
         assert parts_of is not None
@@ -96,6 +110,37 @@ def test_the_head_is_asked_at_response_tokens_alone() -> None:
     loss_of(ROWS)
     TASK.losses(model, DATA, 100)
     assert seen == [DATA.weights(ROWS).sum(), DATA.weights(np.arange(len(DATA))).sum()]
+
+
+def test_tokens_that_all_rows_begin_with_are_computed_once(monkeypatch) -> None:
+    model, seen = decoder("llama"), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _m, a: seen.append(a[0].numel()))
+    loss_of = TASK.packed_loss(model, ALIKE)
+    assert loss_of is not None
+    tokens = int(ALIKE.lengths[ROWS].sum())
+    loss_of(ROWS)
+    assert seen.pop() == tokens  # 4 · 6 positions are fewer than a block of attention costs
+    monkeypatch.setattr(packed, "BLOCK_TOKENS", 24)
+    loss_of(ROWS)
+    assert seen.pop() == tokens - 24
+    # With dropout, each row draws a mask of its own at every token.
+    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.Dropout(0.1), nn.SiLU())
+    loss_of(ROWS)
+    assert seen.pop() == tokens - 24
+    model.train()
+    loss_of(ROWS)
+    assert seen.pop() == tokens
+
+
+def test_how_many_tokens_rows_begin_with_alike(monkeypatch) -> None:
+    monkeypatch.setattr(packed, "BLOCK_TOKENS", 1)
+    rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 9], [1, 2, 3, 4, 5, 6]]
+    data = Encoded.from_rows(rows, [0] * 3, starts=[5, 4, 5])
+    assert shared_tokens(data, [0, 1, 2]) == 3
+    # The same prompt: its last token predicts the response's first, in each row.
+    assert shared_tokens(data, [0, 2]) == 4
+    assert shared_tokens(data, [2]) == 0  # one row shares with nobody
+    assert shared_tokens(replace(data, starts=np.array([0, 4, 5])), [0, 1, 2]) == 0
 
 
 def test_what_is_not_packed() -> None:

@@ -69,6 +69,13 @@ class Encoded:
         """Tokens per row."""
         return np.diff(self.offsets)
 
+    @property
+    def first_targets(self) -> NDArray[np.int64]:
+        """Each row's first position that a causal LM is trained to predict."""
+        assert self.starts is not None
+        # The first token of a row has nothing before it to be predicted from.
+        return np.maximum(self.starts, 1)
+
     def places(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the tokens of the given rows are in `tokens`, row by row."""
         return np.concatenate([np.arange(*self.offsets[i : i + 2]) for i in indices])
@@ -207,8 +214,7 @@ class Encoded:
         chosen = np.asarray(indices, dtype=np.int64)
         if self.starts is None:
             return np.ones(len(chosen), np.int64)
-        # The first token of a row has nothing before it to be predicted from.
-        return self.lengths[chosen] - np.maximum(self.starts[chosen], 1)
+        return self.lengths[chosen] - self.first_targets[chosen]
 
     def by_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
         """Yield row indices in batches of similar length, longest first (memory peaks at once)."""
