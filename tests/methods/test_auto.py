@@ -183,6 +183,24 @@ def test_cheapest_within_noise_is_chosen() -> None:
     assert Candidate.of(choose(*answered(SUMS))["adapter"].tolist()) == LORA
 
 
+def test_of_learning_rates_within_noise_the_best_is_chosen() -> None:
+    """They cost the same; so would one with more epochs not, which is better still."""
+    tried = [BASE, PRIOR, replace(LORA, lr=1e-3), LORA, replace(LORA, lr=1e-1),
+             replace(LORA, epochs=2)]  # fmt: skip
+    known = torch.tensor([each.values() for each in tried], dtype=torch.float64)
+    sums = torch.tensor([[-20, -9, -8.4, -8.1, -9.0, -7.9], [-20, -9, -8.2, -8.1, -9.0, -8.2]])
+    answers = {
+        "candidates": 2 * known,
+        "sums": sums.sum(dim=0).double(),
+        "products": sum(torch.outer(row, row) for row in sums.double()),
+        "diverged": torch.zeros(6).double(),
+        "rows": torch.tensor([20.0]),
+        "noise": torch.tensor([2.0]).double(),
+        "steps": torch.zeros(1),
+    }
+    assert Candidate.of(choose(answers, 2)["chosen"].tolist()) == LORA
+
+
 def test_a_candidate_that_diverged_anywhere_is_never_chosen() -> None:
     better = [[-10.0, -8.0, -1.0], [-12.0, -9.0, -1.0], [-11.0, -8.5, DIVERGED]]
     assert chosen(better) == PRIOR

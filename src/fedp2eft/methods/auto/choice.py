@@ -1,5 +1,7 @@
 """The federation's choice: the cheapest candidate that is not clearly worse than the best.
 
+Of several that cost the same, as learning rates do, it is the best.
+
 Every seen client divides its training rows into folds, personalizes with every candidate on all
 folds but one, and answers the sums s of the log-likelihoods of the held-out rows, and the products
 of each two of them: sums over clients of both give the differences and their squares, so the choice
@@ -19,6 +21,7 @@ prior has seen them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,12 +84,13 @@ def choose(sums: Mapping[str, Tensor], clients: int) -> dict[str, Tensor]:
     error = (variance.clamp(min=0.0) * clients).sqrt()
     equal = usable & (worse <= noise * error)
     equal[best] = True
-    chosen = int(equal.nonzero()[0])
+    tried = [Candidate.of(each) for each in known.tolist()]
+    cheapest = tried[int(equal.nonzero()[0])]
+    cost_the_same = torch.tensor([replace(each, lr=cheapest.lr) == cheapest for each in tried])
+    chosen = _best(total, equal & cost_the_same)
     rows = sums["rows"].clamp(min=1)
     table = torch.cat([known, torch.stack([total, worse, error], dim=1) / rows], dim=1)
-    trained = usable & torch.tensor(
-        [Candidate.of(each).kind not in FREE for each in known.tolist()]
-    )
+    trained = usable & torch.tensor([each.kind not in FREE for each in tried])
     adapter = _best(total, trained) if trained.any() else chosen
     found = {"chosen": known[chosen].clone(), "adapter": known[adapter].clone()}
     return {**found, "table": table, "steps": sums["steps"]}
