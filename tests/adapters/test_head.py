@@ -58,6 +58,10 @@ def made(tmp_path_factory):
     with torch.no_grad():
         logits["lora"] = bt.model.eval()(input_ids=IDS).logits.double() + OFFSET
     weights["lora"] = with_head(replace(bt.trim(3), offset=OFFSET), bt)
+    # logits divided by a temperature first (`calibrated-prior`)
+    logits["calibrated"] = (logits["lora"] - OFFSET) / 2.5 + OFFSET
+    weights["calibrated"] = with_head(replace(bt.trim(3), offset=OFFSET, temperature=2.5), bt)
+    assert (weights["calibrated"].offset, weights["calibrated"].temperature) == (None, 1.0)
     assert (logits["lora"] - logits["prior"]).abs().max() > 0.01
     return folder, bt, logits, weights
 
@@ -108,6 +112,7 @@ def test_reading_back_and_other_layouts(made, elsewhere, name) -> None:
 def test_a_prior_is_seven_numbers_or_as_many_as_classes(made) -> None:
     bt = made[1]
     assert replace(no_ranks(bt), offset=OFFSET).parameters() == CLASSES == 3
+    assert replace(no_ranks(bt), offset=OFFSET, temperature=2.5).parameters() == CLASSES + 1
     assert no_ranks(bt).parameters() == 0
 
 

@@ -31,7 +31,6 @@ from fedp2eft.methods.auto.candidates import (
     held_out,
     row_likelihoods,
     settings_for,
-    side_for,
     with_prior,
 )
 from fedp2eft.methods.auto.choice import ask, choose
@@ -49,7 +48,6 @@ from watching import watched
 Q = torch.tensor([0.2, 0.3, 0.5])
 BASE, PRIOR = Candidate("base"), Candidate("prior")
 LORA = Candidate("lora", 1e-2, 1, 2)
-BARE = Candidate("lora-without-prior", 1e-2, 1, 2)
 OWN = AutoSettings(lrs=[1e-2], epochs=[1], hold_out="folds")
 
 
@@ -76,23 +74,6 @@ def test_candidates_come_cheapest_first() -> None:
         assert Candidate.of(torch.tensor(each.values()).tolist()) == each
 
 
-def test_all_kinds_cheapest_first_with_numbers_that_stay() -> None:
-    """A PSG of version 0.2 keeps the numbers 0 to 4: a new kind is appended to them."""
-    found = candidates(AutoSettings(lrs=[1e-3], epochs=[2], ranks=[]), 2, True)
-    assert [(each.kind, each.values()[0]) for each in found] == [
-        ("base", 0),
-        ("prior", 1),
-        ("lora", 2),
-        ("lora-without-prior", 5),
-        ("structure", 3),
-        ("fedp2eft", 4),
-    ]
-    kinds = [
-        each.kind for each in candidates(AutoSettings(lrs=[1e-3], epochs=[2], ranks=[]), 2, False)
-    ]
-    assert kinds == ["base", "lora", "structure", "fedp2eft"]
-
-
 def test_folds_are_parts_of_the_rows_alike_in_labels() -> None:
     labels = np.arange(24) % 3
     client = client_with(train=replace(tiny_rows([5] * 24, seed=1), labels=labels))
@@ -106,22 +87,20 @@ def test_held_out_rows_by_hand() -> None:
     """The base, the prior of the other rows, and an adapter trained on the other rows."""
     client = client_with()
     parts = folds(client, 2)
-    found = held_out(client, [BASE, PRIOR, LORA, BARE], parts)
+    found = held_out(client, [BASE, PRIOR, LORA], parts)
     with client.bt.off():
         logits = TASK.logits(client.bt.model, client.train, 64).double()
     labels = torch.from_numpy(client.train.labels)
     assert torch.equal(found[0], logits.log_softmax(1)[range(24), labels])
     for part, rest in (parts, parts[::-1]):
         fold = replace(client, train=client.train.select(rest), test=client.train.select(part))
-        shift = with_prior(fold).task.offset
-        want = (logits[part] + shift).log_softmax(1)[range(len(part)), labels[part]]
+        task = with_prior(fold).task
+        want = (logits[part] / task.temperature + task.offset).log_softmax(1)[
+            range(len(part)), labels[part]
+        ]
         assert found[1, part].tolist() == pytest.approx(want.tolist(), rel=1e-6)
         scores = fit(fold, LORA).scores
         assert -float(found[2, part].mean()) == pytest.approx(scores.loss, rel=1e-6)
-        # Without the prior: fine-tuned on the model's own logits, and scored on them.
-        side = replace(fold, settings=settings_for(fold, BARE))
-        scores = side.fit(*uniform(side.bt, 2)).scores
-        assert -float(found[3, part].mean()) == pytest.approx(scores.loss, rel=1e-6)
 
 
 def test_a_candidate_that_diverges_predicts_nothing() -> None:
@@ -213,7 +192,7 @@ def test_clients_answer_sums_alone() -> None:
     client = client_with()
     answer = ask(client, 2)
     tried = candidates(OWN, 2, True)
-    assert len(tried) == 6
+    assert len(tried) == 5
     assert answer["rows"].tolist() == [24]
     want = held_out(client, tried, folds(client, 2)).sum(dim=1)
     assert torch.equal(answer["sums"], want)
@@ -320,13 +299,12 @@ def test_half_check_never_costs_more_than_one_fine_tuning() -> None:
     left = auto(wild, 2)
     assert left.choice in ("base", "prior")
     assert steps_taken() - before == 4
-    assert left.weights.parameters() == (3 if left.choice == "prior" else 0)
+    assert left.weights.parameters() == (4 if left.choice == "prior" else 0)
 
 
-@pytest.mark.parametrize("tried", [LORA, BARE], ids=str)
-def test_half_check_holds_the_second_half_out_until_it_is_compared(monkeypatch, tried) -> None:
+def test_half_check_holds_the_second_half_out_until_it_is_compared(monkeypatch) -> None:
     """What is compared is the adapter of a fine-tuning on the first half, rows of the second."""
-    client = told(client_with(own=half()), tried)
+    client = told(client_with(own=half()), LORA)
     first, rest = folds(client, 2)
     seen = []
 
@@ -339,13 +317,10 @@ def test_half_check_holds_the_second_half_out_until_it_is_compared(monkeypatch, 
     (offset, ids, found), alone = seen.pop(), replace(client, train=client.train.select(first))
     assert ids == client.train.select(rest).tokens.tolist()
     assert not seen
-    task = side_for(alone, tried).task
-    if tried == BARE:
-        assert offset is None
-    else:
-        assert torch.equal(offset, with_prior(alone).task.offset)
+    task = with_prior(alone).task
+    assert torch.equal(offset, task.offset)
     # The offset in training is that of all rows; so is that of this fine-tuning on the half.
-    side = replace(alone, task=side_for(client, tried).task, settings=settings_for(client, tried))
+    side = replace(alone, task=with_prior(client).task, settings=settings_for(client, LORA))
     measured = []
     monkeypatch.setattr(
         type(side), "score", lambda _, model: measured.append(row_likelihoods(
@@ -403,15 +378,15 @@ def test_clients_with_few_rows_follow_the_federation() -> None:
 def test_a_final_fit_that_diverges_leaves_the_prior() -> None:
     client = told(client_with(own=replace(OWN, guard=False)), Candidate("lora", 1e30, 2, 2))
     found = auto(client, 2)
-    assert found.scores == METHODS["prior"].fit(client, 2).scores
-    assert found.weights.parameters() == 3
+    assert found.scores == METHODS["calibrated-prior"].fit(client, 2).scores
+    assert found.weights.parameters() == 4
 
 
 def test_each_kind_is_the_method_of_its_name() -> None:
     client = client_with()
     assert fit(client, BASE).scores == METHODS["base"].fit(client, 2).scores
     prior = fit(client, PRIOR)
-    assert prior.scores == METHODS["prior"].fit(client, 2).scores
+    assert prior.scores == METHODS["calibrated-prior"].fit(client, 2).scores
     assert torch.equal(prior.weights.offset, with_prior(client).task.offset)
     local = replace(LOCAL, personalize_lr=1e-2, personalize_epochs=1)
     adjusted = replace(with_prior(client), settings=local)
@@ -420,18 +395,14 @@ def test_each_kind_is_the_method_of_its_name() -> None:
         found = fit(client, replace(LORA, kind=kind))
         assert found.scores == METHODS[name].fit(adjusted, 2).scores
         assert torch.equal(found.weights.offset, with_prior(client).task.offset)
-    bare = fit(client, BARE)
-    assert bare.scores == METHODS["lora"].fit(replace(client, settings=local), 2).scores
-    assert bare.scores != fit(client, LORA).scores
-    assert bare.weights.offset is None
 
 
-@pytest.mark.parametrize("candidate", [BASE, BARE], ids=str)
-def test_no_offset_where_only_the_run_adds_one(candidate) -> None:
-    client = client_with()
-    found = fit(with_prior(client), candidate)
-    assert found.scores == fit(client, candidate).scores
-    assert with_prior(client).carrying(found.weights).offset.tolist() == [0, 0, 0]
+def test_base_has_no_offset_where_the_run_adds_one() -> None:
+    client = with_prior(client_with())
+    found = fit(client, BASE)
+    assert found.scores == METHODS["base"].fit(client_with(), 2).scores
+    carried = client.carrying(found.weights)
+    assert (carried.offset.tolist(), carried.temperature) == ([0, 0, 0], 1)
 
 
 def test_causal_lms_choose_without_a_prior() -> None:
@@ -486,7 +457,7 @@ def test_the_choice_is_kept_with_the_psg_and_used_by_default(
     kept = json.loads((folder / "surveys" / "auto-r2.json").read_text())["prepared"]
     psg = PSG.from_pretrained(folder / "psg")
     assert psg.config.choices == {"auto-r2": kept}
-    assert len(kept["table"]) == 6
+    assert len(kept["table"]) == 5
     choice = Candidate.of(kept["chosen"])
     assert f"| 2 | {choice} |" in (folder / "psg" / "README.md").read_text(encoding="utf-8")
     data = write_jsonl(tmp_path / "rows.jsonl", world.client_rows("fr-unseen-00", "train"))

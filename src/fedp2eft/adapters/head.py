@@ -1,7 +1,8 @@
 """A client's label prior inside its adapter, so that plain PEFT gives the same logits.
 
 PEFT has no place for values added to logits, but `modules_to_save` replaces a module. The head is
-saved whole: W + s·B·diag(λ)·A, and its bias with the offset. C × d parameters, 7 × 384 say.
+saved whole: W + s·B·diag(λ)·A and its bias, both divided by the temperature, and the offset in the
+bias. C × d parameters, 7 × 384 say.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def with_head(weights: AdapterWeights, bt: BTLora) -> AdapterWeights:
         if layer.name == name:
             weight = weight + layer.B @ layer.A
     layers = tuple(layer for layer in weights.layers if layer.name != name)
-    head = Head(name, weight, bias + weights.offset.float().cpu())
-    return replace(weights, layers=layers, offset=None, head=head)
+    t, offset = weights.temperature, weights.offset.float().cpu()
+    head = Head(name, weight / t, bias / t + offset)
+    return replace(weights, layers=layers, offset=None, temperature=1.0, head=head)
 
 
 def read_head(names: Sequence[str] | None, tensors: dict[str, Any], prefix: str) -> Head | None:

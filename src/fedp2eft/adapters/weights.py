@@ -71,6 +71,7 @@ class AdapterWeights:
         scaling: The factor s.
         rows: Embeddings that the client has rows of its own in.
         offset: Added to the logits, one value per class; None if nothing is.
+        temperature: What the logits are divided by before.
         head: The head that has the offset and its own low-rank part in it
             (`fedp2eft.adapters.head.with_head`).
     """
@@ -79,6 +80,7 @@ class AdapterWeights:
     scaling: float
     rows: tuple[EmbeddingRows, ...] = ()
     offset: Tensor | None = None
+    temperature: float = 1.0
     head: Head | None = None
 
     @property
@@ -92,9 +94,9 @@ class AdapterWeights:
         return max([1, *(layer.rank for layer in self.layers)])
 
     def parameters(self) -> int:
-        """Return parameters in A and B of the kept ranks, and in the offset."""
-        offset = 0 if self.offset is None else self.offset.numel()
-        return sum(layer.A.numel() + layer.B.numel() for layer in self.layers) + offset
+        """Return parameters in A and B of the kept ranks, in the offset and the temperature."""
+        prior = 0 if self.offset is None else self.offset.numel() + (self.temperature != 1)
+        return sum(layer.A.numel() + layer.B.numel() for layer in self.layers) + prior
 
     def folded(self) -> AdapterWeights:
         """Return the same adapter with s and λ folded into B, so that its scale is exactly 1."""

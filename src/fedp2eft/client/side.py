@@ -20,7 +20,7 @@ from fedp2eft.generator import PSG
 from fedp2eft.progress import each_of
 from fedp2eft.settings.experiment import LocalSettings
 from fedp2eft.tasks.encoded import Encoded
-from fedp2eft.tasks.label_prior import adjusted
+from fedp2eft.tasks.label_prior import adjusted, calibrated, with_classes
 from fedp2eft.tasks.task import Scores, Task
 
 
@@ -70,8 +70,9 @@ class ClientSide:
 
         An adapter that has an offset already keeps it.
         """
-        own = self.task.offset is None or weights.offset is not None
-        return weights if own else replace(weights, offset=self.task.offset)
+        if self.task.offset is None or weights.offset is not None:
+            return weights
+        return replace(weights, offset=self.task.offset, temperature=self.task.temperature)
 
     @property
     def q(self) -> Tensor:
@@ -79,6 +80,27 @@ class ClientSide:
         if self.label_prior is None:
             raise UserError("The label prior of the seen clients is not known here.")
         return self.label_prior
+
+    def plain(self) -> ClientSide:
+        """Return the client without a label prior on its logits."""
+        return replace(self, task=replace(self.task, offset=None, temperature=1.0))
+
+    def calibrated(self, logits: Tensor | None = None) -> ClientSide:
+        """Return the client with its calibrated label prior on its logits.
+
+        Args:
+            logits: What the base gives for the training rows, N × C; default: one forward pass.
+
+        Raises:
+            UserError: The task has no classes.
+        """
+        task = with_classes(self.plain().task, "The calibrated label prior")
+        if logits is None and len(self.train):
+            with self.bt.off():
+                logits = task.logits(self.bt.model, self.train, self.settings.eval_batch_size)
+        elif logits is None:
+            logits = self.q.new_zeros(0, len(self.q))
+        return replace(self, task=calibrated(task, logits, self.train, self.q))
 
     def score(self, model: nn.Module) -> Scores:
         """Return a model's scores on the client's test rows; of no rows if there are none."""

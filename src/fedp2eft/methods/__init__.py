@@ -14,7 +14,7 @@ from fedp2eft.errors import UserError, nearest
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.methods.fedl2p import PHASE as FEDL2P
 from fedp2eft.methods.fedl2p.settings import FedL2PSettings
-from fedp2eft.methods.method import METHODS, WITH_PRIOR, Method, Survey, register
+from fedp2eft.methods.method import CALIBRATED, METHODS, WITH_PRIOR, Method, Survey, register
 from fedp2eft.methods.settings import AdaLoraSettings, TuningSettings
 from fedp2eft.settings.experiment import GeneratorSettings, LocalSettings, Settings
 
@@ -59,6 +59,9 @@ _built_in = {
     "base": Method(_ours("base:base"), ranked=False),
     "majority": Method(_ours("prior:majority"), ranked=False, classes=True),
     "prior": Method(_ours("prior:prior"), ranked=False, classes=True, label_prior=True),
+    "calibrated-prior": Method(
+        _ours("prior:calibrated_prior"), ranked=False, classes=True, label_prior=True
+    ),
     "unigram": Method(_ours("unigram:unigram"), ranked=False, texts=True),
     "lora": Method(_ours("lora:lora")),
     "fedl2p": Method(_ours("fedl2p.method:fedl2p"), phase=FEDL2P, settings=FedL2PSettings),
@@ -140,10 +143,10 @@ def method_named(name: str) -> Method:
     if name == "fedp2eft-normalized":
         raise UserError(f"Method {name} was removed; fedp2eft 0.1.0 was the last version with it.")
     if name not in METHODS:
-        known = ", ".join(each for each in METHODS if not each.endswith(WITH_PRIOR))
+        known = ", ".join(each for each in METHODS if "+" not in each)
         raise UserError(
             f"Method {name!r} is unknown.{nearest(name, list(METHODS))} Known: {known}; and NAME"
-            f"{WITH_PRIOR} of those that train an adapter."
+            f"{WITH_PRIOR} or NAME{CALIBRATED} of those that train an adapter."
         )
     return METHODS[name]
 

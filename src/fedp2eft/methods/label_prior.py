@@ -41,7 +41,7 @@ def _scores(
     client: ClientSide, data: Encoded, own: Tensor, pooled: Tensor, taus: list[float]
 ) -> list[Scores]:
     """Return the scores of the rows at every τ."""
-    task, bt = replace(with_classes(client.task, NAME), offset=None), client.bt
+    task, bt = replace(with_classes(client.task, NAME), offset=None, temperature=1.0), client.bt
     if not len(data):
         return [task.unscored()] * len(taus)
     with bt.off():

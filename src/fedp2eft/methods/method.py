@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 GROUP = "fedp2eft.methods"
 WITH_PRIOR = "+prior"
+CALIBRATED = "+calibrated-prior"
 """Ending of the variants that `Methods` makes of the methods that train an adapter."""
 TAKEN = {
     "adapters", "base", "cells", "checkpoints", "clients", "compare", "deliver", "generations",
@@ -109,12 +110,27 @@ class Method:
             variant={**self.variant, "local": local},
         )
 
+    def calibrated(self) -> Method:
+        """Return the method with the client's calibrated label prior on its logits.
+
+        It personalizes with it; its federated training, if it has any, is without.
+        """
+
+        def fit(client: ClientSide, rank: int) -> Outcome:
+            side = client.calibrated()
+            outcome = self.fit(side, rank)
+            kept = outcome.weights
+            return replace(outcome, weights=kept and side.carrying(kept))
+
+        return replace(self, fit=fit, classes=True, label_prior=True)
+
 
 class Methods(MutableMapping[str, Method]):
     """Methods by name; those of installed packages are loaded when it is first looked at.
 
     Every method NAME with a rank budget is there as NAME+prior, too, unless it has its own way with
-    the label prior or is for causal LMs alone.
+    the label prior or is for causal LMs alone; and as NAME+calibrated-prior, unless it is trained
+    under other settings or asks the seen clients.
     """
 
     def __init__(self) -> None:
@@ -146,6 +162,9 @@ class Methods(MutableMapping[str, Method]):
         own = method.label_prior or method.texts  # its own way with the prior, or no classes
         if method.ranked and not own and not name.endswith(WITH_PRIOR):
             self._known[name + WITH_PRIOR] = method.with_prior(name)
+            if not (method.surveys or method.variant):
+                section = method.section or name.replace("-", "_")
+                self._known[name + CALIBRATED] = replace(method.calibrated(), section=section)
 
     def _check(self, name: str, phase: Phase) -> None:
         """Raise `UserError` unless files, seeds and messages can have the phase's name."""
@@ -160,6 +179,7 @@ class Methods(MutableMapping[str, Method]):
     def __delitem__(self, name: str) -> None:
         del self._known[name]
         self._known.pop(name + WITH_PRIOR, None)
+        self._known.pop(name + CALIBRATED, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.load())

@@ -1,6 +1,7 @@
-"""The client's label prior alone: with the base model (`prior`), or with no model (`majority`).
+"""The client's label prior alone: with the base model (`prior`, `calibrated-prior`), or with no
+model (`majority`).
 
-Neither trains anything. Under label skew they are the bar that an adapter must clear (METHODS:
+They train nothing. Under label skew they are the bar that an adapter must clear (METHODS:
 docs/methods.md); formulas in `fedp2eft.tasks.label_prior`.
 """
 
@@ -21,9 +22,18 @@ from fedp2eft.tasks.task import Scores
 def prior(client: ClientSide, rank: int) -> Outcome:
     """Score the base with log p − log q added to its logits (τ = 1); the budget plays no part."""
     task = adjusted(with_classes(client.task, "Method prior"), client.train, client.q)
+    return _unadapted(replace(client, task=task))
+
+
+def calibrated_prior(client: ClientSide, rank: int) -> Outcome:
+    """Score the base with the client's calibrated prior; the budget plays no part."""
+    return _unadapted(client.calibrated())
+
+
+def _unadapted(client: ClientSide) -> Outcome:
     with client.bt.off():
-        scores = replace(client, task=task).score(client.bt.model)
-    return Outcome(scores, replace(no_ranks(client.bt), offset=task.offset))
+        scores = client.score(client.bt.model)
+    return Outcome(scores, client.carrying(no_ranks(client.bt)))
 
 
 def no_ranks(bt: BTLora) -> AdapterWeights:

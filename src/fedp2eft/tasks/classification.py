@@ -83,11 +83,11 @@ class Classification(Task):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         with only_first_position(model):
             logits: Tensor = run(model, inputs).logits
-        return F.cross_entropy(self._adjusted(logits), batch["labels"])
+        return F.cross_entropy(self.adjusted(logits), batch["labels"])
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        """Return logits in float32, with the offset."""
-        logits = logits.float()
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """Return a model's logits in float32, with the temperature and the offset."""
+        logits = logits.float() / self.temperature
         return logits if self.offset is None else logits + self.offset.to(logits.device)
 
     def packed_loss(self, model: nn.Module, data: Encoded) -> RowsLoss | None:
@@ -100,7 +100,7 @@ class Classification(Task):
         def loss_of(indices: NDArray[np.int64]) -> Tensor:
             inputs, packing, order = pack(rows(), indices)
             logits = packed_logits(model, inputs, packing)
-            return F.cross_entropy(self._adjusted(logits), torch.from_numpy(data.labels[order]))
+            return F.cross_entropy(self.adjusted(logits), torch.from_numpy(data.labels[order]))
 
         return loss_of
 
@@ -120,7 +120,7 @@ class Classification(Task):
                 batch = self.batch(data, chosen)
                 batch.pop("labels")
                 with only_first_position(model):
-                    parts.append(self._adjusted(run(model, batch).logits).cpu())
+                    parts.append(self.adjusted(run(model, batch).logits).cpu())
                 rows.append(torch.from_numpy(chosen))
         order = torch.cat(rows)
         result = torch.empty(len(data), parts[0].shape[1])

@@ -5,6 +5,16 @@
 n(y) are the client's training labels, N their number, C the classes, and q the label distribution
 that the base model was trained on. τ = 1 is Bayes' rule for a calibrated base (Saerens et al. 2002;
 logit adjustment, Menon et al., ICLR 2021).
+
+A base is seldom calibrated, least of all on a client's text, which it has not seen. So the
+calibrated prior has a temperature T beside p, fitted to the client's training rows (temperature
+scaling, Guo et al., ICML 2017; calibration before label shift, Alexandari et al., ICML 2020):
+
+    z(x) = (f(x) − log q) / T + log p
+    T = argmin  Σ_i CE(z(x_i), y_i) + (log T)² / 2
+
+log T has a standard normal prior: a client of few rows stays near T = 1. On rows that the base was
+trained on, T is too small.
 """
 
 from __future__ import annotations
@@ -18,6 +28,9 @@ from torch import Tensor
 from fedp2eft.errors import UserError
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
+
+TEMPERATURES = torch.linspace(-4, 4, 161, dtype=torch.float64).exp()
+"""What T is chosen from: 5 % apart."""
 
 
 def label_counts(data: Encoded, classes: int) -> Tensor:
@@ -69,4 +82,35 @@ def adjusted(task: Any, data: Encoded, q: Tensor) -> Classification:
         q: Label distribution that the base was trained on, C.
     """
     known = with_classes(task, "local.logit_adjustment")
-    return replace(known, offset=offset(label_counts(data, len(q)), q))
+    return replace(known, offset=offset(label_counts(data, len(q)), q), temperature=1.0)
+
+
+def temperature(logits: Tensor, labels: Tensor, p: Tensor, q: Tensor) -> float:
+    """Return T of the calibrated prior.
+
+    Args:
+        logits: What the base gives for the client's training rows, N × C.
+        labels: Their classes, N.
+        p: The client's label distribution, C.
+        q: Label distribution that the base was trained on, C.
+    """
+    known = logits.double() - q.double().log()
+    scaled = known / TEMPERATURES[:, None, None] + p.double().log()
+    chosen = scaled.log_softmax(dim=2).gather(2, labels.expand(len(scaled), -1)[..., None])
+    losses = TEMPERATURES.log() ** 2 / 2 - chosen.sum(dim=(1, 2))
+    return float(TEMPERATURES[losses.argmin()])
+
+
+def calibrated(task: Any, logits: Tensor, data: Encoded, q: Tensor) -> Classification:
+    """Return the task with the client's calibrated prior, in training and in prediction.
+
+    Args:
+        task: A classification.
+        logits: What the base gives for the client's training rows, N × C.
+        data: The client's training rows.
+        q: Label distribution that the base was trained on, C.
+    """
+    known = with_classes(task, "The calibrated label prior")
+    p = own_prior(label_counts(data, len(q)), q)
+    t = temperature(logits, torch.from_numpy(data.labels), p, q)
+    return replace(known, offset=p.log() - q.log() / t, temperature=t)

@@ -61,8 +61,8 @@ class Block:
         firsts = start + lengths.cumsum() - lengths
         places = np.repeat(firsts[:, None], width, axis=1)
         places[real] = np.arange(start, stop)
-        masks = (places.ravel(), real, np.flatnonzero(real))
-        return cls(start, stop, rows, width, *map(torch.from_numpy, masks), before)
+        masks = [torch.from_numpy(each) for each in (places.ravel(), real, np.flatnonzero(real))]
+        return cls(start, stop, rows, width, masks[0], masks[1], masks[2], before)
 
     @property
     def firsts(self) -> Tensor | slice:

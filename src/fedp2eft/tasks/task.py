@@ -93,6 +93,7 @@ class Task(ABC):
         vocabulary: Token ids that the model has embeddings for; None if that is not known.
         offset: Added to the logits of a classification in training and in prediction, one value per
             class: a client's label prior (`fedp2eft.tasks.label_prior`).
+        temperature: What the logits are divided by before.
         states_mib: Memory for hidden states that frozen blocks give, in MiB: `with_states`.
     """
 
@@ -101,6 +102,7 @@ class Task(ABC):
     device: torch.device | str = "cpu"
     vocabulary: int | None = None
     offset: Tensor | None = field(default=None, compare=False, kw_only=True)
+    temperature: float = field(default=1.0, compare=False, kw_only=True)
     states_mib: int = field(default=0, kw_only=True)
 
     # Tokens of one pass of packed rows: what it keeps for its backward pass grows with them.

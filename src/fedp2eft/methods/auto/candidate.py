@@ -9,20 +9,9 @@ from typing import get_args
 from fedp2eft.methods.auto.settings import Kind
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""All kinds. Their order is their number in `Candidate.values`, so new ones go to the end."""
-BY_COST: tuple[Kind, ...] = (
-    "base",
-    "prior",
-    "lora",
-    "lora-without-prior",
-    "structure",
-    "fedp2eft",
-)
-"""All kinds, cheapest first; of two that cost the same, the one with the label prior first."""
+"""Cheapest first."""
 FREE: tuple[Kind, ...] = ("base", "prior")
 """Kinds that train nothing."""
-WITHOUT_PRIOR: tuple[Kind, ...] = ("base", "lora-without-prior")
-"""Kinds that a classification's label prior is not added to."""
 
 
 @dataclass(frozen=True)

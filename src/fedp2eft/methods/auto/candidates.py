@@ -16,7 +16,7 @@ from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import personalize
 from fedp2eft.data.partition import rng_for
 from fedp2eft.errors import DivergedError
-from fedp2eft.methods.auto.candidate import BY_COST, FREE, WITHOUT_PRIOR, Candidate
+from fedp2eft.methods.auto.candidate import FREE, KINDS, Candidate
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
@@ -24,16 +24,13 @@ from fedp2eft.methods.prior import no_ranks
 from fedp2eft.settings.experiment import LocalSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
-from fedp2eft.tasks.label_prior import adjusted
 
 
 def candidates(own: AutoSettings, rank: int, classes: bool) -> list[Candidate]:
-    """Return all candidates, cheapest first; without classes none that is about the label prior."""
+    """Return all candidates, cheapest first; those without classes do without the label prior."""
     ranks = sorted({rank, *(r for r in own.ranks if r < rank)})
-    kinds = sorted(set(own.kinds), key=BY_COST.index)
-    if not classes:
-        kinds = [kind for kind in kinds if kind not in ("prior", "lora-without-prior")]
-    free = [Candidate(kind) for kind in kinds if kind in FREE]
+    kinds = sorted(set(own.kinds), key=KINDS.index)
+    free = [Candidate(kind) for kind in kinds if kind in FREE and (classes or kind != "prior")]
     trained = [kind for kind in kinds if kind not in FREE]
     choices = product(sorted(set(own.epochs)), trained, ranks, sorted(set(own.lrs)))
     return free + [Candidate(kind, lr, epochs, r) for epochs, kind, r, lr in choices]
@@ -44,35 +41,31 @@ def has_classes(client: ClientSide) -> bool:
     return isinstance(client.task, Classification)
 
 
-def plain(client: ClientSide) -> ClientSide:
-    """Return the client without a label prior on its logits; each candidate says if it has one."""
-    return replace(client, task=replace(client.task, offset=None))
+def with_prior(client: ClientSide, logits: Tensor | None = None) -> ClientSide:
+    """Return the client with its calibrated prior on its logits, if it has classes.
+
+    Args:
+        client: The client.
+        logits: What the base gives for its training rows, if that is known.
+    """
+    return client.calibrated(logits) if has_classes(client) else client
 
 
-def with_prior(client: ClientSide) -> ClientSide:
-    """Return the client with its label prior on its logits, if it has classes."""
-    if not has_classes(client):
-        return client
-    return replace(client, task=adjusted(client.task, client.train, client.q))
-
-
-def side_for(client: ClientSide, candidate: Candidate) -> ClientSide:
-    """Return the client with its label prior on its logits, if the candidate has one."""
-    return plain(client) if candidate.kind in WITHOUT_PRIOR else with_prior(client)
-
-
-def fit(client: ClientSide, candidate: Candidate, **how: Any) -> Outcome:
+def fit(
+    client: ClientSide, candidate: Candidate, logits: Tensor | None = None, **how: Any
+) -> Outcome:
     """Return scores and adapter of one client with a candidate; without ranks if none is trained.
 
     Args:
         client: The client.
         candidate: What to fit.
+        logits: What the base gives for the client's training rows, if that is known.
         how: Further arguments of `ClientSide.fit`.
 
     Raises:
         DivergedError: The fine-tuning diverged.
     """
-    side = side_for(client, candidate)
+    side = client.plain() if candidate.kind == "base" else with_prior(client, logits)
     if candidate.kind in FREE:
         with side.bt.off():
             scores = side.score(side.bt.model)
@@ -83,10 +76,11 @@ def fit(client: ClientSide, candidate: Candidate, **how: Any) -> Outcome:
         assert outcome.weights is not None
         scores, weights = outcome.scores, outcome.weights
     if has_classes(client):
-        offset = side.task.offset
+        task = side.task
+        offset = task.offset
         if offset is None and client.task.offset is not None:
             offset = torch.zeros_like(client.task.offset)
-        weights = replace(weights, offset=offset)
+        weights = replace(weights, offset=offset, temperature=task.temperature)
     return Outcome(scores, weights)
 
 
@@ -98,7 +92,7 @@ def settings_for(client: ClientSide, candidate: Candidate) -> LocalSettings:
 
 def _structure(client: ClientSide, candidate: Candidate) -> tuple[Tensor, Tensor]:
     """Return λ and kept ranks, both L × r_max."""
-    if candidate.kind in ("lora", "lora-without-prior"):
+    if candidate.kind == "lora":
         return uniform(client.bt, candidate.rank)
     lam, keep = predicted(client, candidate.rank)
     return (torch.ones_like(lam) if candidate.kind == "structure" else lam), keep
@@ -121,7 +115,7 @@ def held_out(
 ) -> Tensor:
     """Return the log-likelihood of every training row when its fold is held out.
 
-    Candidates that train nothing share one forward pass over all rows.
+    The base's logits are those of one forward pass over all rows.
 
     Args:
         client: The client.
@@ -131,20 +125,21 @@ def held_out(
     Returns:
         C × N, float64; −inf in all rows of a candidate whose fine-tuning diverged.
     """
-    client = replace(plain(client), answer=None)
+    client = replace(client.plain(), answer=None)
     found = torch.zeros(len(tried), len(client.train), dtype=torch.float64)
     jobs = len(parts) * sum(candidate.kind not in FREE for candidate in tried)
-    base = unadapted(client) if any(c.kind in FREE for c in tried) else None
+    base = unadapted(client)
     done = 0
     for part in parts:
         rest = np.setdiff1d(np.arange(len(client.train)), part)
         fold = replace(client, train=client.train.select(rest), test=client.train.select(part))
+        known = with_prior(fold, base.values[torch.from_numpy(rest)])
         for number, candidate in enumerate(tried):
             if candidate.kind in FREE:
-                assert base is not None
-                found[number, part] = base.rows(side_for(fold, candidate).task, part)
+                task = fold.task if candidate.kind == "base" else known.task
+                found[number, part] = base.rows(task, part)
                 continue
-            found[number, part] = _trained(fold.part(done, jobs), candidate)
+            found[number, part] = _trained(known.part(done, jobs), candidate)
             done += 1
     diverged = ~torch.isfinite(found).all(dim=1)
     found[diverged] = -torch.inf
@@ -163,8 +158,7 @@ class Unadapted:
         chosen = self.values[torch.from_numpy(part)]
         if not isinstance(task, Classification):
             return chosen
-        offset = 0 if task.offset is None else task.offset
-        return _of_labels(chosen + offset, self.data.select(part))
+        return _of_labels(task.adjusted(chosen), self.data.select(part))
 
 
 def unadapted(client: ClientSide) -> Unadapted:
@@ -180,8 +174,7 @@ def unadapted(client: ClientSide) -> Unadapted:
 
 def _trained(fold: ClientSide, candidate: Candidate) -> Tensor:
     """Return the log-likelihood of a fold's held-out rows after fine-tuning on the others."""
-    side = side_for(fold, candidate)
-    settings = settings_for(side, candidate)
+    side, settings = fold, settings_for(fold, candidate)
     lam, keep = _structure(side, candidate)
     order, measured = side.order(settings), []
     try:

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,11 +32,10 @@ from fedp2eft.methods.auto.candidates import (
     folds,
     has_classes,
     held_out,
-    plain,
     row_likelihoods,
     settings_for,
-    side_for,
     unadapted,
+    with_prior,
 )
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.progress import current
@@ -127,12 +125,14 @@ def after_half(client: ClientSide, chosen: Candidate, tried: Candidate, steps: i
         for rows in (first, rest)
         for batch in local_order(len(rows), epochs, size, client.seed)
     ]
-    held = client.train.select(rest)
-    base, rows = unadapted(replace(plain(client), train=held)), np.arange(len(held))
+    held, base = client.train.select(rest), unadapted(client.plain())
     # Held-out labels are not in the label prior that they are compared under.
-    half = replace(client, train=client.train.select(first))
-    found = {each: base.rows(side_for(half, each).task, rows) for each in untrained(client)}
-    task = side_for(half, tried).task
+    half = replace(client.plain(), train=client.train.select(first))
+    task = with_prior(half, base.values[torch.from_numpy(first)]).task
+    found = {
+        each: base.rows(half.task if each.kind == "base" else task, rest)
+        for each in untrained(client)
+    }
 
     def after(step: int, model: nn.Module) -> None:
         if step != steps:
@@ -143,7 +143,8 @@ def after_half(client: ClientSide, chosen: Candidate, tried: Candidate, steps: i
             raise _LeftError(better)
 
     try:
-        return replace(fit(client, tried, order=order, after=after), choice=tried.kind)
+        outcome = fit(client, tried, base.values, order=order, after=after)
+        return replace(outcome, choice=tried.kind)
     except _LeftError as left:
         return _fitted(client, left.better)
 

@@ -8,7 +8,7 @@ from typing import Literal
 from fedp2eft.errors import require
 
 HoldOut = Literal["half", "folds"]
-Kind = Literal["base", "prior", "lora", "structure", "fedp2eft", "lora-without-prior"]
+Kind = Literal["base", "prior", "lora", "structure", "fedp2eft"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class AutoSettings:
     Args:
         kinds: "base": no adapter. "prior": the label prior alone (classification). "lora",
             "structure" (FedP²EFT's ranks with λ = 1) and "fedp2eft" (with its own λ): an adapter,
-            in a classification with the label prior added to the logits. "lora-without-prior"
-            (classification): LoRA without it.
+            in a classification with the label prior on its logits. The label prior is the
+            calibrated one.
         lrs: Learning rates of the adapters.
         epochs: Passes over the client's rows.
         ranks: Rank budgets, those below the one asked for; that one is tried, too.
@@ -36,14 +36,7 @@ class AutoSettings:
     """
 
     kinds: list[Kind] = field(
-        default_factory=lambda: [
-            "base",
-            "prior",
-            "lora",
-            "lora-without-prior",
-            "structure",
-            "fedp2eft",
-        ]
+        default_factory=lambda: ["base", "prior", "lora", "structure", "fedp2eft"]
     )
     lrs: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
     epochs: list[int] = field(default_factory=lambda: [2, 4])
