@@ -100,14 +100,17 @@ def test_causal_lm_is_personalized(kind, method) -> None:
 def test_every_method_has_its_line_in_the_docs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     lines = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| `")]
-    names = [name for name in METHODS if not name.endswith(WITH_PRIOR)]
-    assert sorted(lines) == sorted(f"`{name}`" for name in [*names, "NAME+prior"])
+    names = [name for name in METHODS if "+" not in name]
+    variants = ["NAME+prior", "NAME+calibrated-prior"]
+    assert sorted(lines) == sorted(f"`{name}`" for name in names + variants)
 
 
 def test_every_method_that_trains_has_a_variant_with_the_label_prior() -> None:
     without = {name for name in METHODS if name + WITH_PRIOR not in METHODS}
-    without = {name for name in without if not name.endswith(WITH_PRIOR)}
-    assert without == {"base", "majority", "prior", "unigram", "label-prior", "auto"}
+    without = {name for name in without if "+" not in name}
+    assert without == {
+        "base", "majority", "prior", "calibrated-prior", "unigram", "label-prior", "auto",
+    }  # fmt: skip
     own = {"logit_adjustment": "own"}
     for name in ("lora-tuned", "bt-lora", "gradient-shared", "fedp2eft-global", "fedl2p"):
         plain, variant = METHODS[name], METHODS[name + WITH_PRIOR]
@@ -124,12 +127,13 @@ def test_every_method_that_trains_has_a_variant_with_the_label_prior() -> None:
 def test_a_new_method_brings_its_variant_and_takes_it_away() -> None:
     METHODS["mine"] = METHODS["lora"]
     assert METHODS["mine+prior"].variant == {"local": {"logit_adjustment": "own"}}
+    assert METHODS["mine+calibrated-prior"].label_prior
     del METHODS["mine"]
-    assert not {"mine", "mine+prior"} & set(METHODS)
+    assert not {"mine", "mine+prior", "mine+calibrated-prior"} & set(METHODS)
     METHODS["mine"] = replace(METHODS["lora"], texts=True)
     assert "mine+prior" not in METHODS
     del METHODS["mine"]
-    with pytest.raises(UserError, match=r"'lroa' is unknown.*and NAME\+prior of those that train"):
+    with pytest.raises(UserError, match=r"'lroa' is unknown.*NAME\+calibrated-prior of those"):
         method_named("lroa")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from hypothesis import strategies as st
 from one_client import one_client
 from torch.nn import functional as F
 
+import fedp2eft
+from fedp2eft.adapters.export import load_adapter
 from fedp2eft.errors import UserError
+from fedp2eft.experiment.train import train
 from fedp2eft.methods import METHODS
 from fedp2eft.tasks.causal_lm import CausalLM
 from fedp2eft.tasks.encoded import Encoded
@@ -24,6 +29,7 @@ from fedp2eft.tasks.label_prior import (
     temperature,
 )
 from tiny import TASK
+from tiny_run import World, write_jsonl
 
 Q = torch.tensor([0.2, 0.3, 0.5])
 
@@ -114,3 +120,27 @@ def test_a_task_without_classes_is_refused() -> None:
     client = client_with(task=CausalLM(0, 16))
     with pytest.raises(UserError, match="no classes"):
         client.calibrated()
+
+
+def test_a_run_and_a_new_client_make_the_same_adapter(world: World, tmp_path: Path) -> None:
+    methods = ["calibrated-prior", "fedp2eft+calibrated-prior"]
+    settings = world.settings(
+        base__rounds=1, federation__rounds=1, evaluation__pools=["unseen"], evaluation__ranks=[2],
+        evaluation__methods=methods,
+    )  # fmt: skip
+    results = train(settings, tmp_path / "run")
+    assert {row.method for row in results.rows} == set(methods)
+    name, base = "fr-unseen-00", tmp_path / "run" / "base"
+    psg = fedp2eft.PSG.from_pretrained(tmp_path / "run" / "psg")
+    data = write_jsonl(tmp_path / "rows.jsonl", world.client_rows(name, "train"))
+    made = fedp2eft.personalize(psg, base, data, 2, method="calibrated-prior", precision="fp32")
+    saved = load_adapter(tmp_path / "run" / "adapters" / name / "calibrated-prior-r0").head
+    assert saved is not None
+    torch.testing.assert_close(made.weights.head.weight, saved.weight)
+    torch.testing.assert_close(made.weights.head.bias, saved.bias)
+    # plain PEFT scores as the method did
+    [cell] = (tmp_path / "run" / "cells" / "calibrated-prior-r0").glob(f"{name}.json")
+    test = write_jsonl(tmp_path / "test.jsonl", world.client_rows(name, "test"))
+    made.save(tmp_path / "adapter")
+    scores = fedp2eft.evaluate(base, test, tmp_path / "adapter", precision="fp32")
+    assert scores.loss == pytest.approx(json.loads(cell.read_text())["loss"], rel=1e-4)

@@ -100,14 +100,16 @@ def test_majority_answers_the_most_frequent_label_of_equals_the_first() -> None:
     assert METHODS["majority"].fit(unseen, 0).scores.correct == 2  # without labels: q's
 
 
-@pytest.mark.parametrize("method", ["majority", "prior", "label-prior"])
+@pytest.mark.parametrize("method", ["majority", "prior", "calibrated-prior", "label-prior"])
 def test_causal_lms_are_refused_in_one_line(method) -> None:
     settings = Settings(model=ModelSettings(task="causal_lm"))
     with pytest.raises(UserError, match=rf"Method {method} .* no classes: leave it out\.") as error:
         check_task(method, settings)
     assert "\n" not in str(error.value)
     assert settings.evaluation.methods == ["base", "unigram", "lora", "fedp2eft"]
-    assert Settings().evaluation.methods == ["majority", "base", "prior", "lora", "fedp2eft"]
+    assert Settings().evaluation.methods == [
+        "majority", "base", "prior", "calibrated-prior", "lora", "fedp2eft",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,24 @@ def test_an_adapter_with_the_prior_stands_on_top_of_it():
     assert "on top of it" in found.text
 
 
+def test_a_temperature_stands_between_the_prior_and_an_adapter_that_has_it_too():
+    calibrated = {"calibrated-prior": RIGHT["lora"]}
+    after = {"lora+calibrated-prior": RIGHT["lora"], "fedp2eft+calibrated-prior": RIGHT["lora"]}
+    found = gains_of("standard-fl", "unseen", cells(**calibrated, **after))
+    assert [(step.after, step.name) for step in found.steps] == [
+        ("prior", "the client's label prior"),
+        ("calibrated-prior", "a temperature of the base's logits"),
+        ("lora+calibrated-prior", "LoRA at uniform ranks on top of it"),
+        ("fedp2eft+calibrated-prior", "FedP²EFT's choice of ranks and λ"),
+    ]
+    # An adapter without it cannot stand on top of it.
+    for other in ({"lora+prior": RIGHT["lora"]}, {}):
+        found = gains_of("standard-fl", "unseen", cells(**calibrated, **other))
+        assert "calibrated-prior" not in [step.after for step in found.steps]
+    alone = {k: v for k, v in cells(**calibrated).items() if not k[0].startswith(RANKED)}
+    assert gains_of("standard-fl", "unseen", alone).steps[-1].after == "calibrated-prior"
+
+
 def test_methods_that_are_not_there_have_no_step():
     some = {key: value for key, value in cells().items() if key[0] in ("base", "lora", "fedp2eft")}
     found = gains_of("standard-fl", "seen", some)

@@ -266,7 +266,7 @@ def personalize_and_score(message: Message, context: Context) -> Message:
     }
     # The adapter stays on this machine.
     keep = s.evaluation
-    kept = keep.save_adapters and method in ("fedp2eft", "prior", "auto")
+    kept = keep.save_adapters and method in ("fedp2eft", "prior", "calibrated-prior", "auto")
     fits = weights is not None and (weights.offset is None or workspace.has_head)
     if weights and kept and fits and workspace.run:
         save_adapter(

@@ -2,12 +2,13 @@
 
 The steps are differences between neighbours in this chain, of which each place may be empty:
 
-    base → prior → adapter at uniform ranks → structure → size of λ
+    base → prior → temperature → adapter at uniform ranks → structure → size of λ
 
     prior        `prior`, or else `label-prior`; of a causal LM `unigram`
-    adapter      `lora+prior`, or else `lora`
+    temperature  `calibrated-prior`; not before an adapter without it
+    adapter      `lora+calibrated-prior`, `lora+prior`, or else `lora`
     structure    `fedp2eft-structure`: FedP²EFT's ranks, every λ alike
-    size of λ    `fedp2eft+prior` beside `lora+prior`, or else `fedp2eft`
+    size of λ    `fedp2eft` with what the adapter before it has
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from fedp2eft.methods.method import CALIBRATED
 from fedp2eft.results.metrics import Metric
 from fedp2eft.results.paired import Paired, Scored
 from fedp2eft.results.statistics import Interval
@@ -26,9 +28,10 @@ from fedp2eft.settings.experiment import Settings
 PLACES = (
     ("base",),
     ("prior", "label-prior", "unigram"),
-    ("lora+prior", "lora"),
+    ("calibrated-prior",),
+    ("lora+calibrated-prior", "lora+prior", "lora"),
     ("fedp2eft-structure",),
-    ("fedp2eft+prior", "fedp2eft"),
+    ("fedp2eft+calibrated-prior", "fedp2eft+prior", "fedp2eft"),
 )
 
 
@@ -127,12 +130,17 @@ def adjusted(settings: Settings) -> bool:
 
 def _chain(there: set[str]) -> list[str]:
     """Return the methods of the chain that are there, one per place."""
-    places = [[name for name in place if name in there] for place in PLACES]
-    if places[2][:1] == ["lora+prior"]:
-        places[3:] = [[], [name for name in places[4] if name == "fedp2eft+prior"]]
-    else:  # beside the LoRA whose logits are alike
-        places[4] = [name for name in places[4] if name == "fedp2eft"]
-    return [place[0] for place in places if place]
+    base, prior, temperature, lora, structure, size = (
+        [name for name in place if name in there] for place in PLACES
+    )
+    kind = lora[0].removeprefix("lora") if lora else ""
+    if lora and kind != CALIBRATED:
+        temperature = []
+    if kind:
+        structure = []
+    # beside the LoRA whose logits are alike
+    size = [name for name in size if name == "fedp2eft" + kind]
+    return [place[0] for place in (base, prior, temperature, lora, structure, size) if place]
 
 
 def _gains(base: str, pool: str, paired: Paired, adjusted: bool) -> Gains:
@@ -162,8 +170,10 @@ def _name(before: str, after: str, adjusted: bool) -> str:
     if after in PLACES[1]:
         return f"the client's {'unigram' if after == 'unigram' else 'label prior'}"
     if after in PLACES[2]:
-        beyond = before in PLACES[1]
-        on_top = adjusted or after == "lora+prior"
+        return "a temperature of the base's logits"
+    if after in PLACES[3]:
+        beyond = before in (*PLACES[1], *PLACES[2])
+        on_top = adjusted or after != "lora"
         return "LoRA at uniform ranks" + (
             "" if not beyond else " on top of it" if on_top else " in place of it"
         )

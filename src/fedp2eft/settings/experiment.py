@@ -346,7 +346,7 @@ class CompareSettings:
 
 
 DEFAULT_METHODS: dict[TaskName, list[str]] = {
-    "classification": ["majority", "base", "prior", "lora", "fedp2eft"],
+    "classification": ["majority", "base", "prior", "calibrated-prior", "lora", "fedp2eft"],
     "causal_lm": ["base", "unigram", "lora", "fedp2eft"],
 }
 
