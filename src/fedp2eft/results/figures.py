@@ -162,7 +162,7 @@ def draw_gain(ax: Axes, gains: Gains) -> None:
     if len(steps) > 1:
         ax.axhline(len(gains.steps) - 0.5, color="#999999", lw=0.6)
     names = [f"{step.after}\n− {step.before}" for step in steps]
-    _rows(ax, names, f"gain ({_points(gains)}); right of 0 is better")
+    _rows(ax, names, f"gain ({_points(gains)});\nright of 0 is better")
 
 
 def difference_figure(comparison: Comparison, base: str) -> Figure:

@@ -172,9 +172,9 @@ def unadapted(client: ClientSide) -> Unadapted:
     return Unadapted(client.train, values)
 
 
-def _trained(fold: ClientSide, candidate: Candidate) -> Tensor:
+def _trained(side: ClientSide, candidate: Candidate) -> Tensor:
     """Return the log-likelihood of a fold's held-out rows after fine-tuning on the others."""
-    side, settings = fold, settings_for(fold, candidate)
+    settings = settings_for(side, candidate)
     lam, keep = _structure(side, candidate)
     order, measured = side.order(settings), []
     try:
