@@ -101,8 +101,8 @@ def test_a_budget_in_parameters_is_the_runs(finished, world: World, tmp_path: Pa
     [
         (
             "fedl2p",
-            "use fedp2eft train, or one of prior, lora, fedp2eft, adalora, bt-lora, gradient, "
-            r"fedp2eft-structure, fedp2eft-scale, fedp2eft-random\.$",
+            "use fedp2eft train, or one of prior, calibrated-prior, lora, fedp2eft, adalora, "
+            r"bt-lora, gradient, fedp2eft-structure, fedp2eft-scale, fedp2eft-random\.$",
         ),
         ("lora-tuned", "Method lora-tuned needs federated training of its own"),
         ("fedp2eft-layerwise", "needs a PSG trained with adapter.layerwise: true"),

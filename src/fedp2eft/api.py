@@ -217,7 +217,7 @@ def personalize(
 
 
 def _alone(task: TaskName) -> list[str]:
-    """Return the methods that make an adapter for one client from any PSG of a task."""
+    """Return the methods that make an adapter for one client from any PSG; without variants."""
     other = "texts" if task == "classification" else "classes"  # what is for the other task alone
     return [
         name
@@ -225,6 +225,7 @@ def _alone(task: TaskName) -> list[str]:
         if m.shared in (None, "psg")
         and not (m.surveys or m.variant or getattr(m, other))
         and (m.ranked or m.label_prior)  # the rest only score the base
+        and "+" not in name
     ]
 
 

@@ -87,7 +87,9 @@ class Classification(Task):
 
     def adjusted(self, logits: Tensor) -> Tensor:
         """Return a model's logits in float32, with the temperature and the offset."""
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        if self.temperature != 1:
+            logits = logits / self.temperature
         return logits if self.offset is None else logits + self.offset.to(logits.device)
 
     def packed_loss(self, model: nn.Module, data: Encoded) -> RowsLoss | None:
