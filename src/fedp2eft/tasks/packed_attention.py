@@ -94,9 +94,10 @@ class Block:
 
         The rows' own positions are set, those that they share are added to.
         """
-        total[self.start : self.stop] = self.packed(gradient[:, :, self.before :])
         if self.before:
             total[: self.before] += gradient[:, :, : self.before].sum(dim=0).transpose(0, 1)
+            gradient = gradient[:, :, self.before :]
+        total[self.start : self.stop] = self.packed(gradient)
 
 
 @dataclass(frozen=True)
