@@ -133,7 +133,8 @@ def test_a_new_method_brings_its_variant_and_takes_it_away() -> None:
     METHODS["mine"] = replace(METHODS["lora"], texts=True)
     assert "mine+prior" not in METHODS
     del METHODS["mine"]
-    with pytest.raises(UserError, match=r"'lroa' is unknown.*NAME\+calibrated-prior of those"):
+    variants = r"and NAME\+prior or NAME\+calibrated-prior of those that train"
+    with pytest.raises(UserError, match=rf"'lroa' is unknown.*{variants}"):
         method_named("lroa")
 
 

@@ -210,7 +210,7 @@ def test_answers_about_a_clients_own_rows_are_refused_where_privacy_is_on(tmp_pa
         if method.surveys:
             with pytest.raises(UserError, match=f"what method {re.escape(name)} asks every seen"):
                 check_private(name, private)
-        elif not name.startswith("fedl2p"):
+        elif name not in ("fedl2p", "fedl2p+prior", "fedl2p+calibrated-prior"):
             check_private(name, private)
         check_private(name, Settings())
     asking = replace(private, evaluation=EvaluationSettings(methods=["lora-tuned"]))

@@ -94,13 +94,22 @@ class ClientSide:
         Raises:
             UserError: The task has no classes.
         """
-        task = with_classes(self.plain().task, "The calibrated label prior")
-        if logits is None and len(self.train):
-            with self.bt.off():
-                logits = task.logits(self.bt.model, self.train, self.settings.eval_batch_size)
-        elif logits is None:
-            logits = self.q.new_zeros(0, len(self.q))
-        return replace(self, task=calibrated(task, logits, self.train, self.q))
+        side = self.plain()
+        if logits is None:
+            logits = side.base_logits()
+        return replace(side, task=calibrated(side.task, logits, side.train, side.q))
+
+    def base_logits(self) -> Tensor:
+        """Return what the base gives for the training rows, N × C.
+
+        Raises:
+            UserError: The task has no classes.
+        """
+        task = with_classes(self.task, "The calibrated label prior")
+        if not len(self.train):
+            return self.q.new_zeros(0, len(self.q))
+        with self.bt.off():
+            return task.logits(self.bt.model, self.train, self.settings.eval_batch_size)
 
     def score(self, model: nn.Module) -> Scores:
         """Return a model's scores on the client's test rows; of no rows if there are none."""

@@ -110,10 +110,13 @@ class Method:
             variant={**self.variant, "local": local},
         )
 
-    def calibrated(self) -> Method:
+    def calibrated(self, name: str) -> Method:
         """Return the method with the client's calibrated label prior on its logits.
 
         It personalizes with it; its federated training, if it has any, is without.
+
+        Args:
+            name: The method's own.
         """
 
         def fit(client: ClientSide, rank: int) -> Outcome:
@@ -122,7 +125,8 @@ class Method:
             kept = outcome.weights
             return replace(outcome, weights=kept and side.carrying(kept))
 
-        return replace(self, fit=fit, classes=True, label_prior=True)
+        section = self.section or name.replace("-", "_")
+        return replace(self, fit=fit, section=section, classes=True, label_prior=True)
 
 
 class Methods(MutableMapping[str, Method]):
@@ -163,8 +167,7 @@ class Methods(MutableMapping[str, Method]):
         if method.ranked and not own and not name.endswith(WITH_PRIOR):
             self._known[name + WITH_PRIOR] = method.with_prior(name)
             if not (method.surveys or method.variant):
-                section = method.section or name.replace("-", "_")
-                self._known[name + CALIBRATED] = replace(method.calibrated(), section=section)
+                self._known[name + CALIBRATED] = method.calibrated(name)
 
     def _check(self, name: str, phase: Phase) -> None:
         """Raise `UserError` unless files, seeds and messages can have the phase's name."""

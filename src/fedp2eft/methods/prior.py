@@ -22,15 +22,16 @@ from fedp2eft.tasks.task import Scores
 def prior(client: ClientSide, rank: int) -> Outcome:
     """Score the base with log p − log q added to its logits (τ = 1); the budget plays no part."""
     task = adjusted(with_classes(client.task, "Method prior"), client.train, client.q)
-    return _unadapted(replace(client, task=task))
+    return unadapted(replace(client, task=task))
 
 
 def calibrated_prior(client: ClientSide, rank: int) -> Outcome:
     """Score the base with the client's calibrated prior; the budget plays no part."""
-    return _unadapted(client.calibrated())
+    return unadapted(client.calibrated())
 
 
-def _unadapted(client: ClientSide) -> Outcome:
+def unadapted(client: ClientSide) -> Outcome:
+    """Score the base with the client's label prior, if it has one on its logits."""
     with client.bt.off():
         scores = client.score(client.bt.model)
     return Outcome(scores, client.carrying(no_ranks(client.bt)))

@@ -16,11 +16,11 @@ from fedp2eft.client.side import ClientSide, Outcome
 from fedp2eft.client.training import personalize
 from fedp2eft.data.partition import rng_for
 from fedp2eft.errors import DivergedError
+from fedp2eft.methods import prior
 from fedp2eft.methods.auto.candidate import FREE, KINDS, Candidate
 from fedp2eft.methods.auto.settings import AutoSettings
 from fedp2eft.methods.fedp2eft import predicted
 from fedp2eft.methods.lora import uniform
-from fedp2eft.methods.prior import no_ranks
 from fedp2eft.settings.experiment import LocalSettings
 from fedp2eft.tasks.classification import Classification
 from fedp2eft.tasks.encoded import Encoded
@@ -67,21 +67,15 @@ def fit(
     """
     side = client.plain() if candidate.kind == "base" else with_prior(client, logits)
     if candidate.kind in FREE:
-        with side.bt.off():
-            scores = side.score(side.bt.model)
-        weights = no_ranks(side.bt)
+        outcome = prior.unadapted(side)
     else:
         side = replace(side, settings=settings_for(side, candidate))
         outcome = side.fit(*_structure(side, candidate), **how)
-        assert outcome.weights is not None
-        scores, weights = outcome.scores, outcome.weights
-    if has_classes(client):
-        task = side.task
-        offset = task.offset
-        if offset is None and client.task.offset is not None:
-            offset = torch.zeros_like(client.task.offset)
-        weights = replace(weights, offset=offset, temperature=task.temperature)
-    return Outcome(scores, weights)
+    assert outcome.weights is not None
+    weights = side.carrying(outcome.weights)
+    if weights.offset is None and client.task.offset is not None:  # the run's is not for the base
+        weights = replace(weights, offset=torch.zeros_like(client.task.offset))
+    return Outcome(outcome.scores, weights)
 
 
 def settings_for(client: ClientSide, candidate: Candidate) -> LocalSettings:
@@ -163,12 +157,11 @@ class Unadapted:
 
 def unadapted(client: ClientSide) -> Unadapted:
     """Return what the base gives for all training rows, in one forward pass."""
+    if has_classes(client):
+        return Unadapted(client.train, client.base_logits())
     size = client.settings.eval_batch_size
     with client.bt.off():
-        if isinstance(client.task, Classification):
-            values = client.task.logits(client.bt.model, client.train, size)
-        else:
-            values = row_likelihoods(client.task, client.bt.model, client.train, size)
+        values = row_likelihoods(client.task, client.bt.model, client.train, size)
     return Unadapted(client.train, values)
 
 
