@@ -53,7 +53,8 @@ def main() -> None:
         DataSettings(
             "libreoffice-help", languages=[o.language], clients_per_language=1,
             max_train=o.rows, max_test=4,
-        )
+        ),
+        labels_used=False,
     )  # fmt: skip
     chosen = clients.pool("seen")[0].train
     data = task.encode(tokenizer, *clients.texts_and_answers(chosen, "causal_lm"))

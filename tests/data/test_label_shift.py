@@ -101,3 +101,17 @@ def test_a_yaml_file_and_options_describe_and_partition(
     assert len(json.loads(made.read_text(encoding="utf-8"))["clients"]) == 4
     assert main(["data", "describe", str(tmp_path / "none.yaml")]) == 2
     assert "There is no file" in capsys.readouterr().err
+
+
+def test_rows_without_classes_to_predict_are_not_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copy(tmp_path / "own", {"a": 36, "b": 4})
+    data = ["--data.dataset", "hub", "--data.path", str(folder), "--data.clients_per_language", "2"]
+    assert main(["data", "describe", *data, "--data.max_train", "10"]) == 0
+    assert "distributed differently" in caplog.text
+    caplog.clear()
+    causal = ["--model.task", "causal_lm"]
+    assert main(["data", "describe", *data, "--data.max_train", "10", *causal]) == 0
+    assert main(["data", "partition", *data, *causal, "--out", str(tmp_path / "of.json")]) == 0
+    assert not caplog.records

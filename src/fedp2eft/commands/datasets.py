@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fedp2eft.settings.reading import read_settings, settings_from
 
 if TYPE_CHECKING:
-    from fedp2eft.settings.experiment import Settings
+    from fedp2eft.data.clients import ClientData
 
 
 def list_datasets() -> None:
@@ -45,10 +45,9 @@ def describe(
     from fedp2eft.commands.terminal import cell, console
     from fedp2eft.data.describe import classes_of_clients, repeats
     from fedp2eft.data.describe import describe as rows_of
-    from fedp2eft.data.registry import load_clients
     from fedp2eft.errors import require
 
-    loaded = load_clients(_settings(config, options).data)
+    loaded = _load(config, options)
     rows = rows_of(loaded)
     require(bool(rows), "The rows of data.dataset nodes are on the SuperNodes: ask their owners.")
     table = Table(*[str(name).replace("_", " ") for name in rows[0]])
@@ -73,15 +72,17 @@ def partition(out: str, config: str | None = None, options: list[str] | None = N
     from pathlib import Path
 
     from fedp2eft.data.describe import save_partition
-    from fedp2eft.data.registry import load_clients
 
-    loaded = load_clients(_settings(config, options).data)
+    loaded = _load(config, options)
     save_partition(loaded, Path(out).expanduser())
     print(f"{len(loaded.clients)} clients: {out}")
 
 
-def _settings(config: str | None, options: list[str] | None) -> Settings:
-    return read_settings(config, options) if config else settings_from({}, options)
+def _load(config: str | None, options: list[str] | None) -> ClientData:
+    from fedp2eft.data.registry import load_clients
+
+    settings = read_settings(config, options) if config else settings_from({}, options)
+    return load_clients(settings.data, labels_used=settings.model.task == "classification")
 
 
 def _shown(value: object) -> str:
