@@ -77,6 +77,23 @@ def test_loss_and_every_gradient_are_those_of_padded_rows(
     assert max(float(gradient.abs().max()) for gradient in found[0][1:]) > 1e-3
 
 
+@pytest.mark.parametrize("kind", DECODERS)
+def test_under_autocast_packed_rows_have_the_loss_of_padded_ones(kind: str) -> None:
+    """As the base itself is trained in bf16: rotary embeddings make queries and keys fp32 again."""
+    model = decoder(kind).float()
+    found = []
+    loss_of = TASK.packed_loss(model, ALIKE)
+    assert loss_of is not None
+    for loss_at in (lambda: loss_of(ROWS), lambda: TASK.loss(model, TASK.batch(ALIKE, ROWS))):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_at()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append((loss.item(), torch.cat([each.flatten() for each in gradients])))
+    (mine, gradient), (whole, expected) = found
+    assert mine == pytest.approx(whole, rel=0.01)
+    assert float((gradient - expected).norm() / expected.norm()) < 0.05
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(2, LONGEST), min_size=1, max_size=12),

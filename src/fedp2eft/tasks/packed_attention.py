@@ -144,8 +144,9 @@ def _attend(
     """Compute attention as transformers calls it: q, k and v are 1 × heads × positions × d."""
     layer: Any = module
     first_only = not packing.causal and layer.layer_idx == layer.config.num_hidden_layers - 1
-    # a view, whose gradient is one too
-    packed = [states.squeeze(0).transpose(0, 1) for states in (query, key, value)]
+    # Under autocast, rotary embeddings return queries and keys in fp32, unlike the values.
+    states = [each.to(value.dtype) for each in (query, key, value)]
+    packed = [each.squeeze(0).transpose(0, 1) for each in states]  # views, as their gradients are
     how = (scaling, dropout, first_only, packing.causal)
     own: Tensor = _Attention.apply(*packed, packing.blocks, *how)  # type: ignore[no-untyped-call]
     return own.unsqueeze(0), None
