@@ -120,3 +120,22 @@ def test_the_seen_clients_responses_are_learned(run: Run) -> None:
     assert float((adapted - bare).abs().max()) > 1e-3
     kept = json.loads((folder / "adapter_config.json").read_text())
     assert kept["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("kind", ["fedit", "standard-fl"])
+def test_a_base_learns_in_bf16_as_in_fp32(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its weights are fp32 and its products bf16 (autocast), as in no later phase."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        world = make_chat_world(tmp_path_factory.mktemp(precision))
+        settings = world.settings(
+            model__precision=precision, base__kind=kind, base__rounds=1, base__steps=2,
+            base__clients_per_round=len(SEEN), base__batch_size=2, base__lr=5e-2,
+            federation__rounds=1, evaluation__methods=["base"],
+        )  # fmt: skip
+        done = watched(settings, world.folder / "run")
+        losses[precision] = read_results(done.folder).row("base", 0, "seen").mean
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]
