@@ -146,6 +146,27 @@ def test_a_budget_counts_with_its_mean_and_alone():
     assert "mean of r = 2 and 8" in found.text
 
 
+def test_a_budget_with_fewer_seeds_takes_none_from_the_others():
+    made = cells(ranks=(2, 8))
+    for (_, rank), by_seed in made.items():
+        if rank != 8:
+            by_seed[52] = by_seed[42]
+    found = gains_of("standard-fl", "unseen", made)
+    assert found.ranks == [2]
+    assert "(fedp2eft, r = 2)" in found.text
+    assert found.text.startswith("Unseen clients (6): ")
+
+
+def test_seeds_that_the_last_method_lacks_are_named():
+    made = cells()
+    for by_seed in made.values():
+        by_seed |= {52: by_seed[42], 62: by_seed[42]}
+    del made["fedp2eft", 4][52]
+    assert "clients (6; seeds 42 and 62 alone): " in gains_of("none", "seen", made).text
+    del made["fedp2eft", 4][62]
+    assert "clients (6; seed 42 alone): " in gains_of("none", "seen", made).text
+
+
 def test_a_lower_loss_is_a_gain():
     made = {
         (method, 0): {42: clients(RIGHT["base"], tokens=100, loss=loss)}

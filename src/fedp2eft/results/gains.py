@@ -107,7 +107,8 @@ def gains_of(base: str, pool: str, cells: Scored, *, adjusted: bool = False) -> 
     chain = _chain({method for method, _ in cells})
     while len(chain) > 1:
         if paired := Paired.of(chain, cells):
-            return _gains(base, pool, paired, adjusted)
+            every = {seed for by_seed in cells.values() for seed in by_seed}
+            return _gains(base, pool, paired, adjusted, every)
         chain.pop()  # it has no cell yet at a budget, seed or client of the others
     return None
 
@@ -143,7 +144,7 @@ def _chain(there: set[str]) -> list[str]:
     return [place[0] for place in (base, prior, temperature, lora, structure, size) if place]
 
 
-def _gains(base: str, pool: str, paired: Paired, adjusted: bool) -> Gains:
+def _gains(base: str, pool: str, paired: Paired, adjusted: bool, every: set[int]) -> Gains:
     seed = derive_seed("bootstrap", base, pool)
     chain, ranks, metric = paired.methods, paired.ranks, paired.metric
 
@@ -161,7 +162,10 @@ def _gains(base: str, pool: str, paired: Paired, adjusted: bool) -> Gains:
     total = step("all steps", chain[0], chain[-1])
     start, end = paired.mean(chain[0]), paired.mean(chain[-1])
     clients = paired.clients
-    text = _text(pool, clients, metric, ranks, (start, end), total, steps)
+    whose = f"{pool.capitalize()} clients ({clients}"
+    if len(paired.seeds) < len(every):
+        whose += f"; {'seed' if len(paired.seeds) == 1 else 'seeds'} {_listed(paired.seeds)} alone"
+    text = _text(f"{whose})", metric, ranks, (start, end), total, steps)
     return Gains(base, pool, metric.name, ranks, clients, start, end, total, steps, text)
 
 
@@ -187,8 +191,7 @@ def _name(before: str, after: str, adjusted: bool) -> str:
 
 
 def _text(
-    pool: str,
-    clients: int,
+    whose: str,
     metric: Metric,
     ranks: Sequence[int],
     ends: tuple[float, float],
@@ -200,16 +203,21 @@ def _text(
     start, end = (metric.shown(value) + unit for value in ends)
     budget = f", r = {ranks[0]}" if ranks != [0] else ""
     if len(ranks) > 1:
-        budget = f", mean of r = {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+        budget = f", mean of r = {_listed(ranks)}"
     what = judged(total, metric, ("a gain of", "a loss of", "no clear difference"))
     first = (
-        f"{pool.capitalize()} clients ({clients}): {metric.name} goes from {start} "
+        f"{whose}: {metric.name} goes from {start} "
         f"({_method(total.before)}) to {end} ({_method(total.after)}{budget}), {what}."
     )
     if len(steps) == 1:
         return first
     parts = [f"{step.name} {judged(step, metric)}" for step in steps]
     return f"{first} Step by step: {'; '.join(parts)}."
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def judged(

@@ -24,7 +24,9 @@ class Paired:
     Args:
         methods: Their names.
         metric: What they are judged by.
-        ranks: The budgets that all those have that have any; [0] where none has.
+        ranks: The budgets that all those have that have any, with as many seeds as at any of them;
+            [0] where none has.
+        seeds: The seeds that all have at these budgets.
         languages: Of each client.
         units: What each client's metric is a mean of: test rows or tokens, (seeds, clients); 0
             where a seed lacks the client, as when each seed draws its own languages.
@@ -34,6 +36,7 @@ class Paired:
     methods: list[str]
     metric: Metric
     ranks: list[int]
+    seeds: list[int]
     languages: list[str]
     units: NDArray[np.float64]
     sums: dict[tuple[str, int], NDArray[np.float64]]
@@ -43,12 +46,19 @@ class Paired:
         """Return what all have in common of budgets, seeds and clients; None if nothing."""
         # The budgets, and the cells of each method at them.
         budgets = {method: {rank for name, rank in cells if name == method} for method in methods}
-        ranked = [found for found in budgets.values() if found != {0}]
-        ranks = sorted(set.intersection(*ranked)) if ranked else [0]
-        keys = [(m, r) for m in methods for r in (ranks if budgets[m] != {0} else [0])]
-        seeds = sorted(set.intersection(*({*cells[key]} for key in keys)))
-        if not ranks or not seeds:
+        ranked = {method: found for method, found in budgets.items() if found != {0}}
+        ranks = sorted(set.intersection(*ranked.values())) if ranked else [0]
+        common = {
+            rank: set.intersection(*({*cells[m, rank if m in ranked else 0]} for m in methods))
+            for rank in ranks
+        }
+        # A budget that is not finished yet must not take seeds away from the others.
+        most: set[int] = max([*common.values(), set()], key=len)
+        seeds = sorted(most)
+        ranks = [rank for rank in ranks if common[rank].issuperset(seeds)]
+        if not seeds:
             return None
+        keys = [(m, r) for m in methods for r in (ranks if m in ranked else [0])]
         scores = {
             key: [{client["client"]: client for client in cells[key][seed]} for seed in seeds]
             for key in keys
@@ -82,6 +92,7 @@ class Paired:
             list(methods),
             metric,
             ranks,
+            [seeds[n] for n in rows],
             [language[name] for name in names],
             np.array([[kept[n].get(name, 0.0) for name in names] for n in rows]),
             {
