@@ -10,7 +10,8 @@ RUN ?= runs/quickstart
 WORKERS ?= 2
 EXTRAS := quickstart,causal-lm,quantized,ray,report,privacy,trackers,docs,dev
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
-# Without cached bytecode every process compiles torch and transformers again, which takes longer than to load them.
+# Without cached bytecode every process compiles torch and transformers again, which takes longer
+# than loading them.
 unexport PYTHONDONTWRITEBYTECODE
 install = $(BIN)/uv pip install --quiet --python $(BIN)/python $(1) || $(PIP) $(1)
 
